@@ -1,0 +1,603 @@
+"""The world: who hangs on the wall, what is asked about it, and how an expert finds out.
+
+From the paper: questions about a picture that need 0..n searches; GoG-Instruct, 5,750 expert trajectories of which 43.5 %
+    need no search; an uncertainty filter (N=4); six benchmarks, two in-domain and four out of it.
+Here instead: an invented world of *heraldry* (towns with coats of arms drawn by code), because it is unlimited, long-tail by
+    construction, offline, and because every box, fact and search need is known exactly; or any *folder world* (real pictures
+    and facts). The expert is a program that knows the boxes but reads every name and fact from the same tools as the policy.
+
+Reading order: names -> arms -> entities and worlds -> scenes -> referring expressions -> questions -> suites -> expert.
+Boxes are (x0, y0, x1, y1), integers 0..99: percent of the picture's width and height. There is no other box format.
+"""
+import json
+import random
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+SCENE_PX = 384  # side of a scene in pixels; the model's glance is much smaller, a gaze goes back to these pixels
+
+# ---------------------------------------------------------------------------------------------------------------- names
+
+ONSETS = "b br c d dr f g gl h k l m n p r s st t th tr v w z".split()
+VOWELS = "a e i o u a e i o u ei au é ö".split()
+CODAS = "l n r s nd rn th x lm sk".split() + [""] * 8
+CRAFTS_A = "blue red fine old salt river winter silk iron amber stone smoked".split()
+CRAFTS_B = "glass bells cloth lace wine boats clocks honey paper knives cheese pots".split()
+
+
+def word(rng, syllables=2):
+    """An invented capitalised word, e.g. 'Draulen'."""
+    return "".join(rng.choice(ONSETS) + rng.choice(VOWELS) + rng.choice(CODAS) for _ in range(syllables)).capitalize()
+
+
+def town_name(rng):
+    form = rng.random()
+    if form < 0.5:
+        return word(rng)
+    return f"{word(rng)} {word(rng, 1)}" if form < 0.85 else f"{rng.choice(['New', 'Old', 'Saint', 'Upper'])} {word(rng)}"
+
+
+def person_name(rng):
+    return f"{word(rng, 1)} {word(rng)}" + (f" {rng.choice(['II', 'III', 'IV', 'V'])}" if rng.random() < 0.3 else "")
+
+
+VALUES = {  # relation -> how an invented value is drawn
+    "ruler": person_name, "river": word, "craft": lambda r: f"{r.choice(CRAFTS_A)} {r.choice(CRAFTS_B)}",
+    "founding year": lambda r: str(r.randint(800, 1899)), "towers": lambda r: str(r.randint(2, 98)), "patron": person_name,
+    "governor": person_name, "anthem": lambda r: f"{r.choice(['Song', 'March', 'Hymn'])} of {word(r)}", "harbour": word,
+}
+TOWN_FACTS = ("ruler", "river", "craft", "founding year", "towers", "patron")  # + "twin town", "region": values that lead on
+REGION_FACTS = ("governor", "anthem", "harbour")  # + "capital", which leads back to a town
+PASSAGES = (  # how a fact may be worded; the policy has to find the value, never to recall it
+    "The {r} of {n} is {v}.", "In {n} the {r} is {v}.", "{n} has {v} as its {r}.", "{v} is the {r} of {n}.",
+    "Asked for the {r}, people of {n} say {v}.", "Chronicles of {n} name {v} as {r}.")
+CHATTER = ("Travellers praise the bridges of {n}.", "The market of {n} opens at dawn.", "{n} was rebuilt after a great fire.",
+           "Maps often misplace {n}.", "Nobody agrees how to pronounce {n}.")
+
+# ----------------------------------------------------------------------------------------------------------------- arms
+
+TINCTURES = {"red": (204, 32, 44), "blue": (36, 74, 190), "green": (32, 138, 66), "purple": (132, 52, 150),
+             "black": (28, 28, 34), "gold": (238, 190, 40), "white": (244, 244, 240)}
+METALS = ("gold", "white")  # the heralds' rule of tincture: metal on colour or colour on metal, so that it can be seen
+OUTLINES = {  # polygons in the unit square; "round" and "oval" are ellipses
+    "heater": [(0, 0), (1, 0), (1, .5), (.86, .76), (.5, 1), (.14, .76), (0, .5)], "square": [(0, 0), (1, 0), (1, 1), (0, 1)],
+    "diamond": [(.5, 0), (1, .5), (.5, 1), (0, .5)], "banner": [(0, 0), (1, 0), (1, 1), (0, 1)], "round": None, "oval": None}
+ASPECT = {"heater": 0.86, "diamond": 0.9, "banner": 1.5, "oval": 0.7}  # width / height, 1 where not named
+ORDINARIES = ("", "chief", "base", "bordure", "pale", "fess", "bend")
+CHARGES = {  # polygons in [-1, 1]^2, y down; a None entry is drawn by hand in `_charge`
+    "star": [(0, -1), (.25, -.32), (.95, -.3), (.4, .13), (.6, .85), (0, .43), (-.6, .85), (-.4, .13), (-.95, -.3), (-.25, -.32)],
+    "cross": [(-.3, -1), (.3, -1), (.3, -.3), (1, -.3), (1, .3), (.3, .3), (.3, 1), (-.3, 1), (-.3, .3), (-1, .3), (-1, -.3), (-.3, -.3)],
+    "tower": [(-.7, -1), (-.35, -1), (-.35, -.6), (-.17, -.6), (-.17, -1), (.17, -1), (.17, -.6), (.35, -.6), (.35, -1), (.7, -1),
+              (.7, 1), (.25, 1), (.25, .3), (-.25, .3), (-.25, 1), (-.7, 1)],
+    "arrow": [(0, -1), (.75, -.2), (.25, -.2), (.25, 1), (-.25, 1), (-.25, -.2), (-.75, -.2)],
+    "tree": [(0, -1), (.8, .4), (.2, .4), (.2, 1), (-.2, 1), (-.2, .4), (-.8, .4)],
+    "fish": [(-1, -.6), (-.5, -.1), (.1, -.55), (.7, -.35), (1, 0), (.7, .35), (.1, .55), (-.5, .1), (-1, .6)],
+    "crown": [(-1, -.7), (-.5, 0), (0, -.9), (.5, 0), (1, -.7), (.85, .8), (-.85, .8)],
+    "cup": [(-.8, -1), (.8, -1), (.55, 0), (.15, .3), (.15, .7), (.6, 1), (-.6, 1), (-.15, .7), (-.15, .3), (-.55, 0)],
+    "bar": [(-1, -.3), (1, -.3), (1, .3), (-1, .3)], "ring": None, "crescent": None, "key": None}
+PLACES = {1: [(.5, .5, .3)], 2: [(.28, .5, .19), (.72, .5, .19)], 3: [(.3, .34, .17), (.7, .34, .17), (.5, .7, .17)]}
+
+
+@dataclass(frozen=True)
+class Arms:
+    """A coat of arms. `look` can be told at a glance; the rest of the `blazon` takes a closer look."""
+    outline: str
+    tincture: str
+    ordinary: str
+    ordinary_tincture: str
+    charge: str
+    charge_tincture: str
+    count: int
+
+    @classmethod
+    def draw(cls, rng, **fixed):
+        """Draw arms by lot; `fixed` presets any part (e.g. outline and tincture, to make a look-alike)."""
+        tincture = fixed.get("tincture") or rng.choice(list(TINCTURES))
+        contrast = [t for t in TINCTURES if (t in METALS) != (tincture in METALS)]
+        charge_tincture = rng.choice(contrast)
+        parts = dict(outline=rng.choice(list(OUTLINES)), tincture=tincture, ordinary=rng.choice(ORDINARIES),
+                     ordinary_tincture=rng.choice([t for t in contrast if t != charge_tincture]),
+                     charge=rng.choice(list(CHARGES)), charge_tincture=charge_tincture, count=rng.choice((1, 2, 3)))
+        return cls(**{**parts, **fixed})
+
+    @property
+    def look(self):
+        return f"{self.tincture} {self.outline}"
+
+    @property
+    def detail(self):
+        plural = {"fish": "", "cross": "es"}.get(self.charge, "s") if self.count > 1 else ""
+        return f"{self.count} {self.charge_tincture} {self.charge}{plural}"
+
+    @property
+    def blazon(self):
+        return f"{self.look}, " + (f"{self.ordinary_tincture} {self.ordinary}, " if self.ordinary else "") + self.detail
+
+    def picture(self, height):
+        """RGBA picture of the given height in pixels, transparent outside the outline (drawn at 2x, then shrunk)."""
+        h = 2 * height
+        w = round(h * ASPECT.get(self.outline, 1))
+        mask = Image.new("L", (w, h))
+        shape = ImageDraw.Draw(mask)
+        points = OUTLINES[self.outline]
+        shape.polygon([(x * (w - 1), y * (h - 1)) for x, y in points], fill=255) if points else shape.ellipse((0, 0, w - 1, h - 1), fill=255)
+        art = Image.new("RGB", (w, h), TINCTURES[self.tincture])
+        pen = ImageDraw.Draw(art)
+        _ordinary(pen, self.ordinary, TINCTURES[self.ordinary_tincture], w, h, points)
+        squeeze = 0.72 if self.outline in ("diamond", "heater") else 0.9
+        for x, y, r in PLACES[self.count]:
+            _charge(pen, self.charge, TINCTURES[self.charge_tincture], TINCTURES[self.tincture], w * (.5 + (x - .5) * squeeze),
+                    h * (.5 + (y - .5) * squeeze), r * squeeze * min(w, h) * 1.15)
+        line = (20, 20, 20)
+        if points:
+            pen.line([(x * (w - 1), y * (h - 1)) for x, y in points + points[:1]], fill=line, width=max(2, h // 40))
+        else:
+            pen.ellipse((0, 0, w - 1, h - 1), outline=line, width=max(2, h // 50))
+        art.putalpha(mask)
+        return art.resize((max(1, w // 2), height), Image.BOX)
+
+
+def _ordinary(pen, kind, ink, w, h, points):
+    boxes = {"chief": (0, 0, w, .2 * h), "base": (0, .8 * h, w, h), "pale": (.38 * w, 0, .62 * w, h), "fess": (0, .38 * h, w, .62 * h)}
+    if kind in boxes:
+        pen.rectangle(boxes[kind], fill=ink)
+    elif kind == "bend":
+        pen.polygon([(0, 0), (.22 * w, 0), (w, .78 * h), (w, h), (.78 * w, h), (0, .22 * h)], fill=ink)
+    elif kind == "bordure":
+        width = round(.18 * min(w, h))
+        if points:
+            pen.line([(x * w, y * h) for x, y in points + points[:2]], fill=ink, width=width, joint="curve")
+        else:
+            pen.ellipse((0, 0, w - 1, h - 1), outline=ink, width=width // 2)
+
+
+def _charge(pen, kind, ink, field_ink, x, y, r):
+    at = lambda points: [(x + r * px, y + r * py) for px, py in points]
+    edge = (20, 20, 20)
+    if kind == "ring":
+        pen.ellipse((x - r, y - r, x + r, y + r), fill=ink, outline=edge)
+        pen.ellipse((x - r * .5, y - r * .5, x + r * .5, y + r * .5), fill=field_ink, outline=edge)
+    elif kind == "crescent":
+        pen.ellipse((x - r, y - r, x + r, y + r), fill=ink, outline=edge)
+        pen.ellipse((x - r * .7, y - r * 1.1, x + r * .7, y + r * .3), fill=field_ink, outline=edge)
+    elif kind == "key":
+        pen.rectangle((x - r * .15, y - r * .2, x + r * .15, y + r), fill=ink, outline=edge)
+        pen.rectangle((x, y + r * .45, x + r * .6, y + r * .7), fill=ink, outline=edge)
+        pen.ellipse((x - r * .5, y - r, x + r * .5, y), fill=ink, outline=edge)
+    else:
+        pen.polygon(at(CHARGES[kind]), fill=ink, outline=edge)
+
+
+# -------------------------------------------------------------------------------------------------- entities and worlds
+
+@dataclass(frozen=True)
+class Entity:
+    """Something with a name and facts, and (unless it is a region) a picture: drawn `arms`, or a file."""
+    name: str
+    facts: dict = field(hash=False)
+    arms: Arms | None = None
+    path: Path | None = None
+    look: str = ""  # what a glance tells, e.g. 'red round'
+    detail: str = ""  # what only a closer look tells, e.g. '2 gold keys'
+    blazon: str = ""  # the caption that the image index returns; contains look and detail
+    aspect: float = 1.0  # width / height
+
+    @classmethod
+    def with_arms(cls, name, facts, arms):
+        return cls(name, facts, arms, None, arms.look, arms.detail, arms.blazon, ASPECT.get(arms.outline, 1.0))
+
+    def picture(self, height):
+        if self.arms:
+            return self.arms.picture(height)
+        return _load(self.path).resize((max(1, round(height * self.aspect)), height), Image.BILINEAR)
+
+
+@lru_cache(maxsize=512)
+def _load(path):
+    return Image.open(path).convert("RGBA")
+
+
+@dataclass
+class World:
+    """`entities`: everything by name. `splits`: pictured names; they never share one. `late` ones exist only for suite `live`."""
+    name: str
+    noun: str
+    entities: dict
+    splits: dict
+    seed: int = 0
+
+    def pictured(self, *splits):
+        return [self.entities[n] for s in splits or ("train", "dev", "test") for n in self.splits[s]]
+
+    def passages(self, late=False):
+        """Every fact as one sentence, worded by lot, with a little chatter between: what the text index holds."""
+        hidden = set() if late else set(self.splits["late"])
+        out = []
+        for e in self.entities.values():
+            if e.name in hidden:
+                continue
+            rng = random.Random(f"{self.seed}/{e.name}")
+            out += [rng.choice(PASSAGES).format(n=e.name, r=r, v=v) for r, v in e.facts.items()]
+            out.append(rng.choice(CHATTER).format(n=e.name))
+        return out
+
+    def aged(self):
+        """The same world some time after training: among test and late entities every fact has gone to another entity."""
+        rng, entities = random.Random(f"{self.seed}/aged"), dict(self.entities)
+        names = self.splits["test"] + self.splits["late"]
+        for relation in sorted({r for n in names for r in entities[n].facts}):
+            holders = [n for n in names if relation in entities[n].facts]
+            values = [self.entities[n].facts[relation] for n in holders]
+            rng.shuffle(values)
+            for n, v in zip(holders, values):
+                if v != n:
+                    entities[n] = replace(entities[n], facts={**entities[n].facts, relation: v})
+        return replace(self, entities=entities)
+
+
+def split_names(names, rng):
+    names = list(names)
+    rng.shuffle(names)
+    a, b, c = (round(len(names) * f) for f in (0.55, 0.65, 0.93))
+    return {"train": names[:a], "dev": names[a:b], "test": names[b:c], "late": names[c:]}
+
+
+def heraldry(seed=0, towns=3000):
+    """The default world: `towns` invented towns with distinct names and arms, in `towns / 25` regions."""
+    rng = random.Random(f"heraldry/{seed}")
+    distinct = lambda make, n: list(dict.fromkeys(make(rng) for _ in range(4 * n)))[:n]
+    names, shields = distinct(town_name, towns), distinct(Arms.draw, towns)
+    regions = [r for r in distinct(lambda g: f"{word(g)} {g.choice(['Vale', 'March', 'Coast', 'Heath'])}", max(2, towns // 25)) if r not in names]
+    facts = lambda keys: {k: VALUES[k](rng) for k in keys}
+    entities = {n: Entity.with_arms(n, {**facts(TOWN_FACTS), "region": rng.choice(regions)}, a) for n, a in zip(names, shields)}
+    splits = split_names(names, rng)
+    for group in splits.values():  # a twin is of the same split: no question leads out of its split
+        for n in group:
+            entities[n].facts["twin town"] = rng.choice([t for t in group if t != n] or [n])
+    open_names = splits["train"] + splits["dev"] + splits["test"]
+    for r in regions:
+        entities[r] = Entity(r, {**facts(REGION_FACTS), "capital": rng.choice(open_names)})
+    return World("heraldry", "shield", entities, splits, seed)
+
+
+# --------------------------------------------------------------------------------------------------------- folder worlds
+
+class WorldError(ValueError):
+    """A world that cannot be used; the message names file, line and way out."""
+
+
+def folder_world(path, seed=0):
+    """A world of the user's own: `entities.jsonl`, one {"name", "image", "facts": {relation: value}} a line, and the images.
+
+    A value that is another entity's name leads on (a hop). What a glance tells (main colour and shape) is read off the picture.
+    """
+    root = Path(path)
+    rows = list(read_jsonl(root / "entities.jsonl"))
+    entities = {}
+    for where, row in rows:
+        name, facts = row.get("name"), row.get("facts", {})
+        if not isinstance(name, str) or not name.strip() or name in entities:
+            raise WorldError(f"{where}: 'name' is missing or given twice ({name!r}). Give every entity one name of its own")
+        if not isinstance(facts, dict) or any(not isinstance(v, str) or not v.strip() for v in facts.values()):
+            raise WorldError(f"{where}: a fact of {name!r} is not a non-empty string. Write facts as {{\"relation\": \"value\"}}")
+        image = image_path(root, row.get("image"), where)
+        colours, aspect = _colours(image, where)
+        look = f"{colours[0]} {'banner' if aspect > 1.2 else 'square'}"
+        detail = " and ".join(colours[1:]) or "plain"
+        facts = {k.replace("_", " "): v for k, v in facts.items()}
+        entities[name] = Entity(name, facts, None, image, look, detail, f"{look}, {detail}", aspect)
+    if len(entities) < 8:
+        raise WorldError(f"{root / 'entities.jsonl'}: {len(entities)} entities, and splits need at least 8. Add more")
+    return World(root.resolve().name, "flag" if root.resolve().name == "countries" else "picture", entities,
+                 split_names(entities, random.Random(f"folder/{seed}")), seed)
+
+
+def read_jsonl(path):
+    """Yield ("file:line", dict) a line; raises WorldError naming the line that is no JSON object."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            for n, line in enumerate(f, 1):
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                except ValueError as e:
+                    raise WorldError(f"{path}:{n}: not valid JSON ({e}). Mend or remove that line") from None
+                if not isinstance(row, dict):
+                    raise WorldError(f"{path}:{n}: a JSON object is expected, e.g. {{\"name\": ..., \"image\": ...}}")
+                yield f"{path}:{n}", row
+    except (OSError, UnicodeDecodeError) as e:
+        raise WorldError(f"{path}: cannot be read ({e}). A folder world needs this file, in UTF-8") from None
+
+
+def image_path(root, image, where):
+    """Path of an image inside the world's folder; never one outside it."""
+    if not isinstance(image, str) or not image:
+        raise WorldError(f"{where}: no 'image'. Every entity needs a picture, as a path inside {root}")
+    path = (root / image).resolve()
+    if not path.is_relative_to(root.resolve()):
+        raise WorldError(f"{where}: image {image!r} lies outside {root}. Copy it into the folder")
+    if not path.is_file():
+        raise WorldError(f"{where}: image {image!r} does not exist in {root}. Add the file or remove the line")
+    return path
+
+
+def _colours(path, where):
+    """The tincture names that cover at least an eighth of a picture, largest first, and its aspect (width / height)."""
+    try:
+        art = _load(path)
+    except (OSError, ValueError, Image.DecompressionBombError) as e:
+        raise WorldError(f"{where}: image {path} cannot be read ({e}). Replace it with a PNG or JPEG") from None
+    small = art.resize((24, 24), Image.BOX)
+    names = [min(TINCTURES, key=lambda t: sum((a - b) ** 2 for a, b in zip(rgba, TINCTURES[t]))) for rgba in small.getdata() if rgba[3] > 127]
+    shares = sorted(((names.count(t), t) for t in TINCTURES), key=lambda x: -x[0])
+    return [t for n, t in shares if n and n >= len(names) / 8] or [shares[0][1]], art.width / art.height
+
+
+# --------------------------------------------------------------------------------------------------------------- scenes
+
+@dataclass(frozen=True)
+class Scene:
+    """Entities hung on a wall. `boxes[i]` frames `entities[i]`. Drawn anew from `seed` whenever asked for: same seed, same bytes."""
+    entities: tuple
+    boxes: tuple
+    noun: str
+    seed: int
+    photo: Path | None = None  # a user's own picture instead of a drawn wall
+
+    def picture(self, px=SCENE_PX):
+        """RGB, px square (a photo keeps its own size)."""
+        if self.photo:
+            return _load(self.photo).convert("RGB")
+        rng = random.Random(self.seed)
+        plaster = _plaster(rng)
+        wall = Image.new("RGB", (px, px), plaster)
+        pen = ImageDraw.Draw(wall)
+        course, mortar = px // rng.randint(6, 14), tuple(c - 16 for c in plaster)
+        for y in range(0, px, course):  # stone courses, each stone in a tone of its own
+            for x in range(-rng.randint(0, course), px, 2 * course):
+                shade = tuple(c + rng.randint(-9, 9) for c in plaster)
+                pen.rectangle((x, y, x + 2 * course, y + course), fill=shade, outline=mortar)
+        for e, box in zip(self.entities, self.boxes):
+            x0, y0, x1, y1 = to_pixels(box, wall.size)
+            art = e.picture(y1 - y0).resize((x1 - x0, y1 - y0), Image.BILINEAR)
+            wall.paste(art, (x0, y0), art)
+        return wall
+
+
+def _plaster(rng):
+    base = rng.randint(110, 200)
+    return tuple(max(40, min(225, base + d)) for d in rng.choice([(14, 4, -14), (0, 0, 0), (-8, 0, 10), (8, -2, -8), (-6, 6, -4)]))
+
+
+def to_pixels(box, size):
+    """Percent box -> pixel box (x0, y0, x1, y1) inside a picture of `size` (width, height). The only conversion there is."""
+    w, h = size
+    return tuple(round(v * s / 100) for v, s in zip(box, (w, h, w, h)))
+
+
+def iou(a, b):
+    """Intersection over union of two percent boxes, 0..1."""
+    side = lambda lo, hi: max(0, hi - lo)
+    area = lambda box: side(box[0], box[2]) * side(box[1], box[3])
+    both = area((max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3])))
+    return both / max(1, area(a) + area(b) - both)
+
+
+def hang(entities, noun, rng, cells=3, sizes=(0.62, 0.95)):
+    """Hang entities in a jittered `cells` x `cells` grid; `sizes`: range of the longer side as a share of the cell."""
+    pitch, boxes = 99 / cells, []
+    for cell in rng.sample(range(cells * cells), len(entities)):
+        e = entities[len(boxes)]
+        long = pitch * rng.uniform(*sizes)
+        w, h = (long, long / e.aspect) if e.aspect > 1 else (long * e.aspect, long)
+        x = cell % cells * pitch + rng.uniform(0, pitch - w)
+        y = cell // cells * pitch + rng.uniform(0, pitch - h)
+        boxes.append((round(x), round(y), round(x + w), round(y + h)))
+    return Scene(tuple(entities), tuple(boxes), noun, rng.getrandbits(48))
+
+
+# ------------------------------------------------------------------------------------------------- referring expressions
+
+ORDER = ("leftmost {n}", "second {n} from the left", "rightmost {n}", "second {n} from the right", "topmost {n}", "lowest {n}")
+ZONES = ("top left", "top middle", "top right", "middle left", "centre", "middle right", "bottom left", "bottom middle", "bottom right")
+
+
+def references(scene):
+    """Every unambiguous way to point at each object: list over objects of {kind: expression without 'the'}."""
+    n, boxes, looks = scene.noun, scene.boxes, [e.look for e in scene.entities]
+    centre = [((b[0] + b[2]) / 2, (b[1] + b[3]) / 2) for b in boxes]
+    area = [(b[2] - b[0]) * (b[3] - b[1]) for b in boxes]
+    out = [{} for _ in boxes]
+    by = lambda key: sorted(range(len(boxes)), key=key)
+    for i, look in enumerate(looks):
+        if looks.count(look) == 1:
+            out[i]["look"] = f"{look} {n}"
+        else:
+            twins = [j for j in range(len(boxes)) if looks[j] == look]
+            if sum(scene.entities[j].detail == scene.entities[i].detail for j in twins) == 1:
+                out[i]["detail"] = f"{look} {n} with {scene.entities[i].detail}"
+        for k, part in enumerate(look.split()):
+            if sum(part in other.split() for other in looks) == 1:
+                out[i]["colour" if k == 0 else "shape"] = f"{part} {n}"
+    if len(boxes) == 1:
+        return out
+    xs, ys, sizes = by(lambda i: centre[i][0]), by(lambda i: centre[i][1]), by(lambda i: area[i])
+    clear = lambda order, k, axis: all(abs(centre[order[k]][axis] - centre[order[j]][axis]) > 7 for j in (k - 1, k + 1) if 0 <= j < len(order))
+    last = len(boxes) - 1
+    for form, order, k, axis in zip(ORDER, (xs, xs, xs, xs, ys, ys), (0, 1, last, last - 1, 0, last), (0, 0, 0, 0, 1, 1)):
+        if (last > 1 or "second" not in form) and clear(order, k, axis):
+            out[order[k]]["order"] = form.format(n=n)
+    if area[sizes[-1]] > 1.35 * area[sizes[-2]]:
+        out[sizes[-1]]["size"] = f"largest {n}"
+    if area[sizes[0]] * 1.35 < area[sizes[1]]:
+        out[sizes[0]]["size"] = f"smallest {n}"
+    zone = [min(2, int(y / 33.4)) * 3 + min(2, int(x / 33.4)) for x, y in centre]
+    for i, z in enumerate(zone):
+        if zone.count(z) == 1:
+            out[i]["position"] = f"{n} at the {ZONES[z]}"
+        for j in range(len(boxes)):  # i stands next to j, nothing nearer on that side, j can be named by its look
+            dx, dy = centre[i][0] - centre[j][0], centre[i][1] - centre[j][1]
+            near = [k for k in range(len(boxes)) if k not in (i, j) and max(abs(centre[k][0] - centre[j][0]), abs(centre[k][1] - centre[j][1])) < 45]
+            if i == j or "look" not in out[j] or max(abs(dx), abs(dy)) > 45 or min(abs(dx), abs(dy)) > 14:
+                continue
+            side = ("left of" if dx < 0 else "right of") if abs(dx) > abs(dy) else ("above" if dy < 0 else "below")
+            same = lambda k: (centre[k][0] - centre[j][0]) * dx > 0 if abs(dx) > abs(dy) else (centre[k][1] - centre[j][1]) * dy > 0
+            if max(abs(dx), abs(dy)) > 18 and not any(same(k) for k in near):
+                out[i]["neighbour"] = f"{n} {side} the {looks[j]} {n}"
+    return out
+
+
+# ------------------------------------------------------------------------------------------------------------ questions
+
+@dataclass(frozen=True)
+class Question:
+    """`targets`: indices of the scene's objects that must be found; `phrases`: what to look for, in the words of a blazon;
+    `chain`: relations from the picture outwards. These three are the expert's knowledge; the policy sees scene and text only."""
+    text: str
+    answers: tuple
+    scene: Scene
+    kind: str  # colour, shape, count | name, hop1 .. hop4, compare
+    setting: str = "own"
+    targets: tuple = ()
+    phrases: tuple = ()
+    chain: tuple = ()
+    expression: str = ""  # kind of referring expression
+
+    @property
+    def search_free(self):
+        return self.kind in VISUAL
+
+
+VISUAL = ("colour", "shape", "count")
+SETTINGS = {  # name: (least, most objects, cells, sizes, look-alikes of the target)
+    "single": (1, 1, 1, (0.45, 0.8), 0), "normal": (2, 6, 3, (0.5, 0.95), 0), "twins": (3, 6, 3, (0.5, 0.9), 2),
+    "small": (4, 6, 3, (0.4, 0.6), 2), "crowd": (7, 10, 4, (0.6, 0.95), 0)}
+SFT_MIX = [("colour", "normal", 3), ("shape", "normal", 2), ("count", "normal", 2), ("colour", "single", 1), ("shape", "single", 1),
+           ("name", "single", 1), ("hop1", "single", 1), ("name", "normal", 2), ("hop1", "normal", 4), ("name", "twins", 1),
+           ("hop1", "twins", 2), ("hop2", "normal", 1.2), ("compare", "normal", 0.8)]
+RL_MIX = [("colour", "normal", 1), ("count", "normal", 1), ("hop1", "single", 1), ("name", "normal", 1), ("hop1", "normal", 3), ("name", "twins", 2),
+          ("hop1", "twins", 2), ("hop1", "small", 2), ("hop2", "normal", 2), ("hop2", "twins", 1), ("hop3", "normal", 2), ("compare", "normal", 2)]
+SUITES = {  # the six held-out suites: what each isolates (the paper's benchmark that it stands for)
+    "facts": [("hop1", "normal", 5), ("name", "normal", 2), ("colour", "normal", 1), ("shape", "normal", 1), ("count", "normal", 1)],  # FVQA
+    "fine": [("name", "small", 1), ("hop1", "small", 1)],  # InfoSeek: small target among look-alikes
+    "plain": [("name", "single", 2), ("hop1", "single", 3), ("colour", "single", 1), ("shape", "normal", 2), ("count", "normal", 2)],  # SimpleVQA
+    "crowd": [("name", "crowd", 1), ("hop1", "crowd", 2)],  # MMSearch: more and smaller objects than in training
+    "live": [("hop1", "normal", 3), ("hop2", "normal", 1)],  # LiveVQA: facts rewritten, entities added after training
+    "hops": [("hop3", "normal", 3), ("hop4", "normal", 1)]}  # DynVQA: more hops than any SFT trajectory shows
+
+
+def ask(world, kind, setting, split, rng):
+    """One question of this kind, or None when the lot fell badly (no unambiguous expression, no chain that long)."""
+    pool = world.pictured(*split)
+    least, most, cells, sizes, twins = SETTINGS[setting]
+    target = rng.choice(pool)
+    alike = [e for e in pool if e.look == target.look and e.detail != target.detail]
+    chosen = {e.name: e for e in [target, *rng.sample(alike, min(twins, len(alike))), *rng.sample(pool, min(most, len(pool)))]}
+    shown = list(chosen.values())[:max(rng.randint(least, most), min(len(chosen), twins + 1))]
+    scene = hang(rng.sample(shown, len(shown)), world.noun, rng, cells, sizes)
+    names, named = references(scene), [e.name for e in scene.entities]
+    if kind == "count":
+        colour = rng.choice(shown).look.split()[0]
+        n = sum(e.look.split()[0] == colour for e in shown)
+        return Question(f"How many {scene.noun}s are {colour}?", (str(n),), scene, kind, setting)
+    targets = [named.index(target.name)]
+    if kind == "compare":
+        other = [i for i in range(len(shown)) if i != targets[0] and scene.entities[i].facts.get(count_relation(world))]
+        targets += rng.sample(other, min(1, len(other)))
+    pick = [rng.choice(sorted((k, t) for k, t in names[i].items() if (k == "detail") == bool(twins)) or [None]) for i in targets]
+    if None in pick or kind == "compare" and len(targets) < 2:
+        return None
+    found = [scene.entities[i] for i in targets]
+    phrases = tuple(f"{e.look}, {e.detail}" if k == "detail" else e.look for e, (k, _) in zip(found, pick))
+    made = lambda text, answer, chain=(): Question(text, (answer,), scene, kind, setting, tuple(targets), phrases, chain, pick[0][0])
+    if kind in VISUAL:
+        usable = not (kind == "shape" and world.noun != "shield") and pick[0][0] not in ("look", kind)
+        return made(f"What is the {kind} of the {pick[0][1]}?", target.look.split()[VISUAL.index(kind)]) if usable or len(shown) == 1 else None
+    if kind == "name":
+        return made(f"What is the name of the {pick[0][1]}?", target.name)
+    if kind == "compare":
+        relation = count_relation(world)
+        a, b = (int(e.facts.get(relation, -1)) for e in found)
+        text = f"Which has more {relation}, the {pick[0][1]} or the {pick[1][1]}?"
+        return made(text, found[a < b].name, (relation,)) if a != b and min(a, b) >= 0 else None
+    chain, values = [], [target.name]
+    for left in range(int(kind[3:]), 0, -1):  # all but the last relation must lead to another entity
+        facts = world.entities[values[-1]].facts
+        options = [r for r, v in facts.items() if v not in values and (left == 1 or v in world.entities)]
+        if not options:
+            return None
+        chain.append(rng.choice(options))
+        values.append(facts[chain[-1]])
+    return made(f"What is the {' of the '.join(reversed(chain))} of the {pick[0][1]}?", values[-1], tuple(chain))
+
+
+def count_relation(world):
+    """The relation that 'which has more' asks about: its values are whole numbers below 100."""
+    return "towers" if world.noun == "shield" else "number of neighbours"
+
+
+def questions(world, mix, n, seed, split=("train",)):
+    """`n` questions drawn from a mix of (kind, setting, weight). Same arguments, same questions."""
+    rng = random.Random(f"{world.name}/{world.seed}/{seed}")
+    kinds, out = [(k, s) for k, s, _ in mix], []
+    while len(out) < n:
+        kind, setting = rng.choices(kinds, [w for *_, w in mix])[0]
+        for _ in range(50):  # retry the same kind, so that rare luck does not bend the mix
+            if question := ask(world, kind, setting, split, rng):
+                out.append(question)
+                break
+    return out
+
+
+def suite(world, name, n=300):
+    """A held-out suite: (world to search in, whether late entities are indexed, questions)."""
+    searched = world.aged() if name == "live" else world
+    return searched, questions(searched, SUITES[name], n, f"suite/{name}", ("test", "late") if name == "live" else ("test",))
+
+
+# ------------------------------------------------------------------------------------------------------------ tokenizer
+
+TAGS = ("<pad>", "<bos>", "<image>", "<sep>", "<obs>", "</obs>",  # written by the environment only: these cannot be sampled
+        "<stop>", "<think>", "</think>", "<answer>", "</answer>", "<search>", "</search>", "<glance>", "</glance>", "<gaze>", "</gaze>")
+
+
+class Vocabulary:
+    """Byte-level BPE: any string can be spelt, unknown names included. 0..99 are single tokens, so a box is four tokens."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.size = tokenizer, tokenizer.get_vocab_size()
+        self.id = {t: tokenizer.token_to_id(t) for t in TAGS}
+        assert self.id["<pad>"] != self.id["<stop>"]  # else masking the padding would also mask the end of a turn
+        self.sampleable = [i not in range(TAGS.index("<stop>")) for i in range(self.size)]
+
+    def encode(self, text):
+        """Plain text, from a world or a user: a tag spelt in it stays text and can never become a control token."""
+        return self.tokenizer.encode(text.replace("<", "‹").replace(">", "›")).ids if text else []
+
+    def encode_turn(self, text):
+        """Text written by the expert, in which tags are tags."""
+        return self.tokenizer.encode(text).ids
+
+    def decode(self, ids):
+        return self.tokenizer.decode(list(ids), skip_special_tokens=False)
+
+
+def build_vocabulary(size=1536, seed=0):
+    """Train the BPE on invented names, questions, passages and numbers. No world's own names are in it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    toy, rng = heraldry(f"{seed}/vocabulary", 300), random.Random(f"vocabulary/{seed}")
+    corpus = toy.passages(late=True) + [e.blazon for e in toy.pictured()]
+    corpus += [q.text for q in questions(toy, SFT_MIX + RL_MIX, 1500, "vocabulary")]
+    corpus += [" " + " ".join(str(rng.randint(0, 99)) for _ in range(8)) for _ in range(3000)]
+    corpus += ["point to the see look at want : no not is next yes what shows nothing found tool failed again bad box more"] * 50
+    corpus += ["What is the capital of the largest neighbour of the flag at the currency calling code internet domain"] * 5
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)  # ' Ost' is one spelling wherever a name begins
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(corpus, trainers.BpeTrainer(vocab_size=size, special_tokens=list(TAGS), show_progress=False,
+                                                             initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    return Vocabulary(tokenizer)

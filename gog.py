@@ -1,0 +1,409 @@
+"""Glance-or-Gaze: the turn protocol, the expert that shows it, the batched rollout, scoring and evaluation.
+
+One turn of the policy:   [<think> text </think>]  exactly one action  <stop>
+    <answer> text </answer>           ends the trajectory
+    <search> query </search>          text search
+    <glance></glance>                 search with the whole picture
+    <gaze> x0 y0 x1 y1</gaze>         crop (percent of the picture, 0..99), look at the crop, and search with it
+The environment answers <obs> [crop] text </obs>, and so on, until an answer or the last turn.
+
+From the paper: Selective Gaze, four actions, one a turn; reflection after a wrong gaze; full-search, direct and no-gaze baselines.
+Here instead: exact match, where the paper asks an LLM judge; a program as the expert, where the paper filters a strong model's
+    trajectories; an image hit carries a caption (`score name: blazon`), so that reflection is a comparison that a small model can make.
+
+Provenance is known at birth: `Trajectory.act` appends what the policy sampled (trained), `Trajectory.observe` what the environment
+wrote (never trained). Token ids are never decoded and encoded again, so training sees exactly what was sampled.
+"""
+import argparse
+import json
+import random
+import re
+import sys
+import unicodedata
+from collections import Counter
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+import data
+from data import iou
+from model import Cache, pick
+
+MAX_TURNS, TURN_TOKENS = 8, 48
+ACTIONS = ("answer", "search", "glance", "gaze")
+
+# ----------------------------------------------------------------------------------------------------------- trajectory
+
+
+@dataclass
+class Turn:
+    """One action and what came of it. kind is one of ACTIONS, or "malformed"."""
+    kind: str
+    argument: object = None  # answer or query text, box, or the reason why it is malformed
+    thought: str = ""
+    observation: str = ""
+    ok: bool = True  # the tool worked
+
+
+@dataclass
+class Trajectory:
+    """Parallel lists over tokens, and the pictures that fill the image placeholders in order."""
+    question: data.Question
+    ids: list = field(default_factory=list)
+    is_action: list = field(default_factory=list)  # True: sampled by the policy, trained. False: written by the environment
+    logprobs: list = field(default_factory=list)  # of sampled tokens under the sampling policy, 0 elsewhere
+    pictures: list = field(default_factory=list)  # uint8 (3, S, S)
+    turns: list = field(default_factory=list)
+    truncated: bool = False  # a turn or the context was too long
+
+    def observe(self, ids, picture=None):
+        self.ids += ids
+        self.is_action += [False] * len(ids)
+        self.logprobs += [0.0] * len(ids)
+        if picture is not None:
+            self.pictures.append(picture)
+
+    def act(self, ids, logprobs=None):
+        self.ids += ids
+        self.is_action += [True] * len(ids)
+        self.logprobs += logprobs or [0.0] * len(ids)
+
+    @property
+    def answer(self):
+        return self.turns[-1].argument if self.turns and self.turns[-1].kind == "answer" else None
+
+    @property
+    def well_formed(self):
+        return self.answer is not None and all(t.kind != "malformed" for t in self.turns)
+
+    @property
+    def correct(self):
+        return self.answer is not None and exact_match(self.answer, self.question.answers)
+
+
+def normalise(text):
+    """Case, accents, punctuation, articles and blanks do not count in an answer."""
+    text = unicodedata.normalize("NFKD", text.casefold())
+    text = "".join(c if c.isalnum() else " " for c in text if not unicodedata.combining(c))
+    return " ".join(w for w in text.split() if w not in ("the", "a", "an"))
+
+
+def exact_match(answer, gold):
+    """True if the normalised answer equals a gold answer. Never a substring: an empty answer or 'A or B or C' is wrong."""
+    return bool(normalise(answer)) and normalise(answer) in map(normalise, gold)
+
+
+TURN = re.compile(r"(?:<think>([^<>]*)</think>)?\s*<(answer|search|glance|gaze)>([^<>]*)</\2>\s*")
+
+
+def parse(text):
+    """Text of one turn, without its stop token -> Turn. Never raises: whatever is no action is a malformed one, with the reason."""
+    match = TURN.fullmatch(text)
+    if not match:
+        return Turn("malformed", "one optional thought, then exactly one action")
+    thought, kind, argument = (part.strip() if part else "" for part in match.groups())
+    if kind == "gaze":
+        numbers = argument.split()
+        if len(numbers) != 4 or not all(re.fullmatch(r"[0-9]{1,2}", n) for n in numbers):
+            return Turn("malformed", "a gaze needs four whole numbers 0 to 99", thought)
+        argument = tuple(map(int, numbers))
+    return Turn(kind, argument, thought)
+
+
+def to_array(picture, side):
+    """Picture -> uint8 (3, S, S): all that the model ever sees of it."""
+    return np.asarray(picture.convert("RGB").resize((side, side), Image.BOX if min(picture.size) > side else Image.BILINEAR)).transpose(2, 0, 1)
+
+
+class Environment:
+    """What stands around the policy: prompt, tools, observations. Holds the vocabulary and the picture format."""
+
+    def __init__(self, vocabulary, toolbox, config, withhold=False):
+        self.v, self.toolbox, self.side, self.withhold = vocabulary, toolbox, config.picture, withhold
+        self.image = [vocabulary.id["<image>"]] * config.image_tokens
+
+    def prompt(self, question, glance):
+        """A new trajectory: <bos> picture question <sep>."""
+        t = Trajectory(question)
+        t.observe([self.v.id["<bos>"], *self.image, *self.v.encode(question.text), self.v.id["<sep>"]], glance)
+        return t
+
+    def step(self, trajectories, turns, scenes):
+        """Append each parsed turn and its observation (tools are called in one batch). True where the trajectory goes on."""
+        wanted = [i for i, turn in enumerate(turns) if turn.kind in ("search", "glance", "gaze")]
+        found = dict(zip(wanted, self.toolbox.run([(turns[i].kind, turns[i].argument, scenes[i]) for i in wanted])))
+        for i, (t, turn) in enumerate(zip(trajectories, turns)):
+            t.turns.append(turn)
+            if turn.kind == "answer":
+                continue
+            seen = found.get(i)
+            turn.observation, turn.ok = (seen.text, seen.ok) if seen else (f"malformed: {turn.argument}", False)
+            crop = to_array(seen.picture, self.side) if seen and seen.picture is not None else None
+            if self.withhold:  # control: the action happens, but nothing of what it finds is shown
+                turn.observation, crop = "", None
+            shown = self.v.encode(turn.observation)
+            t.observe([self.v.id["<obs>"], *(self.image if crop is not None else []), *shown, self.v.id["</obs>"]], crop)
+        return [turn.kind != "answer" for turn in turns]
+
+
+# -------------------------------------------------------------------------------------------------------------- rollout
+
+@torch.no_grad()
+def rollout(policy, env, questions, group=1, temperature=1.0, max_turns=MAX_TURNS, schedule=None, generator=None, rows=256, room=640,
+            progress=None):
+    """Let the policy answer questions: list of Q * group trajectories, a question's group side by side.
+
+    schedule: per turn the actions allowed (the last entry holds for all later turns), None: all four. rows: batch size.
+    room: tokens a trajectory may have. generator: torch.Generator on the policy's device.
+    """
+    out, per_batch = [], max(1, rows // group)
+    bar = tqdm(total=len(questions) * group, desc=progress, unit="q", leave=False, disable=progress is None)
+    for start in range(0, len(questions), per_batch):
+        batch = questions[start:start + per_batch]
+        out += _rollout_batch(policy, env, batch, group, temperature, max_turns, schedule, generator, room)
+        bar.update(len(batch) * group)
+    bar.close()
+    return out
+
+
+def _rollout_batch(policy, env, questions, group, temperature, max_turns, schedule, generator, room):
+    scenes = [q.scene.picture() for q in questions]
+    glances = [to_array(s, env.side) for s in scenes]
+    room = min(room, policy.config.context)
+    cache = Cache(policy.config, len(questions), room, policy.device, policy.embed_tokens.weight.dtype)
+    prompts = [env.prompt(q, g) for q, g in zip(questions, glances)]
+    hidden = _feed(policy, env, cache, [p.ids for p in prompts], glances)
+    cache.keep(torch.arange(len(questions), device=policy.device), repeat=group)  # the prompt is read once for the whole group
+    hidden = hidden.repeat_interleave(group, 0)
+    done = [env.prompt(q, g) for q, g in zip(questions, glances) for _ in range(group)]
+    live, scenes = list(done), [s for s in scenes for _ in range(group)]
+    for turn in range(max_turns):
+        allowed = _allowed(env.v, schedule[min(turn, len(schedule) - 1)] if schedule else ACTIONS, policy.device)
+        sampled = _sample_turn(policy, env.v, cache, hidden, temperature, allowed, generator)
+        for t, (ids, logprobs) in zip(live, sampled):
+            t.act(ids, logprobs)
+        stop = env.v.id["<stop>"]
+        turns = [parse(env.v.decode(ids[:-1]) if ids[-1] == stop else "<") for ids, _ in sampled]
+        before = [len(t.ids) for t in live]
+        goes_on = env.step(live, turns, scenes)
+        for i, (t, (ids, _)) in enumerate(zip(live, sampled)):
+            if ids[-1] != stop or (goes_on[i] and len(t.ids) + TURN_TOKENS >= room):
+                goes_on[i], t.truncated = False, True
+        keep = [i for i, go in enumerate(goes_on) if go]
+        if not keep or turn + 1 == max_turns:
+            break
+        live, scenes, before = [live[i] for i in keep], [scenes[i] for i in keep], [before[i] for i in keep]
+        cache.keep(torch.tensor(keep, device=policy.device))
+        new = [t.ids[b - 1:] for t, b in zip(live, before)]  # the stop token has been sampled but not yet read
+        crops = [t.pictures[-1] for t, ids in zip(live, new) if env.image[0] in ids]
+        hidden = _feed(policy, env, cache, new, crops)
+    return done
+
+
+def _feed(policy, env, cache, chunks, pictures):
+    """Read one ragged chunk of ids a row into the cache; hidden state of each row's last token, (B, D)."""
+    lengths = torch.tensor([len(c) for c in chunks])
+    ids = torch.full((len(chunks), int(lengths.max())), env.v.id["<pad>"])
+    for row, chunk in zip(ids, chunks):
+        row[:len(chunk)] = torch.tensor(chunk)
+    pictures = torch.from_numpy(np.stack(pictures)).to(policy.device) if pictures else None
+    ids, lengths = ids.to(policy.device), lengths.to(policy.device)
+    hidden = policy(ids, pictures, env.image[0], cache, lengths)
+    return hidden[torch.arange(len(chunks), device=policy.device), lengths - 1]
+
+
+def _allowed(v, actions, device):
+    """(1, vocab) mask of what may be sampled: never observation, image or padding ids; only these actions' tags."""
+    mask = torch.tensor(v.sampleable, device=device)
+    for a in set(ACTIONS) - set(actions):
+        mask[v.id[f"<{a}>"]] = False
+    return mask[None]
+
+
+def _sample_turn(policy, v, cache, hidden, temperature, allowed, generator):
+    """Sample one turn for every row: list of (ids, logprobs), stop token included. Rows that have stopped wait, unread."""
+    stop, live = v.id["<stop>"], torch.ones(len(hidden), dtype=torch.bool, device=hidden.device)
+    ids, logprobs, lengths = [], [], torch.zeros(len(hidden), dtype=torch.long, device=hidden.device)
+    for step in range(TURN_TOKENS):
+        token, logp = pick(policy.logits(hidden), temperature, allowed, generator)
+        ids.append(token), logprobs.append(logp)
+        lengths += live
+        live = live & (token != stop)
+        if step + 1 == TURN_TOKENS or not live.any():
+            break
+        hidden = policy(token[:, None], cache=cache, valid=live.long())[:, 0]  # a waiting row's slot is overwritten later
+    ids, logprobs = torch.stack(ids, 1).tolist(), torch.stack(logprobs, 1).tolist()
+    return [(i[:n], p[:n]) for i, p, n in zip(ids, logprobs, lengths.tolist())]
+
+
+# ------------------------------------------------------------------------------------------ scripts: the expert and chance
+
+def expert(q, rng, wrong_gaze=0.0, glance_first=0.0):
+    """The demonstrator, a generator: yields the text of a turn, is sent the observation. It knows boxes and plan, but reads every
+    name and value from the tools. After each look it states what it wants and what it sees, and goes on where they differ.
+
+    wrong_gaze: chance to begin at an object that does not fit. glance_first: chance of a useless glance at a crowded wall.
+    """
+    if q.search_free:
+        yield f"<think> {'look at ' + q.phrases[0] if q.phrases else 'look at all'}</think><answer> {q.answers[0]}</answer>"
+        return
+    names, values, thought = [], [], ""
+    for target, phrase in zip(q.targets, q.phrases):
+        looks = [e.look for e in q.scene.entities]
+        queue = [target]
+        if "," in phrase:  # look-alikes: only a gaze can tell, so take them from left to right
+            queue = sorted((i for i, l in enumerate(looks) if l == looks[target]), key=lambda i: q.scene.boxes[i][0])
+        elif rng.random() < wrong_gaze and (others := [i for i, l in enumerate(looks) if l != looks[target]]):
+            queue = [rng.choice(others), target]
+        if len(looks) == 1:
+            queue = ["glance"]
+        elif rng.random() < glance_first:
+            queue = ["glance", *queue]
+        thought += f"look at {phrase}"
+        for place in queue:
+            action = "<glance></glance>" if place == "glance" else "<gaze> {} {} {} {}</gaze>".format(*q.scene.boxes[place])
+            obs = yield from _try(f"<think> {thought}</think>{action}", action)
+            name, seen = _best_hit(obs, phrase)
+            thought = f"want {phrase}, see {seen}: "
+            if name:
+                break
+            thought += "no"
+        else:
+            return  # the tools did not find it: this demonstration is dropped by the check that follows
+        names.append(name)
+        thought += name
+        for relation in q.chain:
+            query = f"<search> {name} {relation}</search>"
+            obs = yield from _try(f"<think> {thought}</think>{query}", query)
+            name = _read(obs, name, relation)
+            if not name:
+                return
+            thought = f"{relation} is {name}"
+        values.append(name)
+        thought += ", "
+    if q.kind == "compare":
+        thought = f"{names[0]} {values[0]}, {names[1]} {values[1]}"
+        values = [names[int(values[0]) < int(values[1])]]
+    yield f"<think> {thought.removesuffix(', ')}</think><answer> {values[-1]}</answer>"
+
+
+def _try(turn, action, patience=3):
+    """Take a turn; while the tool fails, take the action again."""
+    obs = yield turn
+    while obs == "search failed" and (patience := patience - 1):
+        obs = yield f"<think> failed, again</think>{action}"
+    return obs
+
+
+def _best_hit(obs, phrase):
+    """(name, what the best hit shows): name is None if the best hit does not fit the phrase. What is shown is told to the same depth."""
+    name, _, blazon = (obs or "").split(" | ")[0].partition(": ")
+    look, *_, detail = blazon.split(", ") if ", " in blazon else (blazon, "")
+    seen = f"{look}, {detail}" if "," in phrase else look
+    return (name.split(" ", 1)[-1] if seen == phrase else None), seen
+
+
+def _read(obs, name, relation):
+    """The value that one of the passages gives for (name, relation), by the wordings in data.PASSAGES; None if there is none."""
+    for passage in (obs or "").split(" | "):
+        for form in data.PASSAGES:
+            pattern = re.escape(form).replace(r"\{v\}", "(.+)").replace(r"\{n\}", re.escape(name)).replace(r"\{r\}", re.escape(relation))
+            if match := re.fullmatch(pattern, passage):
+                return match[1]
+    return None
+
+
+def chance(q, rng, words):
+    """The random baseline: actions by lot, with arguments by lot; `words` are possible answers."""
+    for _ in range(MAX_TURNS):
+        action = rng.choice(ACTIONS)
+        if action == "answer":
+            yield f"<answer> {rng.choice(words)}</answer>"
+            return
+        x0, y0 = rng.randint(0, 80), rng.randint(0, 80)
+        argument = {"search": rng.choice(words), "glance": "", "gaze": f"{x0} {y0} {rng.randint(x0 + 5, 99)} {rng.randint(y0 + 5, 99)}"}[action]
+        yield f"<{action}> {argument}</{action}>"
+
+
+def play(env, questions, scripts, rows=256, progress=None):
+    """Run scripts (generators of turn texts) through the same environment as a policy: one trajectory a question."""
+    out = []
+    for start in tqdm(range(0, len(questions), rows), desc=progress, leave=False, disable=progress is None):
+        scenes = [q.scene.picture() for q in questions[start:start + rows]]
+        batch = [env.prompt(q, to_array(s, env.side)) for q, s in zip(questions[start:start + rows], scenes)]
+        out += batch
+        live = [(t, script, scene, next(script)) for t, script, scene in zip(batch, scripts[start:start + rows], scenes)]
+        for _ in range(MAX_TURNS):
+            for t, _, _, text in live:
+                t.act(env.v.encode_turn(text) + [env.v.id["<stop>"]])
+            goes_on = env.step([t for t, *_ in live], [parse(text) for *_, text in live], [scene for *_, scene, _ in live])
+            live = [(t, script, scene, text) for (t, script, scene, _), go in zip(live, goes_on)
+                    if go and (text := _send(script, t.turns[-1].observation))]
+            if not live:
+                break
+    return out
+
+
+def _send(script, observation):
+    try:
+        return script.send(observation)
+    except StopIteration:
+        return None
+
+
+# ------------------------------------------------------------------------------------------------------------ evaluation
+
+SCHEDULES = {  # baselines that need no other model: which actions a turn allows
+    "direct": [("answer",)], "full-search": [("glance",), ("search",), ("answer",)], "no-gaze": [("answer", "search", "glance")]}
+
+
+def gazes(t):
+    """(box, best IoU with a target) of every gaze of a trajectory."""
+    boxes = [t.question.scene.boxes[i] for i in t.question.targets]
+    return [(turn.argument, max((iou(turn.argument, b) for b in boxes), default=0.0)) for turn in t.turns if turn.kind == "gaze"]
+
+
+def wrong_gaze_then(t):
+    """For every gaze that missed (IoU < 0.5): True if the next action is a gaze elsewhere (IoU with the missed box < 0.5)."""
+    hits, out, g = gazes(t), [], -1
+    for i, turn in enumerate(t.turns):
+        if turn.kind == "gaze":
+            g += 1
+            if hits[g][1] < 0.5:
+                after = t.turns[i + 1] if i + 1 < len(t.turns) else None
+                out.append(bool(after) and after.kind == "gaze" and iou(after.argument, turn.argument) < 0.5)
+    return out
+
+
+def behaviour(trajectories):
+    """Glossary of what a policy does: {metric: value}, over a list of trajectories. Shares are 0..1."""
+    n = max(1, len(trajectories))
+    mean = lambda values: float(np.mean(values)) if len(values) else float("nan")
+    kinds = [{t.kind for t in x.turns} & {"search", "glance", "gaze"} for x in trajectories]
+    looked = [g for x in trajectories if x.question.targets for g in gazes(x)]
+    misses = [again for x in trajectories if x.question.targets for again in wrong_gaze_then(x)]
+    acts = Counter(t.kind for x in trajectories for t in x.turns)
+    found = [any(u >= 0.5 for _, u in gazes(x)) for x in trajectories if x.question.targets and not x.question.search_free and len(x.question.scene.boxes) > 1]
+    return {"accuracy": sum(x.correct for x in trajectories) / n, "well_formed": sum(x.well_formed for x in trajectories) / n,
+            "no_search": sum(not k for k in kinds) / n, "single_search": sum(len(k) == 1 for k in kinds) / n,
+            "mixed_search": sum(len(k) > 1 for k in kinds) / n,
+            **{f"{a}_share": acts[a] / max(1, sum(acts.values())) for a in (*ACTIONS, "malformed")},
+            "gaze_correct": mean([u >= 0.5 for _, u in looked]), "gaze_iou": mean([u for _, u in looked]), "target_found": mean(found),
+            "reflection": mean(misses), "turns": mean([len(x.turns) for x in trajectories]),
+            "tool_calls": sum(acts[a] for a in ("search", "glance", "gaze")) / n,
+            "tokens": mean([sum(x.is_action) for x in trajectories]), "truncated": sum(x.truncated or x.answer is None for x in trajectories) / n}
+
+
+def evaluate(policy, env, questions, row, seed=0, temperature=0.0, progress=None):
+    """Trajectories of one row of the main table. Greedy unless told otherwise; `policy` may be None for oracle and random."""
+    rng = random.Random(f"{row}/{seed}")
+    if row == "oracle":
+        return play(env, questions, [expert(q, rng) for q in questions], progress=progress)
+    if row == "random":
+        words = sorted({a for q in questions for a in q.answers})
+        return play(env, questions, [chance(q, rng, words) for q in questions], progress=progress)
+    generator = torch.Generator(policy.device).manual_seed(seed)
+    return rollout(policy, env, questions, 1, temperature, schedule=SCHEDULES.get(row), generator=generator, progress=progress)

@@ -1,0 +1,308 @@
+"""The policy: a compact vision-language model of the SmolVLM family, in one file and without a trainer in sight.
+
+    picture (3, S, S) -> ViT -> P patches -> pixel shuffle -> N image tokens -> linear -> they replace the <image> placeholders
+    token ids         -> embedding ----------------------------------------------------^  -> Llama decoder -> logits
+
+From the paper: nothing but the role. The authors fine-tune Qwen2.5-VL-7B and Qwen3-VL-8B.
+Here instead: 3 M parameters (`nano`) or 30 M (`small`), same shapes and parameter names as the public Llama/SigLIP family (RMSNorm,
+    RoPE, grouped-query attention, SwiGLU, tied embeddings), so that an independent implementation can check our logits.
+Why a convolutional stem: at 3 M parameters a ViT learns from a few ten thousand pictures, and edges are cheaper to convolve
+    than to discover (README has the measurement).
+
+Alphabet: B batch, T tokens, P patches, N image tokens a picture, D width, H query heads, K key/value heads, C head width.
+"""
+import json
+import os
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+
+@dataclass
+class ModelConfig:
+    vocab: int = 1536
+    width: int = 192  # D
+    layers: int = 6
+    heads: int = 6  # H
+    kv_heads: int = 2  # K
+    mlp: int = 512
+    context: int = 1024  # longest trajectory, in tokens
+    rope_base: float = 10000.0
+    picture: int = 128  # S, pixels: every picture is shrunk to S x S before it is seen
+    patch: int = 16
+    vit_width: int = 128
+    vit_layers: int = 4
+    vit_heads: int = 4
+    shuffle: int = 2  # pixel shuffle: shuffle^2 patches become one image token
+    stem: bool = True  # convolutions before the ViT (False: one linear patch embedding, as SigLIP has)
+
+    @property
+    def image_tokens(self):
+        return (self.picture // self.patch // self.shuffle) ** 2
+
+
+PRESETS = {"tiny": dict(width=64, layers=2, heads=4, mlp=128, vit_width=32, vit_layers=1, picture=64),  # tests only
+           "nano": {},
+           "small": dict(vocab=1536, width=512, layers=10, heads=8, kv_heads=4, mlp=1408, vit_width=256, vit_layers=6, vit_heads=8)}
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, width, eps=1e-6):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+
+    def forward(self, x):
+        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+
+
+def rope_table(positions, head_width, base):
+    """cos and sin of the rotation angles: positions (B, T) -> two tensors (B, 1, T, C)."""
+    inverse = base ** (-torch.arange(0, head_width, 2, device=positions.device, dtype=torch.float32) / head_width)
+    angles = (positions[..., None].float() * inverse)[:, None]  # (B, 1, T, C/2)
+    angles = torch.cat((angles, angles), -1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x, rope):
+    """Rotary position embedding in the half-split convention of Llama: x (B, heads, T, C)."""
+    cos, sin = rope
+    a, b = x.chunk(2, -1)
+    return (x * cos + torch.cat((-b, a), -1) * sin).to(x.dtype)
+
+
+class Cache:
+    """Keys and values of B growing rows, (layers, 2, B, K, room, C). Token t of row b lives at slot t: `lengths` (B,) says how far
+    a row has come. Slots beyond are garbage that nobody attends to, so rows may differ in length and need no padding mask."""
+
+    def __init__(self, config, rows, room, device, dtype):
+        c = config
+        self.kv = torch.zeros(c.layers, 2, rows, c.kv_heads, room, c.width // c.heads, device=device, dtype=dtype)
+        self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
+
+    @property
+    def room(self):
+        return self.kv.shape[4]
+
+    def append(self, layer, k, v, positions, upto):
+        """Write k, v (B, K, T, C) at `positions` (B, T); return all keys and values of slots 0..upto-1."""
+        rows = torch.arange(k.shape[0], device=k.device)[:, None]
+        for store, new in zip(self.kv[layer], (k, v)):
+            store[rows, :, positions] = new.transpose(1, 2).to(store.dtype)
+        return self.kv[layer, 0, :, :, :upto], self.kv[layer, 1, :, :, :upto]
+
+    def keep(self, rows, repeat=1):
+        """Keep only these rows (LongTensor), each `repeat` times: finished rows leave, a prompt becomes a group."""
+        rows = rows.repeat_interleave(repeat)
+        self.kv, self.lengths = self.kv[:, :, rows], self.lengths[rows]
+
+
+class Attention(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.heads, self.kv_heads, self.c = c.heads, c.kv_heads, c.width // c.heads
+        self.q_proj = nn.Linear(c.width, c.heads * self.c, bias=False)
+        self.k_proj = nn.Linear(c.width, c.kv_heads * self.c, bias=False)
+        self.v_proj = nn.Linear(c.width, c.kv_heads * self.c, bias=False)
+        self.o_proj = nn.Linear(c.heads * self.c, c.width, bias=False)
+
+    def forward(self, x, rope, mask, cache=None, layer=0, positions=None):
+        B, T, _ = x.shape
+        split = lambda y, n: y.view(B, T, n, self.c).transpose(1, 2)  # (B, T, n*C) -> (B, n, T, C)
+        q = rotate(split(self.q_proj(x), self.heads), rope)
+        k = rotate(split(self.k_proj(x), self.kv_heads), rope)
+        v = split(self.v_proj(x), self.kv_heads)
+        if cache is not None:
+            k, v = cache.append(layer, k, v, positions, mask.shape[-1])
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+        return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))  # (B, H, T, C) -> (B, T, D)
+
+
+class Block(nn.Module):
+    """Llama's: x + attention(norm(x)), then x + SwiGLU(norm(x))."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.input_layernorm, self.self_attn = RMSNorm(c.width), Attention(c)
+        self.post_attention_layernorm = RMSNorm(c.width)
+        self.gate_proj = nn.Linear(c.width, c.mlp, bias=False)
+        self.up_proj = nn.Linear(c.width, c.mlp, bias=False)
+        self.down_proj = nn.Linear(c.mlp, c.width, bias=False)
+
+    def forward(self, x, *attention_args):
+        x = x + self.self_attn(self.input_layernorm(x), *attention_args)
+        h = self.post_attention_layernorm(x)
+        return x + self.down_proj(F.silu(self.gate_proj(h)) * self.up_proj(h))
+
+
+class VisionBlock(nn.Module):
+    """SigLIP's: LayerNorm, full attention, GELU MLP."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.layer_norm1, self.layer_norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out_proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x):
+        B, P, D = x.shape
+        q, k, v = self.qkv(self.layer_norm1(x)).view(B, P, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # 3 x (B, heads, P, C)
+        x = x + self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, P, D))
+        return x + self.fc2(F.gelu(self.fc1(self.layer_norm2(x)), approximate="tanh"))
+
+
+class Vision(nn.Module):
+    """Pictures (B, 3, S, S), uint8 -> image tokens (B, N, D)."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.grid, self.shuffle = c.picture // c.patch, c.shuffle
+        w = c.vit_width
+        if c.stem:  # three strided convolutions reach the same grid as one patch embedding
+            self.embed = nn.Sequential(nn.Conv2d(3, w // 4, 3, 2, 1), nn.GELU(), nn.Conv2d(w // 4, w // 2, 3, 2, 1), nn.GELU(),
+                                       nn.Conv2d(w // 2, w, c.patch // 4, c.patch // 4))
+        else:
+            self.embed = nn.Conv2d(3, w, c.patch, c.patch)
+        self.position = nn.Parameter(0.02 * torch.randn(self.grid**2, w))
+        self.blocks = nn.ModuleList(VisionBlock(w, c.vit_heads) for _ in range(c.vit_layers))
+        self.norm = nn.LayerNorm(w)
+        self.projector = nn.Linear(w * c.shuffle**2, c.width, bias=False)
+
+    def patches(self, pictures):
+        """Features (B, P, W) of every patch."""
+        x = self.embed(pictures.to(self.position.dtype) / 127.5 - 1)  # (B, W, grid, grid)
+        x = x.flatten(2).transpose(1, 2) + self.position  # (B, P, W)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def forward(self, pictures):
+        x = self.patches(pictures)
+        B, P, W = x.shape
+        s, g = self.shuffle, self.grid // self.shuffle
+        x = x.view(B, g, s, g, s, W).transpose(2, 3).reshape(B, g * g, s * s * W)  # pixel shuffle: P -> N = P / s^2
+        return self.projector(x)
+
+
+class Policy(nn.Module):
+    """The VLM. `forward` gives final hidden states; `logits` turns those wanted into scores (most positions never need any)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.vision = Vision(config)
+        self.embed_tokens = nn.Embedding(config.vocab, config.width)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = RMSNorm(config.width)
+        self.apply(self._init)
+        for block in self.layers:  # residual branches start small (GPT-2)
+            for last in (block.self_attn.o_proj, block.down_proj):
+                nn.init.normal_(last.weight, std=0.02 / (2 * config.layers) ** 0.5)
+
+    @staticmethod
+    def _init(module):
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.02)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
+
+    @property
+    def device(self):
+        return self.embed_tokens.weight.device
+
+    def forward(self, ids, pictures=None, image_id=None, cache=None, valid=None):
+        """Hidden states (B, T, D) of token ids (B, T).
+
+        pictures: uint8 (M, 3, S, S), or image tokens (M, N, D) from `self.vision`; they fill the M*N positions where ids == image_id.
+        cache: None (a whole sequence, causal) or a Cache (ids continue its rows). valid: (B,) how many of T are real, default all.
+        """
+        x = self.embed_tokens(ids)
+        if pictures is not None and len(pictures):
+            tokens = self.vision(pictures) if pictures.dim() == 4 else pictures
+            x = x.masked_scatter((ids == image_id)[..., None], tokens.to(x.dtype))
+        B, T = ids.shape
+        start = cache.lengths[:, None] if cache is not None else torch.zeros(B, 1, dtype=torch.long, device=ids.device)
+        positions = start + torch.arange(T, device=ids.device)  # (B, T)
+        mask = None
+        if cache is not None:  # a query at position p sees slots 0..p: this alone hides every garbage slot
+            positions = positions.clamp(max=cache.room - 1)
+            upto = int(positions.max()) + 1
+            mask = (torch.arange(upto, device=ids.device) <= positions[..., None])[:, None]  # (B, 1, T, upto)
+        rope = rope_table(positions, self.config.width // self.config.heads, self.config.rope_base)
+        for i, block in enumerate(self.layers):
+            x = block(x, rope, mask, cache, i, positions)
+        if cache is not None:
+            cache.lengths += T if valid is None else valid
+        return self.norm(x)
+
+    def logits(self, hidden):
+        return hidden @ self.embed_tokens.weight.T  # tied: (..., D) -> (..., vocab)
+
+
+def pick(logits, temperature, allowed=None, generator=None):
+    """Sample one id a row from logits (B, vocab), and its log-probability under that same distribution.
+
+    temperature 0 is greedy (log-probability at temperature 1). No top-k, no top-p: GRPO must score what was sampled (its ratio is 1
+    before the first update). allowed: bool (B or 1, vocab), ids that may be sampled at all.
+    """
+    if allowed is not None:
+        logits = logits.masked_fill(~allowed, float("-inf"))
+    logp = F.log_softmax(logits.float() / (temperature or 1.0), -1)
+    ids = torch.multinomial(logp.exp(), 1, generator=generator)[:, 0] if temperature else logp.argmax(-1)
+    return ids, logp.gather(1, ids[:, None])[:, 0]
+
+
+# ---------------------------------------------------------------------------------------------------------- save and load
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message names the file and the way out."""
+
+
+def atomic(path, write):
+    """Call write(temporary path), flush it to disk, then rename onto `path`: a reader sees the old file or the new, never half."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as f:
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save(model, path, **meta):
+    """Weights, config and `meta` (strings) in one safetensors file."""
+    weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    header = {"config": json.dumps(asdict(model.config)), **meta}
+    atomic(path, lambda p: save_file(weights, p, metadata=header))
+
+
+def load(path, device="cpu", **expected):
+    """Policy and its metadata. Raises CheckpointError if the file is broken, or if a key of `expected` (say tokenizer=...) differs."""
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such checkpoint. Train one first: python train.py --stage sft")
+    try:
+        with safe_open(path, "pt") as f:
+            meta = f.metadata() or {}
+            weights = {k: f.get_tensor(k) for k in f.keys()}
+    except (SafetensorError, OSError) as e:
+        raise CheckpointError(f"{path}: not a readable safetensors file ({e}). Delete it and train again") from None
+    try:
+        given = json.loads(meta["config"])
+        model = Policy(ModelConfig(**{f.name: given[f.name] for f in fields(ModelConfig)}))
+        model.load_state_dict(weights)
+    except (KeyError, TypeError, ValueError, RuntimeError) as e:
+        raise CheckpointError(f"{path}: weights of another shape or version ({str(e).splitlines()[0]}). Delete it and train again") from None
+    for key, value in expected.items():
+        if meta.get(key) != value:
+            raise CheckpointError(f"{path}: made with another {key} ({str(meta.get(key))[:24]}... instead of {value[:24]}...). "
+                                  "Use its own --out folder, or delete it and train again")
+    return model.to(device), meta

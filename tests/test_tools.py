@@ -1,0 +1,174 @@
+"""Tools are offline, deterministic and real. Each test's docstring names the bug it prevents."""
+import random
+import socket
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import data
+import tools
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    """A tool that quietly asks the web."""
+    def refuse(*_, **__):
+        raise AssertionError("a tool opened a socket")
+    monkeypatch.setattr(socket, "socket", refuse)
+
+
+@pytest.fixture(scope="module")
+def world():
+    return data.heraldry(0, 120)
+
+
+@pytest.fixture(scope="module")
+def entities(world):
+    return world.pictured()
+
+
+@pytest.fixture(scope="module")
+def image_index(entities):
+    return tools.ImageIndex((e.name, e.blazon, e.picture(64)) for e in entities)
+
+
+@pytest.fixture(scope="module")
+def text_index(world):
+    return tools.TextIndex(world.passages())
+
+
+@pytest.fixture(scope="module")
+def scene(entities):
+    return data.hang(random.Random(5).sample(entities, 6), "shield", random.Random(6))
+
+
+@pytest.mark.parametrize("size", [(384, 384), (640, 200), (37, 91)])
+def test_crop_cuts_the_pixels_that_data_means(size):
+    """A second, slightly different conversion from percent to pixels; width and height swapped."""
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3), np.uint8))
+    for box in [(10, 20, 55, 90), (0, 0, 99, 99), (33, 7, 47, 12)]:
+        assert tools.crop(picture, box).tobytes() == picture.crop(data.to_pixels(box, size)).tobytes()
+    assert tools.crop(picture.convert("RGBA"), (10, 20, 55, 90)).mode == "RGB"
+
+
+@pytest.mark.parametrize("box", [(-1, 0, 50, 50), (0, 0, 100, 50), (50, 10, 20, 40), (10, 50, 40, 20), (10, 10, 10, 40), (10, 10, 12, 40)])
+def test_crop_refuses_bad_boxes(box):
+    """An inverted, empty, tiny or outside box crashes Pillow, or comes back as a black picture that looks like a result."""
+    with pytest.raises(tools.ToolError):
+        tools.crop(Image.new("RGB", (200, 100)), box)
+
+
+def test_crop_refuses_less_than_a_pixel():
+    """Three percent of a tiny picture is no pixel at all: an empty crop reaches the model."""
+    with pytest.raises(tools.ToolError):
+        tools.crop(Image.new("RGB", (8, 8)), (0, 0, 4, 4))
+
+
+def test_descriptors_have_length_one_and_ignore_their_batch(entities):
+    """Similarities above 1; a picture that is described differently next to other pictures (65 crosses the chunk of 64)."""
+    pictures = [e.picture(50) for e in entities[:65]] + [Image.new("RGB", (9, 9), c) for c in ("black", "white", (128, 128, 128))]
+    together = tools.describe(pictures)
+    assert together.dtype == np.float32 and together.shape == (68, tools.WIDTH)
+    np.testing.assert_allclose(np.linalg.norm(together, axis=1), 1, atol=1e-3)
+    np.testing.assert_allclose(together, np.concatenate([tools.describe([p]) for p in pictures]), atol=1e-6)
+    assert tools.describe([]).shape == (0, tools.WIDTH)
+
+
+def test_image_index_agrees_with_a_plain_loop(image_index, entities, scene):
+    """Framings counted as other entities, or one entity twice: reshape and sort errors that still return plausible hits."""
+    crops = [tools.crop(scene.picture(), b) for b in scene.boxes]
+    for picture, hits in zip(crops, image_index.search(crops, 5)):
+        views = tools.describe([v for v in (picture, tools.salient(picture)) if v])
+        score = {e.name: max(float(v @ r) for v in views for r in image_index.rows[i::len(entities)]) for i, e in enumerate(entities)}
+        expected = sorted(score, key=lambda n: -score[n])[:5]
+        assert [name for _, name, _ in hits] == expected
+        np.testing.assert_allclose([s for s, _, _ in hits], [score[n] for n in expected], atol=1e-5)
+
+
+def test_a_clean_crop_finds_its_entity_and_the_crowd_does_not(image_index, scene):
+    """A gaze that is no better than a glance, or a glance at a crowd that works: then there is nothing to learn."""
+    crops = [tools.crop(scene.picture(), b) for b in scene.boxes]
+    assert [hits[0][1:] for hits in image_index.search(crops, 1)] == [(e.name, e.blazon) for e in scene.entities]
+    crowd = image_index.search([scene.picture()], 1)[0][0]
+    assert crowd[0] < 0.75 < min(hits[0][0] for hits in image_index.search(crops, 1))
+
+
+def test_a_glance_finds_a_lone_subject(image_index, entities):
+    """A subject that hangs small and off-centre on its wall is drowned by the wall."""
+    rng = random.Random(1)
+    scenes = [data.hang([e], "shield", rng, 1, (0.45, 0.75)) for e in entities[:20]]
+    found = image_index.search([s.picture() for s in scenes], 1)
+    assert sum(hits[0][1] == s.entities[0].name for hits, s in zip(found, scenes)) >= 19
+
+
+def test_index_of_nothing_and_of_one_and_of_namesakes(entities):
+    """k beyond the index, an empty index, and two entities of one name merged into one."""
+    picture = entities[0].picture(40)
+    assert tools.ImageIndex([]).search([picture], 3) == [[]]
+    assert tools.TextIndex([]).search(["who"], 3) == [[]]
+    one = tools.ImageIndex([("A", "a", picture)], progress=lambda items: list(items))
+    assert [hit[1:] for hit in one.search([picture], 3)[0]] == [("A", "a")] and one.search([], 3) == []
+    two = tools.ImageIndex([("A", "first", picture), ("A", "second", entities[1].picture(40))])
+    assert [hit[1:] for hit in two.search([entities[1].picture(60)], 3)[0]] == [("A", "second"), ("A", "first")]
+
+
+def test_text_index_finds_every_fact(text_index, world):
+    """Names outweigh relations (or the reverse), so the right town comes with the wrong fact."""
+    asked = [(e.name, r, v) for e in world.pictured("test") for r, v in e.facts.items()]
+    found = text_index.search([f"{n} {r}" for n, r, _ in asked], 2)
+    gold = [{p.format(n=n, r=r, v=v) for p in data.PASSAGES} for n, r, v in asked]
+    assert np.mean([hits[0][1] in g for hits, g in zip(found, gold)]) >= 0.97
+    assert np.mean([any(p in g for _, p in hits) for hits, g in zip(found, gold)]) >= 0.99
+    assert all(0 <= score <= 1 for hits in found for score, _ in hits)
+
+
+def test_text_index_tells_near_names_and_reads_over_accents_and_typos():
+    """'Dröse' is not found as 'drose', 'Dröse' and 'Dröseln' are one, and one wrong letter finds nothing."""
+    index = tools.TextIndex(["The ruler of Dröseln is A.", "The river of Dröse is B.", "The ruler of Dröse is C.", "Drosk has D as its ruler."])
+    for query in ("Dröse ruler", "DROSE RULER", "drose, ruler?"):
+        assert index.search([query], 1)[0][0][1] == "The ruler of Dröse is C."
+    assert index.search(["ruler Dröselm"], 1)[0][0][1] == "The ruler of Dröseln is A."
+    assert index.search(["", "zzz qqq"], 2) == [[], []]
+
+
+def _calls(scene):
+    picture = scene.picture()
+    calls = [("gaze", b, picture) for b in scene.boxes] + [("glance", None, picture), ("gaze", (50, 50, 40, 60), picture)]
+    return [c for call, e in zip(calls, scene.entities * 2) for c in (call, ("search", f"{e.name} ruler", picture))]
+
+
+def test_toolbox_answers_a_batch_as_one_by_one(image_index, text_index, scene):
+    """Answers of a mixed batch handed to the wrong rollout; a crop with the wrong call."""
+    calls = _calls(scene)
+    box = tools.Toolbox(image_index, text_index)
+    together, single = box.run(calls), [box.run([c])[0] for c in calls]
+    for call, a, b in zip(calls, together, single):
+        assert (a.text, a.ok, a.picture is None) == (b.text, b.ok, call[0] != "gaze" or not a.ok)
+        assert a.picture is None or a.picture.tobytes() == tools.crop(call[2], call[1]).tobytes() == b.picture.tobytes()
+    e = scene.entities[0]
+    assert together[0].text.split(" | ")[0].split(" ", 1)[1] == f"{e.name}: {e.blazon}" and together[0].text[:2].isdigit()
+    assert e.facts["ruler"] in together[1].text
+    assert together[14] == tools.Observation("bad box: empty or inverted", None, False)
+    assert box.counts == {"search": 16, "glance": 2, "gaze": 14, "failed": 2}
+
+
+def test_nothing_found_is_said():
+    """An empty observation, which the policy cannot tell from a broken one."""
+    box = tools.Toolbox(tools.ImageIndex([]), tools.TextIndex([]))
+    assert [o.text for o in box.run([("glance", None, Image.new("RGB", (9, 9))), ("search", "x", None)])] == ["nothing found"] * 2
+    assert box.run([]) == []
+
+
+def test_failures_are_seeded_counted_and_resumable():
+    """Failures that differ between runs of one seed, are off by a factor, or start again from the seed after a resume."""
+    def failures(box, n):
+        return [not o.ok for o in box.run([("search", "ruler", None)] * n)]
+    make = lambda seed: tools.Toolbox(tools.ImageIndex([]), tools.TextIndex(["The ruler of A is B."]), 0.05, seed)
+    a, b, c = make(0), make(0), make(1)
+    first = failures(a, 2000)
+    assert first == failures(b, 2000) != failures(c, 2000)
+    assert 60 < sum(first) < 140 and a.counts == {"search": 2000, "glance": 0, "gaze": 0, "failed": sum(first)}
+    resumed = make(9)
+    resumed.rng.setstate(a.rng.getstate())
+    assert failures(a, 500) == failures(resumed, 500)

@@ -1,0 +1,285 @@
+"""What an action can touch: crop, image index, text index, and one `Toolbox` that turns actions into observations.
+
+From the paper: three tools. Text search and image search ask the live web; *gaze* crops a region of the picture and searches with the
+    crop. A tool fails 1 to 5 % of the time.
+Here instead: two exact, offline indices over one small world. Pictures are compared by a hand-made descriptor (where the colours are,
+    which way the edges run), passages by shared words. Failures are drawn from a seeded generator.
+Why: same call, same answer, with no account, no network and no learnt part that could know more than the policy does. What matters for
+    the method is kept: a clean crop finds its entity, a wrong or careless one finds another, a crowded picture finds noise, and
+    the score that comes back with each hit tells which it may be.
+
+Boxes are (x0, y0, x1, y1), integers 0..99: percent of the picture's width and height.
+"""
+import itertools
+import random
+import re
+import unicodedata
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+GREY = (128, 128, 128)  # stands in for the wall behind a picture with transparent corners
+
+
+class ToolError(ValueError):
+    """A call that no tool can answer; its message is shown to the policy."""
+
+
+# ----------------------------------------------------------------------------------------------------------------- crop
+
+def crop(picture, box):
+    """Cut a percent box out of a picture at full resolution: RGB. ToolError if out of range, inverted, empty or under 3 % a side."""
+    x0, y0, x1, y1 = box
+    if min(box) < 0 or max(box) > 99:
+        raise ToolError("outside 0 to 99")
+    if x1 <= x0 or y1 <= y0:
+        raise ToolError("empty or inverted")
+    if min(x1 - x0, y1 - y0) < 3:
+        raise ToolError("too small")
+    w, h = picture.size
+    x0, y0, x1, y1 = (round(v * s / 100) for v, s in zip(box, (w, h, w, h)))
+    if x1 <= x0 or y1 <= y0:
+        raise ToolError("too small")  # a few percent of a tiny picture may be less than one pixel
+    return picture.crop((x0, y0, x1, y1)).convert("RGB")
+
+
+# ----------------------------------------------------------------------------------------------------------- descriptor
+
+SIDE, COLOUR_CELLS, EDGE_CELLS, ANGLES = 36, 9, 6, 8  # every picture becomes 36 x 36; 9 x 9 colours; 6 x 6 cells x 8 angles
+COLOUR_SHARE = 0.4  # how much of the cosine the colour layout decides
+OPPONENT = np.array([[1 / 3, 1 / 3, 1 / 3], [1, -1, 0], [.5, .5, -1]], np.float32).T  # RGB -> light, red-green, yellow-blue
+WIDTH = 3 * COLOUR_CELLS ** 2 + ANGLES * EDGE_CELLS ** 2  # D = 531
+
+
+def flat(picture, margin=0.0):
+    """RGB version of a picture, transparent parts grey, with a grey margin (share of each side) around it."""
+    if picture.mode == "RGB" and not margin:
+        return picture
+    if picture.mode not in ("RGB", "RGBA"):
+        picture = picture.convert("RGBA")
+    w, h = picture.size
+    x, y = round(w * margin), round(h * margin)
+    out = Image.new("RGB", (w + 2 * x, h + 2 * y), GREY)
+    out.paste(picture, (x, y), picture.getchannel("A") if picture.mode == "RGBA" else None)
+    return out
+
+
+def shrink(picture, box=None):
+    """RGB picture (or its pixel `box`, fractions allowed) -> uint8 (SIDE, SIDE, 3)."""
+    return np.asarray(picture.resize((SIDE, SIDE), Image.BILINEAR, box=box, reducing_gap=2.0))
+
+
+def describe(pictures):
+    """List of N pictures (RGB or RGBA) -> float32 (N, D), rows of length 1: their dot product is the similarity."""
+    return describe_small([shrink(flat(p)) for p in pictures])
+
+
+def describe_small(small):
+    """N arrays (SIDE, SIDE, 3) -> float32 (N, D), 64 at a time because that fits the processor's cache."""
+    parts = [np.stack(small[i:i + 64]).astype(np.float32) / 255 for i in range(0, len(small), 64)]
+    both = [np.hstack([_colours(x) * COLOUR_SHARE ** 0.5, _edges(x) * (1 - COLOUR_SHARE) ** 0.5]) for x in parts]
+    return np.concatenate(both) if both else np.zeros((0, WIDTH), np.float32)
+
+
+def _unit(x):
+    return x / (np.linalg.norm(x, axis=1, keepdims=True) + 1e-6)
+
+
+def _colours(x):
+    """(n, SIDE, SIDE, 3) in 0..1 -> (n, 243): mean colour of each cell, measured from middle grey."""
+    c, step = COLOUR_CELLS, SIDE // COLOUR_CELLS
+    cells = x.reshape(-1, c, step, c, step, 3).mean((2, 4)) - 0.5
+    return _unit((cells @ OPPONENT).reshape(len(x), -1) + 1e-6)
+
+
+def _edges(x):
+    """(n, SIDE, SIDE, 3) in 0..1 -> (n, 288): per cell, how much edge there is at each of 8 angles (of 180 degrees).
+
+    The three channels vote through their structure tensor, so a red-green edge counts though its grey value is flat.
+    """
+    n = len(x)
+    dx, dy = np.zeros_like(x), np.zeros_like(x)
+    dx[:, :, 1:-1] = x[:, :, 2:] - x[:, :, :-2]
+    dy[:, 1:-1] = x[:, 2:] - x[:, :-2]
+    xx, yy, xy = (dx * dx).sum(-1), (dy * dy).sum(-1), (dx * dy).sum(-1)
+    angle = np.arctan2(2 * xy, xx - yy) * (ANGLES / (2 * np.pi))  # the doubled angle: up and down are one direction
+    low, strength = np.floor(angle), np.sqrt(xx + yy)
+    part, low = angle - low, low.astype(np.int64)
+    cell = np.arange(SIDE) * EDGE_CELLS // SIDE
+    first = (np.arange(n)[:, None, None] * EDGE_CELLS ** 2 + cell[:, None] * EDGE_CELLS + cell) * ANGLES
+    vote = lambda k, s: np.bincount((first + k % ANGLES).ravel(), s.ravel(), first.max() + ANGLES)  # (n * 36 * 8,)
+    histogram = vote(low, strength * (1 - part)) + vote(low + 1, strength * part)  # each pixel votes for its two nearest angles
+    return _unit(np.sqrt(histogram).reshape(n, -1).astype(np.float32) + 1e-6)
+
+
+def salient(picture):
+    """The part of an RGB picture that stands out from a plain border, or None: finds a lone subject on its wall."""
+    side = 96
+    x = np.asarray(picture.resize((side, side), Image.BILINEAR, reducing_gap=1.0), np.int16)
+    border = np.concatenate([x[0], x[-1], x[:, 0], x[:, -1]])
+    wall = np.median(border, axis=0).astype(np.int16)
+    if (np.abs(border - wall).max(-1) < 40).mean() < 0.8:
+        return None  # the border is not one wall: nothing to cut away
+    far = np.abs(x - wall) > 40
+    columns, rows = np.flatnonzero(far.any((0, 2))), np.flatnonzero(far.any((1, 2)))
+    if not 5 < min(len(columns), len(rows)) < side - 5:
+        return None  # a speck, or the whole picture
+    w, h = (s / side for s in picture.size)
+    return picture.crop((round(columns[0] * w), round(rows[0] * h), round((columns[-1] + 1) * w), round((rows[-1] + 1) * h)))
+
+
+# --------------------------------------------------------------------------------------------------------------- indices
+
+SHIFT = 0.07  # a careless box is off by so much of its side: the index knows each picture as such boxes would frame it
+FRAMINGS = [(0, 0, 0, 0)] + [tuple(SHIFT * s for s in signs) for signs in itertools.product((-1, 1), repeat=4) if np.prod(signs) > 0]
+
+
+class ImageIndex:
+    """Exact nearest neighbour over pictures, each known in 9 framings: as it is, and its four sides moved in or out."""
+
+    def __init__(self, items, progress=lambda items: items):
+        """`items`: iterable of (name, caption, picture). `progress` wraps it, as tqdm does. Later changes of a picture go unnoticed."""
+        self.names, self.captions, small = [], [], []
+        for name, caption, picture in progress(items):
+            self.names.append(name)
+            self.captions.append(caption)
+            (w, h), wide = picture.size, flat(picture, 0.15)
+            x, y = (wide.width - w) / 2, (wide.height - h) / 2
+            small += [shrink(wide, (x - a * w, y - b * h, x + w + c * w, y + h + d * h)) for a, b, c, d in FRAMINGS]
+        by_framing = describe_small(small).reshape(-1, len(FRAMINGS), WIDTH).swapaxes(0, 1)
+        self.rows = np.ascontiguousarray(by_framing).reshape(-1, WIDTH)  # (9 * entities, D): all in one framing, then the next
+
+    def search(self, pictures, k):
+        """N pictures -> N lists of at most k (score 0..1, name, caption), best first, each entity once.
+
+        A picture is compared as it is and, where its border is plain wall, as its salient part; the better score counts.
+        """
+        if not self.names or not pictures:
+            return [[] for _ in pictures]
+        views, owner = [], []
+        for i, p in enumerate(pictures):
+            p = flat(p)
+            views += [p] + [v for v in (salient(p),) if v]
+            owner += [i] * (len(views) - len(owner))
+        scores = np.zeros((len(pictures), len(self.names)), np.float32)
+        for at in range(0, len(views), 256):
+            close = describe(views[at:at + 256]) @ self.rows.T  # (n, 9 * entities)
+            for i, c in zip(owner[at:at + 256], close.reshape(len(close), len(FRAMINGS), -1)):
+                np.maximum(scores[i], c.max(0), out=scores[i])
+        return [[(float(s[j]), self.names[j], self.captions[j]) for j in best(s, k)] for s in scores.clip(0, 1)]
+
+
+def best(scores, k):
+    """Positions of the k largest of (n,) scores, largest first; the earlier one first where they tie."""
+    k = min(k, len(scores))
+    some = np.flatnonzero(scores >= np.partition(scores, -k)[-k]) if k else np.arange(0)
+    return some[np.argsort(-scores[some], kind="stable")][:k].tolist()
+
+
+LITTLE = [f"{w} {{}}" for w in ("of", "in", "the", "as", "its")] + ["{} has"]  # little words that a query leaves out
+
+
+def plain(text):
+    """Lower case without accents: 'Dröse' and 'DROSE' are the same to a search."""
+    return "".join(c for c in unicodedata.normalize("NFKD", text.lower()) if not unicodedata.combining(c))
+
+
+class TextIndex:
+    """Ranks passages by the weight of what they share with a query: words, word pairs and letter trigrams, the rare ones heavier.
+
+    Not divided by length, as a cosine would be: passages are single sentences, and a long value must not push its fact down.
+    An inverted index: feature -> passages that have it, so the score is exact and a query only touches passages that share something.
+    """
+    TRIGRAMS, PAIRS, RAREST = 0.5, 0.3, 3.0  # weight of a word's trigrams, of a pair; a cap, or names alone would decide
+
+    def __init__(self, passages):
+        self.passages, self._known = list(passages), {}
+        found = [self._features(p) for p in self.passages]
+        keys = np.array([key for f in found for key in f], np.int64)
+        weight = np.array([w for f in found for w in f.values()], np.float32)
+        where = np.repeat(np.arange(len(found)), [len(f) for f in found])
+        keys, at, count = np.unique(keys, return_inverse=True, return_counts=True)
+        order, ends = np.argsort(at, kind="stable"), np.cumsum(count)
+        self.where, self.weight = where[order], weight[order]  # all postings, feature after feature
+        rarity = np.minimum(self.RAREST, np.log(1 + len(found) / count))
+        self.features = {k: (slice(e - c, e), r * r) for k, e, c, r in zip(keys.tolist(), ends, count, rarity)}
+
+    def _features(self, text, query=False):
+        """Text -> {crc32 of a feature: its weight}. A query also tries its words behind the little words that it left out."""
+        words, out = re.findall(r"[^\W_]+", plain(text)), {}
+        for word in words:
+            if word not in self._known:
+                letters = f"^{word}$"
+                trigrams = [letters[i:i + 3] for i in range(len(word))]
+                self._known[word] = {_key(word): 1.0, **{_key(t): self.TRIGRAMS / len(trigrams) ** 0.5 for t in trigrams}}
+            out |= self._known[word]
+        pairs = [f"{a} {b}" for a, b in zip(words, words[1:])] + [f.format(w) for w in words for f in LITTLE if query]
+        return out | {_key(p): self.PAIRS for p in pairs}
+
+    def search(self, queries, k):
+        """N strings -> N lists of at most k (score 0..1: share of the query's weight that is found, passage), best first."""
+        return [self._search(self._features(q, query=True), k) for q in queries]
+
+    def _search(self, wanted, k):
+        known = [(*self.features[key], w) for key, w in wanted.items() if key in self.features]
+        if not known:
+            return []
+        part = [self.weight[place] * (w * rarity) for place, rarity, w in known]
+        scores = np.bincount(np.concatenate([self.where[place] for place, _, _ in known]), np.concatenate(part), len(self.passages))
+        scores /= sum(w * w * rarity for _, rarity, w in known)
+        return [(float(scores[j]), self.passages[j]) for j in best(scores, k) if scores[j] > 0]
+
+
+def _key(feature):
+    return zlib.crc32(feature.encode())  # the same in every run, unlike hash()
+
+
+# --------------------------------------------------------------------------------------------------------------- toolbox
+
+@dataclass
+class Observation:
+    """What the environment answers. `picture`: the crop of a gaze, else None. `ok`: False if the call was bad or the tool failed."""
+    text: str
+    picture: Image.Image | None = None
+    ok: bool = True
+
+
+class Toolbox:
+    """Runs batches of actions. `counts` tells how often each was called and how many calls went wrong; `rng` draws the failures."""
+
+    def __init__(self, image_index, text_index, failure_rate=0.0, seed=0, hits=2, passages=2):
+        self.image_index, self.text_index = image_index, text_index
+        self.failure_rate, self.hits, self.passages = failure_rate, hits, passages
+        self.rng = random.Random(seed)
+        self.counts = dict.fromkeys(("search", "glance", "gaze", "failed"), 0)
+
+    def run(self, calls):
+        """Calls (action, argument, picture) -> their Observations, in order; all pictures go through the index at once, so do all queries.
+
+        ("search", "words", _), ("glance", _, picture) or ("gaze", box, picture). Every call draws from `rng` once, used or not.
+        """
+        out, views, queries = [None] * len(calls), {}, {}
+        for i, (action, argument, picture) in enumerate(calls):
+            self.counts[action] += 1
+            failed = self.rng.random() < self.failure_rate
+            try:
+                if action == "gaze":
+                    picture = crop(picture, argument)
+            except ToolError as reason:
+                out[i] = Observation(f"bad box: {reason}", None, False)
+            else:
+                if failed:
+                    out[i] = Observation("search failed", None, False)
+                elif action == "search":
+                    queries[i] = argument
+                else:
+                    views[i] = picture
+            self.counts["failed"] += out[i] is not None
+        for i, found in zip(views, self.image_index.search(list(views.values()), self.hits)):
+            text = " | ".join(f"{min(99, int(100 * score))} {name}: {caption}" for score, name, caption in found)
+            out[i] = Observation(text or "nothing found", views[i] if calls[i][0] == "gaze" else None)
+        for i, found in zip(queries, self.text_index.search(list(queries.values()), self.passages)):
+            out[i] = Observation(" | ".join(passage for _, passage in found) or "nothing found")
+        return out

@@ -1,0 +1,663 @@
+"""The command line: python train.py --stage pretrain | sft | rl | eval. Each stage is one loop, top to bottom."""
+import argparse
+import json
+import math
+import random
+import sys
+import time
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import data
+import gog
+import grpo
+from gog import Trajectory
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from model import PRESETS, CheckpointError, ModelConfig, Policy, atomic, load, save
+from tools import ImageIndex, TextIndex, Toolbox, ToolError, crop
+
+# ------------------------------------------------------------------------------------------- first the eyes, then the words
+
+PARTS = ((2, None), (len(data.TINCTURES), "tincture"), (len(data.OUTLINES), "outline"), (len(data.ORDINARIES), "ordinary"),
+         (len(data.TINCTURES), "ordinary_tincture"), (len(data.CHARGES), "charge"), (len(data.TINCTURES), "charge_tincture"), (3, "count"))
+CHOICES = {"tincture": list(data.TINCTURES), "outline": list(data.OUTLINES), "ordinary": list(data.ORDINARIES), "ordinary_tincture":
+           list(data.TINCTURES), "charge": list(data.CHARGES), "charge_tincture": list(data.TINCTURES), "count": [1, 2, 3]}
+
+
+class Sights(torch.utils.data.Dataset):
+    """Pictures with a label on every patch: is there a shield, where are its edges, what is it. Batch i depends on (seed, i) only.
+
+    An item: pictures uint8 (B, 3, S, S), boxes float (B, P, 4) in 0..1, labels long (B, P, parts), -1 where there is nothing to tell.
+    """
+
+    def __init__(self, config, seed, size, steps):
+        self.side, self.grid, self.seed, self.size, self.steps = config.picture, config.picture // config.patch, seed, size, steps
+
+    def __len__(self):
+        return self.steps
+
+    def __getitem__(self, i):
+        rng = random.Random(f"sights/{self.seed}/{i}")
+        pictures, boxes, labels = zip(*(self.sight(rng) for _ in range(self.size)))
+        return torch.from_numpy(np.stack(pictures)), torch.from_numpy(np.stack(boxes)), torch.from_numpy(np.stack(labels))
+
+    def sight(self, rng):
+        least, most, cells, sizes, _ = data.SETTINGS[rng.choices(list(data.SETTINGS), (1, 4, 3, 3, 2))[0]]
+        if rng.random() < 0.35:  # as a crop shows it
+            least, most, cells, sizes = 1, 1, 1, (0.8, 1.0)
+        towns = [data.Entity.with_arms("", {}, data.Arms.draw(rng)) for _ in range(rng.randint(least, most))]
+        scene = data.hang(towns, "shield", rng, cells, sizes)
+        boxes = np.zeros((self.grid, self.grid, 4), np.float32)
+        labels = np.full((self.grid, self.grid, len(PARTS)), -1)
+        labels[..., 0] = 0
+        for town, box in zip(towns, scene.boxes):
+            x0, y0, x1, y1 = (round(b * self.grid / 100) for b in box)  # the patches whose centre the box covers
+            told = [1] + [CHOICES[k].index(getattr(town.arms, k)) for _, k in PARTS[1:]]
+            if box[3] - box[1] < 40:  # too small to tell the charge
+                told[3:] = [-1] * 5
+            if not town.arms.ordinary:
+                told[4] = -1
+            boxes[y0:y1, x0:x1] = np.array(box) / 100
+            labels[y0:y1, x0:x1] = told
+        return gog.to_array(scene.picture(2 * self.side), self.side), boxes.reshape(-1, 4), labels.reshape(-1, len(PARTS))
+
+
+def sight_loss(vision, head, pictures, boxes, labels):
+    """Cross-entropy of every part and L1 of the edges, at the patches that can tell."""
+    out = head(vision.patches(pictures)).flatten(0, 1)  # (B*P, 4 + classes)
+    labels, boxes = labels.flatten(0, 1), boxes.flatten(0, 1)
+    inside = labels[:, 0] == 1
+    loss = 10 * (out[inside, :4] - boxes[inside]).abs().mean()
+    for (n, _), logits, wanted in zip(PARTS, out[:, 4:].split([n for n, _ in PARTS], 1), labels.T):
+        loss = loss + F.cross_entropy(logits, wanted, ignore_index=-1)
+    return loss
+
+
+# ---------------------------------------------------------------------------------------------- lessons of the base model
+
+
+def fresh_town(rng, relations=0):
+    """A town that exists for one lesson only, so that nothing about it can be learnt by heart."""
+    facts = {}
+    for _ in range(relations):
+        known = rng.choice(list(data.VALUES))
+        facts[known if rng.random() < 0.5 else data.word(rng).lower()] = data.VALUES[known](rng)
+    return data.Entity.with_arms(data.town_name(rng), facts, data.Arms.draw(rng))
+
+
+def scene_lesson(env, rng, questions=7):
+    """A wall and several questions about it: point to things, say what is where, colour, shape, number."""
+    noun = rng.choice(("shield", "shield", "flag", "badge"))
+    least, most, cells, sizes, twins = data.SETTINGS[rng.choices(list(data.SETTINGS), (1, 5, 3, 3, 2))[0]]
+    towns = [fresh_town(rng) for _ in range(rng.randint(least, most))]
+    for i in range(1, min(len(towns), 1 + rng.randint(0, twins))):
+        arms = data.Arms.draw(rng, outline=towns[0].arms.outline, tincture=towns[0].arms.tincture)
+        towns[i] = data.Entity.with_arms(towns[i].name, {}, arms)
+    rng.shuffle(towns)
+    scene = data.hang(towns, noun, rng, cells, sizes)
+    t = Trajectory(None)
+    t.observe([env.v.id["<bos>"], *env.image], gog.to_array(scene.picture(), env.side))
+    names = data.references(scene)
+    tasks = [("point", i, k) for i, n in enumerate(names) for k in n if k != "detail"]
+    rare = [x for x in tasks if x[2] in ("order", "size", "neighbour")]
+    looks = [e.look for e in towns]
+    for _ in range(questions):
+        lot = rng.random()
+        if lot < 0.62 and tasks:
+            _, i, kind = rng.choice(rare if rare and rng.random() < 0.4 else tasks)
+            say(env, t, f"point to the {names[i][kind]}", f"<think> look at {looks[i]}</think>" + gaze(scene.boxes[i]))
+        elif lot < 0.74:  # all objects of one look, from left to right
+            look = rng.choice(looks)
+            boxes = sorted(b for b, l in zip(scene.boxes, looks) if l == look)
+            say(env, t, f"point to each {look} {noun}", "".join(map(gaze, boxes)))
+        elif lot < 0.86:
+            i = rng.randrange(len(towns))
+            say(env, t, "what is at {} {} {} {}".format(*scene.boxes[i]), f"<answer> {looks[i]}</answer>")
+        elif lot < 0.93 and tasks:
+            i, kind = rng.choice(tasks)[1:]
+            k = rng.randrange(2)
+            say(env, t, f"What is the {('colour', 'shape')[k]} of the {names[i][kind]}?",
+                f"<think> look at {looks[i]}</think><answer> {looks[i].split()[k]}</answer>")
+        else:
+            colour = rng.choice(looks).split()[0]
+            n = sum(l.split()[0] == colour for l in looks)
+            say(env, t, f"How many {noun}s are {colour}?", f"<think> look at all</think><answer> {n}</answer>")
+    return t
+
+
+def gaze(box):
+    return "<gaze> {} {} {} {}</gaze>".format(*box)
+
+
+def say(env, t, question, response):
+    """A question of the environment and the response to be learnt."""
+    t.observe(env.v.encode(question) + [env.v.id["<sep>"]])
+    t.act(env.v.encode_turn(response) + [env.v.id["<stop>"]])
+
+
+def crop_lesson(env, rng, crops=2):
+    """A crop as a gaze would give it: caption it, then tell whether it shows what was looked for."""
+    t = Trajectory(None)
+    t.observe([env.v.id["<bos>"]])
+    for _ in range(crops):
+        town = fresh_town(rng)
+        scene = data.hang([town], "shield", rng, rng.choice((2, 3, 4)), (0.5, 0.95))
+        box = [b + round(rng.gauss(0, 0.04) * (scene.boxes[0][k + 2 - 2 * (k > 1)] - b)) for k, b in enumerate(scene.boxes[0])]
+        try:
+            picture = crop(scene.picture(), tuple(min(99, max(0, b)) for b in box))
+        except ToolError:
+            continue
+        t.observe(env.image, gog.to_array(picture, env.side))
+        say(env, t, "what is this", f"<answer> {town.blazon}</answer>")
+        for _ in range(2):
+            other = town if rng.random() < 0.5 else fresh_town(rng) if rng.random() < 0.3 else data.Entity.with_arms(
+                "", {}, data.Arms.draw(rng, outline=town.arms.outline, tincture=town.arms.tincture))
+            same = (other.look, other.detail) == (town.look, town.detail)
+            say(env, t, f"want {other.look}, {other.detail}", f"<answer> {'yes' if same else 'no'}</answer>")
+    return t
+
+
+def text_lesson(env, rng):
+    """Read and copy, without pictures: a fact from passages, a name from hits, the larger of two numbers."""
+    t = Trajectory(None)
+    t.observe([env.v.id["<bos>"]])
+    for _ in range(2):
+        towns = [fresh_town(rng, 3) for _ in range(3)]
+        lot = rng.random()
+        if lot < 0.55:
+            facts = [(e.name, r, v) for e in towns for r, v in e.facts.items()]
+            shown = rng.sample(facts, rng.randint(2, 4))
+            read(env, t, " | ".join(rng.choice(data.PASSAGES).format(n=n, r=r, v=v) for n, r, v in shown))
+            for n, r, v in rng.sample(shown, 2):
+                if rng.random() < 0.5:
+                    say(env, t, f"What is the {r} of {n}?", f"<answer> {v}</answer>")
+                else:
+                    say(env, t, f"{n} {r}", f"<think> {r} is {v}</think><answer> {v}</answer>")
+        elif lot < 0.85:
+            if rng.random() < 0.7:  # the second hit is a look-alike
+                towns[1] = data.Entity.with_arms(towns[1].name, {}, data.Arms.draw(rng, outline=towns[0].arms.outline, tincture=towns[0].arms.tincture))
+            read(env, t, " | ".join(f"{s} {e.name}: {e.blazon}" for s, e in zip(sorted((rng.randint(30, 99) for _ in "ab"), reverse=True), towns)))
+            first, detailed = towns[0], rng.random() < 0.5
+            wanted = first if rng.random() < 0.5 else rng.choice((fresh_town(rng), towns[1]))
+            told = lambda e: f"{e.look}, {e.detail}" if detailed else e.look
+            verdict = first.name if told(wanted) == told(first) else "no"
+            say(env, t, f"look at {told(wanted)}", f"<think> want {told(wanted)}, see {told(first)}: {verdict}</think><answer> {verdict}</answer>")
+        else:
+            a, b = rng.sample(range(100), 2)
+            n, m = towns[0].name, towns[1].name
+            say(env, t, f"which has more, {n} {a}, {m} {b}", f"<think> {n} {a}, {m} {b}</think><answer> {n if a > b else m}</answer>")
+    return t
+
+
+def read(env, t, text):
+    t.observe([env.v.id["<obs>"], *env.v.encode(text), env.v.id["</obs>"]])
+
+
+class Lessons(torch.utils.data.Dataset):
+    """Batch i of the pretraining stream: depends on (seed, i) only, so a resumed run sees what the unbroken one would have seen."""
+
+    def __init__(self, env, seed, size, steps, mix=(0.5, 0.2, 0.3)):
+        self.env, self.seed, self.size, self.steps, self.mix = env, seed, size, steps, mix
+
+    def __len__(self):
+        return self.steps
+
+    def __getitem__(self, i):
+        rng = random.Random(f"lessons/{self.seed}/{i}")
+        return [make(self.env, rng) for make in rng.choices((scene_lesson, crop_lesson, text_lesson), self.mix, k=self.size)]
+
+
+# ------------------------------------------------------------------------------------------------------------ optimiser
+
+def orthogonalise(g, steps=5):
+    """Newton-Schulz: push the singular values of a stack of matrices (N, a, b) towards 1, keeping the singular vectors."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = g.transpose(1, 2) if g.shape[1] > g.shape[2] else g
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        s = x @ x.transpose(1, 2)
+        x = a * x + (b * s + c * s @ s) @ x
+    return x.transpose(1, 2) if g.shape[1] > g.shape[2] else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised (Jordan et al. 2024); update scaled to AdamW's size. Hidden matrices only.
+
+    torch.optim.Muon is the same rule, but works in bfloat16 and one matrix at a time: 4.7 s a step for `nano` on a CPU without bf16
+    units, against 0.1 s for this one, which stacks matrices of one shape.
+    """
+
+    def __init__(self, params, lr, momentum=0.95, weight_decay=0.01):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            shapes = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    shapes.setdefault(p.shape, []).append(p)
+            for (rows, cols), params in shapes.items():
+                updates = []
+                for p in params:
+                    m = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                    m.lerp_(p.grad, 1 - group["momentum"])
+                    updates.append(p.grad.lerp(m, group["momentum"]))  # Nesterov
+                scale = 0.2 * max(rows, cols) ** 0.5
+                for p, u in zip(params, orthogonalise(torch.stack(updates))):
+                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(u, alpha=-group["lr"] * scale)
+
+
+def optimisers(model, muon_lr, adam_lr):
+    matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and "embed" not in n and "position" not in n]
+    chosen = set(map(id, matrices))
+    rest = [p for p in model.parameters() if id(p) not in chosen]
+    adam = torch.optim.AdamW(rest, lr=adam_lr, betas=(0.9, 0.95), weight_decay=0.0)
+    return [Muon(matrices, muon_lr), adam] if muon_lr else [torch.optim.AdamW(model.parameters(), lr=adam_lr, betas=(0.9, 0.95), weight_decay=0.0)]
+
+
+# ----------------------------------------------------------------------------------------------------- batches of tokens
+
+def micro_batches(trajectories, budget, pad):
+    """Sort by length and cut into batches of at most `budget` tokens, so that little is padding. Yields (indices, ids, trained, pictures)."""
+    order = sorted(range(len(trajectories)), key=lambda i: len(trajectories[i].ids))
+    while order:
+        longest, n = len(trajectories[order[-1]].ids), 1
+        n = max(1, min(len(order), budget // longest))
+        part, order = order[-n:], order[:-n]
+        ids = torch.full((n, longest), pad)
+        trained = torch.zeros(n, longest, dtype=torch.bool)
+        pictures = []
+        for row, i in enumerate(part):
+            t = trajectories[i]
+            ids[row, :len(t.ids)] = torch.tensor(t.ids)
+            trained[row, :len(t.ids)] = torch.tensor(t.is_action)
+            pictures += t.pictures
+        yield part, ids, trained, torch.from_numpy(np.stack(pictures)) if pictures else None
+
+
+def token_logprobs(policy, env, ids, trained, pictures, temperature=1.0):
+    """Log-probability of every trained token, flat (M,), and the entropy there. The one mask rule of SFT and RL."""
+    device = policy.device
+    ids, trained = ids.to(device), trained.to(device)
+    hidden = policy(ids, pictures.to(device) if pictures is not None else None, env.image[0])
+    wanted = trained[:, 1:]  # token t is predicted at position t - 1
+    logits = policy.logits(hidden[:, :-1][wanted])
+    logits = logits.masked_fill(~torch.tensor(env.v.sampleable, device=device), float("-inf")) / temperature
+    logp = F.log_softmax(logits.float(), -1)
+    return logp.gather(1, ids[:, 1:][wanted][:, None])[:, 0], logp
+
+
+def supervised_step(policy, env, batch, opts, budget=12000, clip=1.0):
+    """One optimiser step of the causal LM loss on the policy's own tokens; the denominator is the whole batch's, so the
+    size of micro-batches does not change the gradient."""
+    total = sum(sum(t.is_action) for t in batch)
+    loss = 0.0
+    for _, ids, trained, pictures in micro_batches(batch, budget, env.v.id["<pad>"]):
+        logp, _ = token_logprobs(policy, env, ids, trained, pictures)
+        part = -logp.sum() / total
+        part.backward()
+        loss += part.item()
+    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), clip).item()
+    for o in opts:
+        o.step()
+        o.zero_grad(set_to_none=True)
+    return loss, norm
+
+
+# --------------------------------------------------------------------------------------------------- checkpoints and logs
+
+class Run:
+    """A run folder: the training state (exact resume), one metrics row a step, and the finished weights."""
+
+    def __init__(self, folder, stage):
+        self.folder, self.stage = Path(folder), stage
+        self.weights, self.state, self.csv = (self.folder / f"{stage}.safetensors", self.folder / f"{stage}.state.safetensors",
+                                              self.folder / f"{stage}.csv")
+        self.rows = []
+
+    def log(self, **row):
+        self.rows.append({k: f"{v:.6g}" if isinstance(v, float) else str(v) for k, v in row.items()})
+
+    def checkpoint(self, modules, opts, **extra):
+        """Everything that the next step depends on, in one file without pickle: weights, optimisers, generators, counters, metrics."""
+        tensors = {f"module.{i}.{k}": v.detach().cpu().contiguous() for i, m in enumerate(modules) for k, v in m.state_dict().items()}
+        for o, opt in enumerate(opts):
+            for i, state in opt.state_dict()["state"].items():
+                tensors |= {f"optimiser.{o}.{i}.{k}": torch.as_tensor(v).cpu().contiguous() for k, v in state.items()}
+        atomic(self.state, lambda p: save_file(tensors, p, metadata={"extra": json.dumps(extra), "rows": json.dumps(self.rows)}))
+        self.write_csv()
+
+    def resume(self, modules, opts):
+        """Load the state saved by `checkpoint` into modules and optimisers; its `extra`, or {} when there is none."""
+        if not self.state.is_file():
+            return {}
+        try:
+            with safe_open(self.state, "pt") as f:
+                meta, tensors = f.metadata(), {k: f.get_tensor(k) for k in f.keys()}
+            for i, m in enumerate(modules):
+                m.load_state_dict({k.split(".", 2)[2]: v for k, v in tensors.items() if k.startswith(f"module.{i}.")})
+            for o, opt in enumerate(opts):
+                fresh, state = opt.state_dict(), {}
+                for k, v in tensors.items():
+                    if k.startswith(f"optimiser.{o}."):
+                        _, _, i, name = k.split(".", 3)
+                        state.setdefault(int(i), {})[name] = v
+                opt.load_state_dict({"state": state, "param_groups": fresh["param_groups"]})
+        except (SafetensorError, OSError, RuntimeError, KeyError, ValueError) as e:
+            raise CheckpointError(f"{self.state}: cannot be resumed ({str(e).splitlines()[0]}). Delete it to start this stage anew") from None
+        self.rows = json.loads(meta["rows"])
+        return json.loads(meta["extra"])
+
+    def write_csv(self):
+        if self.rows:
+            columns = list(self.rows[-1])
+            text = "\n".join([",".join(columns), *(",".join(r.get(c, "") for c in columns) for r in self.rows)]) + "\n"
+            atomic(self.csv, lambda p: p.write_text(text, encoding="utf-8"))
+
+    def finish(self, model, **meta):
+        self.write_csv()
+        save(model, self.weights, **meta)
+        self.state.unlink(missing_ok=True)
+
+
+def say_trajectory(t, v):
+    """One trajectory for the eye: what the policy wrote, and what the environment answered."""
+    print(f"\n  {t.question.text}   (gold: {t.question.answers[0]})", file=sys.stderr)
+    for turn in t.turns:
+        argument = " ".join(map(str, turn.argument)) if isinstance(turn.argument, tuple) else turn.argument
+        print(f"    {('<' + turn.thought + '> ') if turn.thought else ''}{turn.kind}: {argument}", file=sys.stderr)
+        if turn.observation:
+            print(f"        -> {turn.observation[:150]}", file=sys.stderr)
+    print(f"    {'right' if t.correct else 'wrong'}\n", file=sys.stderr)
+
+
+# --------------------------------------------------------------------------------------------------------------- stages
+
+def schedule(step, steps, warmup=30, decay=0.35):
+    """Learning-rate factor in 0..1: linear warm-up, flat, linear decay to 0 over the last `decay` of the run."""
+    return min(1.0, (step + 1) / warmup, (steps - step) / max(1, decay * steps))
+
+
+def set_lr(opts, peaks, factor):
+    for opt, peak in zip(opts, peaks):
+        for group in opt.param_groups:
+            group["lr"] = peak * factor
+    return peaks[0] * factor
+
+
+def stream(dataset, start):
+    """Batches start.. of a dataset, made by one background process: drawing and training overlap."""
+    rest = torch.utils.data.Subset(dataset, range(start, len(dataset)))
+    return torch.utils.data.DataLoader(rest, batch_size=None, num_workers=1, prefetch_factor=4, collate_fn=lambda x: x)
+
+
+def pretrain(a):
+    """Base model: first the eyes alone (dense labels on patches), then grounding, captions, read-and-copy. Stands in for Qwen-VL."""
+    run = Run(a.folder("base"), "pretrain")
+    torch.manual_seed(a.seed)
+    v = data.build_vocabulary()
+    config = ModelConfig(**{**PRESETS[a.preset], "vocab": v.size})
+    policy = Policy(config).to(a.device)
+    head = torch.nn.Linear(config.vit_width, 4 + sum(n for n, _ in PARTS)).to(a.device)
+    eyes = [*optimisers(policy.vision, a.muon_lr, a.adam_lr), torch.optim.AdamW(head.parameters(), a.adam_lr)]
+    whole = optimisers(policy, a.muon_lr, a.adam_lr)
+    env = gog.Environment(v, None, config)
+    start = run.resume([policy, head], eyes + whole).get("step", 0) if a.resume else 0
+    total = a.sight_steps + a.pretrain_steps
+    bar = tqdm(total=total, initial=start, desc="pretrain", unit="step")
+    for step in range(start, total):
+        if step == start or step == a.sight_steps:
+            seeing = step < a.sight_steps
+            batches = iter(stream(Sights(config, a.seed, a.sight_batch, a.sight_steps), step) if seeing else
+                           stream(Lessons(env, a.seed, a.pretrain_batch, a.pretrain_steps), step - a.sight_steps))
+        opts, peaks = (eyes, (a.muon_lr, a.adam_lr, a.adam_lr)) if seeing else (whole, (a.muon_lr, a.adam_lr))
+        at, of = (step, a.sight_steps) if seeing else (step - a.sight_steps, a.pretrain_steps)
+        lr = set_lr(opts, peaks, schedule(at, of))
+        batch = next(batches)
+        if seeing:
+            loss = sight_loss(policy.vision, head, *(x.to(a.device) for x in batch))
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(policy.vision.parameters(), 1.0).item()
+            for o in opts:
+                o.step()
+                o.zero_grad(set_to_none=True)
+            loss = loss.item()
+        else:
+            loss, norm = supervised_step(policy, env, batch, opts)
+        run.log(step=step, part="see" if seeing else "read", loss=loss, grad_norm=norm, lr=lr, seconds=bar.format_dict["elapsed"])
+        bar.update()
+        bar.set_postfix(loss=f"{loss:.3f}")
+        if (step + 1) % a.save_every == 0:
+            run.checkpoint([policy, head], eyes + whole, step=step + 1)
+    bar.close()
+    run.finish(policy, tokenizer=v.tokenizer.to_str())
+
+
+def make_world(a):
+    return data.heraldry(a.seed_world, a.towns) if a.world == "heraldry" else data.folder_world(a.world)
+
+
+def make_toolbox(world, failure=0.0, seed=0, late=False):
+    """The tools over everything of a world that is known at training time (late: also what came after)."""
+    pictured = world.pictured("train", "dev", "test", *(["late"] if late else []))
+    images = ImageIndex(((e.name, e.blazon, e.picture(96)) for e in pictured), progress=lambda x: tqdm(x, desc="image index", total=len(pictured), leave=False))
+    return Toolbox(images, TextIndex(world.passages(late)), failure, seed)
+
+
+def read_weights(a, path):
+    v = data.build_vocabulary()
+    policy, meta = load(path, a.device, tokenizer=v.tokenizer.to_str())
+    return policy, v, meta
+
+
+def uncertain(policy, env, pool, n=4, seed=0):
+    """The uncertainty filter: the questions that the base model does not answer right, without any tool, in all of n tries."""
+    generator = torch.Generator(policy.device).manual_seed(seed)
+    tries = gog.rollout(policy, env, pool, n, schedule=gog.SCHEDULES["direct"], max_turns=1, generator=generator, rows=512, room=96,
+                        progress=f"uncertainty filter, N={n}")
+    return [q for i, q in enumerate(pool) if not all(t.correct for t in tries[n * i:n * i + n])]
+
+
+def instruct(a, policy, env, world):
+    """GoG-Instruct: `a.demos` expert trajectories, 43.5 % of them search-free, of questions that survive the filter; every one is
+    checked: the answer is right, and the last gaze of each search lies on a target."""
+    quota = {True: round(0.435 * a.demos), False: a.demos - round(0.435 * a.demos)}
+    chosen, asked, dropped, rng = {True: [], False: []}, 0, 0, random.Random(f"expert/{a.seed}")
+    while any(len(chosen[free]) < quota[free] for free in quota):
+        pool = data.questions(world, data.SFT_MIX, a.demos // 2, f"sft/{a.seed}/{asked}")
+        pool = [q for q in pool if len(chosen[q.search_free]) < quota[q.search_free]]
+        asked += len(pool)
+        kept = uncertain(policy, env, pool, seed=a.seed)
+        dropped += len(pool) - len(kept)
+        demos = gog.play(env, kept, [gog.expert(q, rng, a.wrong_gaze, a.glance_first) for q in kept], progress="expert")
+        for t in demos:
+            if t.correct and (not gog.gazes(t) or gog.gazes(t)[-1][1] > 0.9):
+                chosen[t.question.search_free].append(t)
+        if asked > 20 * a.demos:
+            raise SystemExit("the base model answers nearly every question of one kind without tools: no demonstrations are left")
+    demos = chosen[True][:quota[True]] + chosen[False][:quota[False]]
+    random.Random(f"shuffle/{a.seed}").shuffle(demos)
+    print(f"GoG-Instruct: {len(demos)} trajectories of {asked} questions asked, {dropped} dropped by the uncertainty filter; "
+          f"{sum(any(wrong for wrong in gog.wrong_gaze_then(t)) for t in demos)} reflective", file=sys.stderr)
+    return demos
+
+
+def sft(a):
+    """Stage 1, reflective behaviour alignment: causal LM loss on the expert's own tokens."""
+    base = a.folder("base") / "pretrain.safetensors"
+    if not base.is_file():
+        print(f"{base} is missing: the base model is trained first.", file=sys.stderr)
+        pretrain(a)
+    run, (policy, v, _) = Run(a.folder(), "sft"), read_weights(a, base)
+    torch.manual_seed(a.seed)
+    world = make_world(a)
+    env = gog.Environment(v, make_toolbox(world, a.failure_rate, a.seed), policy.config)
+    demos = instruct(a, policy, env, world)
+    per_epoch = len(demos) // a.sft_batch
+    total = a.sft_epochs * per_epoch
+    opts, peaks = optimisers(policy, a.sft_muon_lr, a.sft_adam_lr), (a.sft_muon_lr, a.sft_adam_lr)
+    start = run.resume([policy], opts).get("step", 0) if a.resume else 0
+    bar = tqdm(total=total, initial=start, desc="sft", unit="step")
+    for step in range(start, total):
+        if step == start or step % per_epoch == 0:
+            order = random.Random(f"epoch/{a.seed}/{step // per_epoch}").sample(range(len(demos)), len(demos))
+        at = step % per_epoch * a.sft_batch
+        lr = set_lr(opts, peaks, schedule(step, total))
+        loss, norm = supervised_step(policy, env, [demos[i] for i in order[at:at + a.sft_batch]], opts)
+        run.log(step=step, epoch=step // per_epoch, loss=loss, grad_norm=norm, lr=lr, seconds=bar.format_dict["elapsed"])
+        bar.update()
+        bar.set_postfix(loss=f"{loss:.3f}")
+        if (step + 1) % a.save_every == 0:
+            run.checkpoint([policy], opts, step=step + 1)
+    bar.close()
+    run.finish(policy, tokenizer=v.tokenizer.to_str(), world=a.world)
+
+
+def pass_rates(a, policy, env, pool, n=4):
+    """Share of n sampled trajectories that are right, for every question."""
+    generator = torch.Generator(policy.device).manual_seed(a.seed)
+    tries = gog.rollout(policy, env, pool, n, a.temperature, generator=generator, progress=f"pass rates, {n} tries")
+    return [sum(t.correct for t in tries[n * i:n * i + n]) / n for i in range(len(pool))]
+
+
+def rl(a):
+    """Stage 2, complexity-adaptive reinforcement learning: pass rates of the SFT model, levels, GRPO on the hard ones."""
+    first = a.folder() / "sft.safetensors"
+    if not first.is_file():
+        print(f"{first} is missing: SFT runs first.", file=sys.stderr)
+        sft(a)
+    run, (policy, v, _) = Run(a.folder(), a.name), read_weights(a, first)
+    world = make_world(a)
+    env = gog.Environment(v, make_toolbox(world, a.failure_rate, a.seed), policy.config)
+    pool = data.questions(world, data.RL_MIX, a.rl_questions, f"rl/{a.seed}")
+    dev = data.questions(world, data.RL_MIX, a.rl_dev, f"dev/{a.seed}", ("dev",))
+    reference = load(first, a.device)[0].requires_grad_(False) if a.beta else None
+    opts = [torch.optim.AdamW(policy.parameters(), lr=a.rl_lr, betas=(0.9, 0.95), weight_decay=0.0)]
+    generator = torch.Generator(policy.device).manual_seed(a.seed)
+    rates = pass_rates(a, policy, env, pool)
+    counts = [sum(grpo.level(p) == k for p in rates) for k in range(3)]
+    print(f"levels: {counts[0]} easy, {counts[1]} of level 1, {counts[2]} of level 2 ({sum(p == 0 for p in rates)} never right)", file=sys.stderr)
+    curriculum = grpo.Curriculum(rates, a.curriculum, a.seed)
+    best, best_at = -1.0, 0
+    bar = tqdm(total=a.rl_steps, desc="rl", unit="step")
+    for step in range(a.rl_steps + 1):
+        if step % a.eval_every == 0 or step == a.rl_steps:
+            score = gog.behaviour(gog.evaluate(policy, env, dev, "rl"))["accuracy"]
+            print(f"\nstep {step}: development accuracy {score:.3f}", file=sys.stderr)
+            if score > best:
+                best, best_at = score, step
+                run.finish(policy, tokenizer=v.tokenizer.to_str(), world=a.world, step=str(step))
+        if step == a.rl_steps:
+            break
+        began = time.time()
+        lr = set_lr(opts, (a.rl_lr,), min(1, (step + 1) / 5))
+        chosen = curriculum.draw(a.rl_batch)
+        batch = gog.rollout(policy, env, [pool[i] for i in chosen], a.group, a.temperature, generator=generator)
+        sampled = time.time()
+        shape = (a.rl_batch, a.group)
+        correct = torch.tensor([t.correct for t in batch]).view(shape)
+        rewards = torch.tensor([grpo.reward(t.correct, t.well_formed, a.lam) for t in batch]).view(shape)
+        advantages, alive = grpo.group_advantages(rewards, correct, a.advantage)
+        curriculum.seen(chosen, correct.float().mean(1).tolist())
+        stats = grpo_step(policy, reference, env, batch, advantages.flatten(), opts, a)
+        did = gog.behaviour(batch)
+        run.log(step=step, reward=rewards.mean().item(), dead=1 - alive.float().mean().item(), lr=lr, **stats,
+                **{k: did[k] for k in ("accuracy", "turns", "tool_calls", "tokens", "truncated", "gaze_correct", "reflection", "mixed_search",
+                                       *(f"{x}_share" for x in gog.ACTIONS))}, rollout_seconds=sampled - began, seconds=time.time() - began)
+        run.write_csv()
+        bar.update()
+        bar.set_postfix(acc=f"{did['accuracy']:.2f}", dead=run.rows[-1]["dead"], ent=run.rows[-1]["entropy"])
+        if step % a.show_every == 0:
+            say_trajectory(batch[int(advantages.flatten().argmax())], v)
+    bar.close()
+    print(f"best: step {best_at}, development accuracy {best:.3f}, kept as {run.weights}", file=sys.stderr)
+
+
+def grpo_step(policy, reference, env, batch, advantages, opts, a):
+    """One update from rollouts (list of Q*G) and their advantages (Q*G,). Dead trajectories leave; the denominator is fixed first."""
+    alive = [i for i in range(len(batch)) if advantages[i] != 0]
+    trained = [batch[i] for i in alive]
+    tokens = max(1, sum(sum(t.is_action) for t in trained))
+    totals = dict(loss=0.0, kl=0.0, clipped=0.0, entropy=0.0, ratio_gap=0.0)
+    for part, ids, mask, pictures in micro_batches(trained, a.token_budget, env.v.id["<pad>"]):
+        logp, all_logp = token_logprobs(policy, env, ids, mask, pictures, a.temperature)
+        old = torch.cat([torch.tensor([p for p, m in zip(trained[i].logprobs, trained[i].is_action) if m]) for i in part]).to(logp.device)
+        weight = torch.cat([advantages[alive[i]].expand(sum(trained[i].is_action)) for i in part]).to(logp.device)
+        with torch.no_grad():
+            ref = token_logprobs(reference, env, ids, mask, pictures, a.temperature)[0] if reference is not None else None
+        loss, clipped, kl = grpo.policy_loss(logp, old, weight, a.clip_low, a.clip_high, ref, a.beta)
+        (loss / tokens).backward()
+        with torch.no_grad():
+            totals["entropy"] -= (all_logp.exp() * all_logp.clamp_min(-1e4)).sum().item() / tokens
+            totals["ratio_gap"] = max(totals["ratio_gap"], (logp - old).abs().max().item())
+        totals["loss"] += loss.item() / tokens
+        totals["kl"] += kl / tokens
+        totals["clipped"] += clipped / tokens
+    totals["grad_norm"] = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0).item()
+    if alive:
+        for o in opts:
+            o.step()
+            o.zero_grad(set_to_none=True)
+    return totals
+
+
+def evaluate(a):
+    """Six suites, every row: results/ gets one tidy csv."""
+
+
+@dataclass
+class Args:
+    """Every field is a flag, and its comment is the help."""
+    stage: str = "rl"  # pretrain, sft, rl or eval; a missing input stage runs first
+    preset: str = "nano"  # tiny, nano or small
+    device: str = "auto"  # auto, cuda, mps or cpu
+    world: str = "heraldry"  # heraldry, or the path of a folder world
+    seed: int = 0  # of weights, questions and sampling
+    seed_world: int = 0  # of the invented world
+    towns: int = 3000  # of the invented world
+    out: str = ""  # run folder; default out/WORLD-PRESET-SEED
+    resume: bool = False  # go on from the last checkpoint
+    save_every: int = 100  # steps
+    sight_steps: int = 1200
+    sight_batch: int = 24
+    pretrain_steps: int = 1200
+    pretrain_batch: int = 16
+    muon_lr: float = 0.004
+    adam_lr: float = 0.002
+    demos: int = 5750  # trajectories of GoG-Instruct
+    wrong_gaze: float = 0.2  # share of demonstrations that begin with a wrong gaze
+    glance_first: float = 0.05  # share that begin with a useless glance
+    failure_rate: float = 0.03  # of tools while training
+    sft_epochs: int = 3
+    sft_batch: int = 32
+    sft_muon_lr: float = 0.001
+    sft_adam_lr: float = 0.0005
+    rl_questions: int = 1500
+    rl_dev: int = 200
+    rl_steps: int = 50
+    rl_batch: int = 32  # questions a step
+    group: int = 8  # rollouts a question
+    rl_lr: float = 1e-4
+    lam: float = 0.1  # weight of the format reward
+    beta: float = 0.0  # weight of the KL to the SFT policy
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    advantage: str = "std"  # std or mean
+    curriculum: str = "level2"  # level1, level2, all, learnable or adaptive
+    temperature: float = 1.0
+    eval_every: int = 10
+    show_every: int = 10
+    token_budget: int = 12000
+    name: str = "rl"  # of the policy that rl writes
+
+    def folder(self, kind=""):
+        """The run folder; the base model knows no world, so all worlds share it."""
+        world = kind or Path(self.world).name
+        return Path(self.out) if self.out else Path("out") / f"{world}-{self.preset}-{self.seed}"
