@@ -295,6 +295,11 @@ def folder_world(path, seed=0):
                  split_names(entities, random.Random(f"folder/{seed}")), seed)
 
 
+def open_world(where, seed=0, towns=3000):
+    """"heraldry", or the folder of a world."""
+    return heraldry(seed, towns) if where == "heraldry" else folder_world(where, seed)
+
+
 def read_jsonl(path):
     """Yield ("file:line", dict) a line; raises WorldError naming the line that is no JSON object."""
     try:
@@ -325,12 +330,17 @@ def image_path(root, image, where):
     return path
 
 
-def _colours(path, where):
-    """The tincture names that cover at least an eighth of a picture, largest first, and its aspect (width / height)."""
+def check_image(path, where="command line"):
+    """The picture at `path`, RGBA; WorldError if it cannot be read."""
     try:
-        art = _load(path)
+        return _load(Path(path))
     except (OSError, ValueError, Image.DecompressionBombError) as e:
         raise WorldError(f"{where}: image {path} cannot be read ({e}). Replace it with a PNG or JPEG") from None
+
+
+def _colours(path, where):
+    """The tincture names that cover at least an eighth of a picture, largest first, and its aspect (width / height)."""
+    art = check_image(path, where)
     small = art.resize((24, 24), Image.BOX)
     names = [min(TINCTURES, key=lambda t: sum((a - b) ** 2 for a, b in zip(rgba, TINCTURES[t]))) for rgba in small.getdata() if rgba[3] > 127]
     shares = sorted(((names.count(t), t) for t in TINCTURES), key=lambda x: -x[0])
@@ -573,6 +583,12 @@ class Vocabulary:
         self.id = {t: tokenizer.token_to_id(t) for t in TAGS}
         assert self.id["<pad>"] != self.id["<stop>"]  # else masking the padding would also mask the end of a turn
         self.sampleable = [i not in range(TAGS.index("<stop>")) for i in range(self.size)]
+
+    @classmethod
+    def from_text(cls, text):
+        """From `tokenizer.to_str()`, as a checkpoint keeps it."""
+        from tokenizers import Tokenizer
+        return cls(Tokenizer.from_str(text))
 
     def encode(self, text):
         """Plain text, from a world or a user: a tag spelt in it stays text and can never become a control token."""

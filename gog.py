@@ -15,7 +15,6 @@ Provenance is known at birth: `Trajectory.act` appends what the policy sampled (
 wrote (never trained). Token ids are never decoded and encoded again, so training sees exactly what was sampled.
 """
 import argparse
-import json
 import random
 import re
 import sys
@@ -25,12 +24,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 import data
 from data import iou
-from model import Cache, pick
+from model import Cache, CheckpointError, load, pick
+from tools import ImageIndex, TextIndex, Toolbox
 
 MAX_TURNS, TURN_TOKENS = 8, 48
 ACTIONS = ("answer", "search", "glance", "gaze")
@@ -116,6 +116,14 @@ def parse(text):
 def to_array(picture, side):
     """Picture -> uint8 (3, S, S): all that the model ever sees of it."""
     return np.asarray(picture.convert("RGB").resize((side, side), Image.BOX if min(picture.size) > side else Image.BILINEAR)).transpose(2, 0, 1)
+
+
+def make_toolbox(world, failure=0.0, seed=0, late=False):
+    """Tools over all that a world knows at training time (`late`: also what came after)."""
+    pictured = world.pictured("train", "dev", "test", *(["late"] if late else []))
+    images = ImageIndex(((e.name, e.blazon, e.picture(96)) for e in pictured),
+                        progress=lambda x: tqdm(x, desc="image index", total=len(pictured), leave=False))
+    return Toolbox(images, TextIndex(world.passages(late)), failure, seed)
 
 
 class Environment:
@@ -407,3 +415,61 @@ def evaluate(policy, env, questions, row, seed=0, temperature=0.0, progress=None
         return play(env, questions, [chance(q, rng, words) for q in questions], progress=progress)
     generator = torch.Generator(policy.device).manual_seed(seed)
     return rollout(policy, env, questions, 1, temperature, schedule=SCHEDULES.get(row), generator=generator, progress=progress)
+
+
+# ---------------------------------------------------------------------------------------------- one picture, one question
+
+def answer_one(policy, env, image, question, seed=0):
+    """Greedy trajectory for a user's own picture (path) and question (text)."""
+    scene = data.Scene((), (), "picture", 0, data.Path(image))
+    return rollout(policy, env, [data.Question(question, (), scene, "own")], temperature=0.0)[0]
+
+
+def draw_gazes(t):
+    """The picture with every gaze framed and numbered, in order."""
+    picture = t.question.scene.picture().copy()
+    pen, n = ImageDraw.Draw(picture), 0
+    for turn in t.turns:
+        if turn.kind == "gaze":
+            n += 1
+            x0, y0, x1, y1 = box = data.to_pixels(turn.argument, picture.size)
+            if x1 > x0 and y1 > y0:
+                width = max(2, picture.width // 150)
+                pen.rectangle(box, outline=(230, 40, 60), width=width)
+                pen.rectangle((x0, y0, x0 + 9 * width, y0 + 9 * width), fill=(230, 40, 60))
+                pen.text((x0 + 2 * width, y0), str(n), fill=(255, 255, 255), font_size=8 * width)
+    return picture
+
+
+def tell(t):
+    """A trajectory in words, one line a step."""
+    lines = [f"  {t.question.text}" + (f"   (gold: {t.question.answers[0]})" if t.question.answers else "")]
+    for turn in t.turns:
+        argument = " ".join(map(str, turn.argument)) if isinstance(turn.argument, tuple) else turn.argument
+        lines.append(f"    {turn.kind:<7}{argument}" + (f"      ({turn.thought})" if turn.thought else ""))
+        lines += [f"            {line}" for line in turn.observation.split(" | ") if line]
+    return "\n".join(lines + ([] if t.answer is not None else ["    no answer: the last turn or the longest turn was reached"]))
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Ask a trained policy about one picture.")
+    parser.add_argument("image"), parser.add_argument("question")
+    parser.add_argument("--checkpoint", default="out/heraldry-nano-0/rl.safetensors", help="policy (default: %(default)s)")
+    parser.add_argument("--world", default="heraldry", help="what to search in: heraldry, or a folder world (default: %(default)s)")
+    parser.add_argument("--save", default="gaze.png", help="where the picture with the gazes goes (default: %(default)s)")
+    a = parser.parse_args()
+    try:
+        policy, meta = load(a.checkpoint)
+        data.check_image(a.image)
+        env = Environment(data.Vocabulary.from_text(meta["tokenizer"]), make_toolbox(data.open_world(a.world)), policy.config)
+    except (CheckpointError, data.WorldError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+    t = answer_one(policy, env, a.image, a.question)
+    print(tell(t))
+    draw_gazes(t).save(a.save)
+    print(f"  picture with the gazes: {a.save}")
+
+
+if __name__ == "__main__":
+    main()

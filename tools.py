@@ -1,12 +1,12 @@
 """What an action can touch: crop, image index, text index, and one `Toolbox` that turns actions into observations.
 
-From the paper: three tools. Text search and image search ask the live web; *gaze* crops a region of the picture and searches with the
-    crop. A tool fails 1 to 5 % of the time.
-Here instead: two exact, offline indices over one small world. Pictures are compared by a hand-made descriptor (where the colours are,
-    which way the edges run), passages by shared words. Failures are drawn from a seeded generator.
-Why: same call, same answer, with no account, no network and no learnt part that could know more than the policy does. What matters for
-    the method is kept: a clean crop finds its entity, a wrong or careless one finds another, a crowded picture finds noise, and
-    the score that comes back with each hit tells which it may be.
+From the paper: three tools. Text search and image search ask the live web; *gaze* crops a region of the picture and searches
+    with the crop. A tool fails 1 to 5 % of the time.
+Here instead: two exact, offline indices over one small world. Pictures are compared by a hand-made descriptor (where the
+    colours are, which way the edges run), passages by shared words. Failures are drawn from a seeded generator.
+Why: same call, same answer, with no account, no network and no learnt part that could know more than the policy does. What
+    the method needs is kept: a clean crop finds its entity, a careless one may find another, a crowded picture finds noise,
+    and the score of a hit hints at which it was.
 
 Boxes are (x0, y0, x1, y1), integers 0..99: percent of the picture's width and height.
 """
@@ -16,6 +16,7 @@ import re
 import unicodedata
 import zlib
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from PIL import Image
@@ -30,7 +31,7 @@ class ToolError(ValueError):
 # ----------------------------------------------------------------------------------------------------------------- crop
 
 def crop(picture, box):
-    """Cut a percent box out of a picture at full resolution: RGB. ToolError if out of range, inverted, empty or under 3 % a side."""
+    """Cut a percent box out of a picture at full resolution: RGB. ToolError if outside 0..99, inverted, or under 3 % a side."""
     x0, y0, x1, y1 = box
     if min(box) < 0 or max(box) > 99:
         raise ToolError("outside 0 to 99")
@@ -84,14 +85,15 @@ def describe_small(small):
 
 
 def _unit(x):
-    return x / (np.linalg.norm(x, axis=1, keepdims=True) + 1e-6)
+    x = x + 1e-6  # a picture without any edge has a direction too
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
 
 
 def _colours(x):
     """(n, SIDE, SIDE, 3) in 0..1 -> (n, 243): mean colour of each cell, measured from middle grey."""
     c, step = COLOUR_CELLS, SIDE // COLOUR_CELLS
     cells = x.reshape(-1, c, step, c, step, 3).mean((2, 4)) - 0.5
-    return _unit((cells @ OPPONENT).reshape(len(x), -1) + 1e-6)
+    return _unit((cells @ OPPONENT).reshape(len(x), -1))
 
 
 def _edges(x):
@@ -110,8 +112,8 @@ def _edges(x):
     cell = np.arange(SIDE) * EDGE_CELLS // SIDE
     first = (np.arange(n)[:, None, None] * EDGE_CELLS ** 2 + cell[:, None] * EDGE_CELLS + cell) * ANGLES
     vote = lambda k, s: np.bincount((first + k % ANGLES).ravel(), s.ravel(), first.max() + ANGLES)  # (n * 36 * 8,)
-    histogram = vote(low, strength * (1 - part)) + vote(low + 1, strength * part)  # each pixel votes for its two nearest angles
-    return _unit(np.sqrt(histogram).reshape(n, -1).astype(np.float32) + 1e-6)
+    histogram = vote(low, strength * (1 - part)) + vote(low + 1, strength * part)  # a vote for the two nearest angles
+    return _unit(np.sqrt(histogram).reshape(n, -1).astype(np.float32))
 
 
 def salient(picture):
@@ -133,14 +135,15 @@ def salient(picture):
 # --------------------------------------------------------------------------------------------------------------- indices
 
 SHIFT = 0.07  # a careless box is off by so much of its side: the index knows each picture as such boxes would frame it
-FRAMINGS = [(0, 0, 0, 0)] + [tuple(SHIFT * s for s in signs) for signs in itertools.product((-1, 1), repeat=4) if np.prod(signs) > 0]
+FRAMINGS = [(0, 0, 0, 0)] + [tuple(SHIFT * s for s in signs) for signs in itertools.product((-1, 1), repeat=4)
+                             if np.prod(signs) > 0]  # how far left, top, right and bottom move outwards
 
 
 class ImageIndex:
     """Exact nearest neighbour over pictures, each known in 9 framings: as it is, and its four sides moved in or out."""
 
     def __init__(self, items, progress=lambda items: items):
-        """`items`: iterable of (name, caption, picture). `progress` wraps it, as tqdm does. Later changes of a picture go unnoticed."""
+        """`items`: iterable of (name, caption, picture); `progress` wraps it, as tqdm does."""
         self.names, self.captions, small = [], [], []
         for name, caption, picture in progress(items):
             self.names.append(name)
@@ -149,7 +152,7 @@ class ImageIndex:
             x, y = (wide.width - w) / 2, (wide.height - h) / 2
             small += [shrink(wide, (x - a * w, y - b * h, x + w + c * w, y + h + d * h)) for a, b, c, d in FRAMINGS]
         by_framing = describe_small(small).reshape(-1, len(FRAMINGS), WIDTH).swapaxes(0, 1)
-        self.rows = np.ascontiguousarray(by_framing).reshape(-1, WIDTH)  # (9 * entities, D): all in one framing, then the next
+        self.rows = np.ascontiguousarray(by_framing).reshape(-1, WIDTH)  # (9 * entities, D), framing after framing
 
     def search(self, pictures, k):
         """N pictures -> N lists of at most k (score 0..1, name, caption), best first, each entity once.
@@ -187,15 +190,15 @@ def plain(text):
 
 
 class TextIndex:
-    """Ranks passages by the weight of what they share with a query: words, word pairs and letter trigrams, the rare ones heavier.
+    """Ranks passages by the weight of what they share with a query: words, word pairs and letter trigrams, rare ones heavier.
 
     Not divided by length, as a cosine would be: passages are single sentences, and a long value must not push its fact down.
-    An inverted index: feature -> passages that have it, so the score is exact and a query only touches passages that share something.
+    An inverted index (feature -> passages that have it): exact, and a query only touches passages that share something.
     """
     TRIGRAMS, PAIRS, RAREST = 0.5, 0.3, 3.0  # weight of a word's trigrams, of a pair; a cap, or names alone would decide
 
     def __init__(self, passages):
-        self.passages, self._known = list(passages), {}
+        self.passages = list(passages)
         found = [self._features(p) for p in self.passages]
         keys = np.array([key for f in found for key in f], np.int64)
         weight = np.array([w for f in found for w in f.values()], np.float32)
@@ -210,11 +213,7 @@ class TextIndex:
         """Text -> {crc32 of a feature: its weight}. A query also tries its words behind the little words that it left out."""
         words, out = re.findall(r"[^\W_]+", plain(text)), {}
         for word in words:
-            if word not in self._known:
-                letters = f"^{word}$"
-                trigrams = [letters[i:i + 3] for i in range(len(word))]
-                self._known[word] = {_key(word): 1.0, **{_key(t): self.TRIGRAMS / len(trigrams) ** 0.5 for t in trigrams}}
-            out |= self._known[word]
+            out |= _word(word, self.TRIGRAMS)
         pairs = [f"{a} {b}" for a, b in zip(words, words[1:])] + [f.format(w) for w in words for f in LITTLE if query]
         return out | {_key(p): self.PAIRS for p in pairs}
 
@@ -227,9 +226,17 @@ class TextIndex:
         if not known:
             return []
         part = [self.weight[place] * (w * rarity) for place, rarity, w in known]
-        scores = np.bincount(np.concatenate([self.where[place] for place, _, _ in known]), np.concatenate(part), len(self.passages))
+        where = np.concatenate([self.where[place] for place, _, _ in known])
+        scores = np.bincount(where, np.concatenate(part), len(self.passages))
         scores /= sum(w * w * rarity for _, rarity, w in known)
         return [(float(scores[j]), self.passages[j]) for j in best(scores, k) if scores[j] > 0]
+
+
+@lru_cache(maxsize=1 << 15)
+def _word(word, share):
+    """A word -> {key: weight}: the word itself, and its letter trigrams ('^re', 'red', 'ed$') which share a smaller weight."""
+    trigrams = [f"^{word}$"[i:i + 3] for i in range(len(word))]
+    return {_key(word): 1.0, **{_key(f"{t}~"): share / len(trigrams) ** 0.5 for t in trigrams}}  # ~: 'red' is no trigram
 
 
 def _key(feature):
@@ -240,14 +247,14 @@ def _key(feature):
 
 @dataclass
 class Observation:
-    """What the environment answers. `picture`: the crop of a gaze, else None. `ok`: False if the call was bad or the tool failed."""
+    """What the environment answers. `picture`: the crop of a gaze, else None. `ok`: False after a bad box or a failed tool."""
     text: str
     picture: Image.Image | None = None
     ok: bool = True
 
 
 class Toolbox:
-    """Runs batches of actions. `counts` tells how often each was called and how many calls went wrong; `rng` draws the failures."""
+    """Runs batches of actions. `counts`: calls of each action, and how many of them went wrong; `rng` draws the failures."""
 
     def __init__(self, image_index, text_index, failure_rate=0.0, seed=0, hits=2, passages=2):
         self.image_index, self.text_index = image_index, text_index
@@ -256,9 +263,9 @@ class Toolbox:
         self.counts = dict.fromkeys(("search", "glance", "gaze", "failed"), 0)
 
     def run(self, calls):
-        """Calls (action, argument, picture) -> their Observations, in order; all pictures go through the index at once, so do all queries.
+        """Calls (action, argument, picture) -> their Observations, in order; one image and one text search serve them all.
 
-        ("search", "words", _), ("glance", _, picture) or ("gaze", box, picture). Every call draws from `rng` once, used or not.
+        ("search", "words", _), ("glance", _, picture) or ("gaze", box, picture). Each call draws once from `rng`.
         """
         out, views, queries = [None] * len(calls), {}, {}
         for i, (action, argument, picture) in enumerate(calls):

@@ -1,5 +1,8 @@
 """The command line: python train.py --stage pretrain | sft | rl | eval. Each stage is one loop, top to bottom."""
 import argparse
+import csv
+import difflib
+import io
 import json
 import math
 import random
@@ -20,7 +23,7 @@ from gog import Trajectory
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from model import PRESETS, CheckpointError, ModelConfig, Policy, atomic, load, save
-from tools import ImageIndex, TextIndex, Toolbox, ToolError, crop
+from tools import ToolError, crop
 
 # ------------------------------------------------------------------------------------------- first the eyes, then the words
 
@@ -367,17 +370,6 @@ class Run:
         self.state.unlink(missing_ok=True)
 
 
-def say_trajectory(t, v):
-    """One trajectory for the eye: what the policy wrote, and what the environment answered."""
-    print(f"\n  {t.question.text}   (gold: {t.question.answers[0]})", file=sys.stderr)
-    for turn in t.turns:
-        argument = " ".join(map(str, turn.argument)) if isinstance(turn.argument, tuple) else turn.argument
-        print(f"    {('<' + turn.thought + '> ') if turn.thought else ''}{turn.kind}: {argument}", file=sys.stderr)
-        if turn.observation:
-            print(f"        -> {turn.observation[:150]}", file=sys.stderr)
-    print(f"    {'right' if t.correct else 'wrong'}\n", file=sys.stderr)
-
-
 # --------------------------------------------------------------------------------------------------------------- stages
 
 def schedule(step, steps, warmup=30, decay=0.35):
@@ -440,17 +432,6 @@ def pretrain(a):
     run.finish(policy, tokenizer=v.tokenizer.to_str())
 
 
-def make_world(a):
-    return data.heraldry(a.seed_world, a.towns) if a.world == "heraldry" else data.folder_world(a.world)
-
-
-def make_toolbox(world, failure=0.0, seed=0, late=False):
-    """The tools over everything of a world that is known at training time (late: also what came after)."""
-    pictured = world.pictured("train", "dev", "test", *(["late"] if late else []))
-    images = ImageIndex(((e.name, e.blazon, e.picture(96)) for e in pictured), progress=lambda x: tqdm(x, desc="image index", total=len(pictured), leave=False))
-    return Toolbox(images, TextIndex(world.passages(late)), failure, seed)
-
-
 def read_weights(a, path):
     v = data.build_vocabulary()
     policy, meta = load(path, a.device, tokenizer=v.tokenizer.to_str())
@@ -497,8 +478,8 @@ def sft(a):
         pretrain(a)
     run, (policy, v, _) = Run(a.folder(), "sft"), read_weights(a, base)
     torch.manual_seed(a.seed)
-    world = make_world(a)
-    env = gog.Environment(v, make_toolbox(world, a.failure_rate, a.seed), policy.config)
+    world = data.open_world(a.world, a.seed_world, a.towns)
+    env = gog.Environment(v, gog.make_toolbox(world, a.failure_rate, a.seed), policy.config)
     demos = instruct(a, policy, env, world)
     per_epoch = len(demos) // a.sft_batch
     total = a.sft_epochs * per_epoch
@@ -534,8 +515,8 @@ def rl(a):
         print(f"{first} is missing: SFT runs first.", file=sys.stderr)
         sft(a)
     run, (policy, v, _) = Run(a.folder(), a.name), read_weights(a, first)
-    world = make_world(a)
-    env = gog.Environment(v, make_toolbox(world, a.failure_rate, a.seed), policy.config)
+    world = data.open_world(a.world, a.seed_world, a.towns)
+    env = gog.Environment(v, gog.make_toolbox(world, a.failure_rate, a.seed), policy.config)
     pool = data.questions(world, data.RL_MIX, a.rl_questions, f"rl/{a.seed}")
     dev = data.questions(world, data.RL_MIX, a.rl_dev, f"dev/{a.seed}", ("dev",))
     reference = load(first, a.device)[0].requires_grad_(False) if a.beta else None
@@ -575,7 +556,7 @@ def rl(a):
         bar.update()
         bar.set_postfix(acc=f"{did['accuracy']:.2f}", dead=run.rows[-1]["dead"], ent=run.rows[-1]["entropy"])
         if step % a.show_every == 0:
-            say_trajectory(batch[int(advantages.flatten().argmax())], v)
+            print('\n' + gog.tell(batch[int(advantages.flatten().argmax())]), file=sys.stderr)
     bar.close()
     print(f"best: step {best_at}, development accuracy {best:.3f}, kept as {run.weights}", file=sys.stderr)
 
@@ -608,8 +589,53 @@ def grpo_step(policy, reference, env, batch, advantages, opts, a):
     return totals
 
 
+COLUMNS = "table row world suite seed metric value n preset device minutes".split()
+ROWS = ("random", "direct", "full-search", "no-gaze", "sft", "rl", "withheld", "oracle")
+
+
 def evaluate(a):
-    """Six suites, every row: results/ gets one tidy csv."""
+    """Six held-out suites, every baseline: results/results.csv, one measurement a row; rows of other runs in that file stay."""
+    if not (a.folder() / "rl.safetensors").is_file():
+        print(f"{a.folder() / 'rl.safetensors'} is missing: RL runs first.", file=sys.stderr)
+        rl(a)
+    world, table, began = data.open_world(a.world, a.seed_world, a.towns), [], time.time()
+    policies = {k: read_weights(a, a.folder() / f"{k}.safetensors") for k in ("sft", "rl")}
+    label, known = a.world_label or world.name, gog.make_toolbox(world)
+    for name in data.SUITES:
+        searched, qs = data.suite(world, name, a.suite_size)
+        toolbox = gog.make_toolbox(searched, late=True) if name == "live" else known
+        for row in ROWS:
+            policy, v, _ = policies["sft" if row == "sft" else "rl"]
+            env = gog.Environment(v, toolbox, policy.config, withhold=row == "withheld")
+            start = time.time()
+            tries = gog.evaluate(policy, env, qs, row, a.seed, progress=f"{name}, {row}")
+            for metric, value in gog.behaviour(tries).items():
+                table.append(dict(zip(COLUMNS, ("main", row, label, name, a.seed, metric, f"{value:.4f}", len(qs), a.preset, a.device,
+                                                f"{(time.time() - start) / 60:.2f}"))))
+    write_results(Path("results") / "results.csv", table)
+    print_table(table)
+    print(f"eval: {(time.time() - began) / 60:.1f} minutes", file=sys.stderr)
+
+
+def write_results(path, rows):
+    """Replace the measurements of the same (table, row, world, suite, seed, metric, preset), keep the others."""
+    key = lambda r: tuple(r[k] for k in ("table", "row", "world", "suite", "metric", "preset")) + (str(r["seed"]),)
+    old = list(csv.DictReader(path.open(encoding="utf-8"))) if path.is_file() else []
+    new = {key(r) for r in rows}
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows([r for r in old if key(r) not in new] + rows)
+    atomic(path, lambda p: p.write_text(text.getvalue(), encoding="utf-8"))
+
+
+def print_table(table):
+    """Accuracy in percent: rows x suites, and their mean."""
+    accuracy = {(r["row"], r["suite"]): float(r["value"]) for r in table if r["metric"] == "accuracy"}
+    print(f"\n{'accuracy %':<12}" + "".join(f"{s:>8}" for s in (*data.SUITES, "mean")))
+    for row in dict.fromkeys(r["row"] for r in table):
+        values = [100 * accuracy[row, s] for s in data.SUITES]
+        print(f"{row:<12}" + "".join(f"{x:8.1f}" for x in (*values, sum(values) / len(values))))
 
 
 @dataclass
@@ -625,11 +651,11 @@ class Args:
     out: str = ""  # run folder; default out/WORLD-PRESET-SEED
     resume: bool = False  # go on from the last checkpoint
     save_every: int = 100  # steps
-    sight_steps: int = 1200
+    sight_steps: int = 1300
     sight_batch: int = 24
-    pretrain_steps: int = 1200
+    pretrain_steps: int = 1100
     pretrain_batch: int = 16
-    muon_lr: float = 0.004
+    muon_lr: float = 0.003
     adam_lr: float = 0.002
     demos: int = 5750  # trajectories of GoG-Instruct
     wrong_gaze: float = 0.2  # share of demonstrations that begin with a wrong gaze
@@ -656,8 +682,46 @@ class Args:
     show_every: int = 10
     token_budget: int = 12000
     name: str = "rl"  # of the policy that rl writes
+    suite_size: int = 300  # questions a held-out suite
+    world_label: str = ""  # in results.csv; default the world's name
 
     def folder(self, kind=""):
         """The run folder; the base model knows no world, so all worlds share it."""
         world = kind or Path(self.world).name
         return Path(self.out) if self.out else Path("out") / f"{world}-{self.preset}-{self.seed}"
+
+
+def arguments(argv=None):
+    """Flags from the fields of Args; an unknown flag is answered with the nearest one."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    for f in fields(Args):
+        flag = "--" + f.name.replace("_", "-")
+        if f.type is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=f.default)
+        else:
+            parser.add_argument(flag, type=f.type, default=f.default)
+    known, unknown = parser.parse_known_args(argv)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0].split("=")[0], ["--" + f.name.replace("_", "-") for f in fields(Args)], 1)
+        parser.error(f"unknown flag {unknown[0]!r}" + (f": did you mean {near[0]}?" if near else ". python train.py --help lists them all"))
+    return Args(**vars(known))
+
+
+STAGES = {"pretrain": pretrain, "sft": sft, "rl": rl, "eval": evaluate}
+
+
+def main():
+    a = arguments()
+    if a.device == "auto":
+        a.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    torch.set_flush_denormal(True)  # a decayed momentum of denormal numbers would slow a CPU down tenfold
+    print(f"{a.stage}: preset {a.preset}, world {a.world}, seed {a.seed}, on {a.device}", file=sys.stderr)
+    try:
+        STAGES[a.stage](a)
+    except (data.WorldError, CheckpointError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+import random
+
+import pytest
+import torch
+
+import data
+import gog
+import grpo
+import train
+
+
+@pytest.mark.parametrize("correct, formed, value", [(True, True, 1.0), (True, False, 0.9), (False, True, 0.1), (False, False, 0.0)])
+def test_reward_table(correct, formed, value):
+    """Prevents a reward other than r = (1 - lambda) r_acc + lambda r_fmt."""
+    assert grpo.reward(correct, formed) == pytest.approx(value)
+
+
+@pytest.mark.parametrize("answer, right", [("Ilda Voss", True), ("  the ilda  VOSS.", True), ("Ílda Voss", True), ("", False), ("Ilda", False),
+                                           ("Ilda Voss or Mirna", False), ("the", False)])
+def test_exact_match_is_no_substring(answer, right):
+    """Prevents reward hacking: an empty answer, a part, or all candidates joined must score 0."""
+    assert gog.exact_match(answer, ["Ilda Voss"]) is right
+
+
+def test_group_advantages():
+    """Prevents groups mixed up by key, a standard deviation over the batch, and dead groups that are not quite dead."""
+    correct = torch.tensor([[1, 0, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]]).bool()
+    rewards = torch.tensor([[1, .1, .1, .1], [.97, .97, .97, .97], [.1, 0, .1, .1]])
+    adv, alive = grpo.group_advantages(rewards, correct)
+    assert alive.tolist() == [True, False, False]
+    assert adv[0].tolist() == pytest.approx([1.5, -.5, -.5, -.5], abs=1e-4)
+    assert (adv[1:] == 0).all()  # the third differs in format only: lambda must not become a full +-1
+    mean_only, _ = grpo.group_advantages(rewards, correct, "mean")
+    assert mean_only[0].tolist() == pytest.approx([.675, -.225, -.225, -.225])
+
+
+def test_policy_loss_gradient_by_finite_differences():
+    """Prevents a wrong sign, a clip on the wrong side, or a KL whose gradient is off."""
+    torch.manual_seed(0)
+    logp, old, ref = (torch.randn(64, dtype=torch.double) * 0.3 for _ in range(3))
+    adv = torch.randn(64, dtype=torch.double)
+    f = lambda x: grpo.policy_loss(x, old, adv, 0.2, 0.28, ref, 0.01)[0]
+    x = logp.clone().requires_grad_()
+    f(x).backward()
+    for i in range(0, 64, 7):
+        step = torch.zeros(64, dtype=torch.double)
+        step[i] = 1e-6
+        assert x.grad[i].item() == pytest.approx(((f(logp + step) - f(logp - step)) / 2e-6).item(), abs=1e-5)
+
+
+def test_clip_stops_the_gradient_on_the_right_side():
+    """Prevents a clip that also stops what should be undone: A > 0 is held above 1 + eps, A < 0 below 1 - eps, nothing else."""
+    old = torch.zeros(4)
+    logp = torch.tensor([0.5, -0.5, 0.5, -0.5], requires_grad=True)
+    grpo.policy_loss(logp, old, torch.tensor([1.0, 1.0, -1.0, -1.0]))[0].backward()
+    assert [g != 0 for g in logp.grad.tolist()] == [False, True, True, False]
+
+
+def rollouts(policy, env, questions, seed=0):
+    return gog.rollout(policy, env, questions, 4, generator=torch.Generator().manual_seed(seed))
+
+
+def test_ratio_is_one_before_the_first_update(policy, env, questions):
+    """Prevents training on log-probabilities that are not the sampler's: cached, batched, ragged sampling = the uncached forward."""
+    batch = rollouts(policy, env, questions[:6])
+    worst = 0.0
+    for part, ids, trained, pictures in train.micro_batches(batch, 4000, env.v.id["<pad>"]):
+        with torch.no_grad():
+            logp, _ = train.token_logprobs(policy, env, ids, trained, pictures)
+        old = torch.cat([torch.tensor([p for p, m in zip(batch[i].logprobs, batch[i].is_action) if m]) for i in part])
+        worst = max(worst, (logp - old).abs().max().item())
+    assert worst < 1e-4
+
+
+def test_micro_batches_do_not_change_the_gradient(policy, env, questions):
+    """Prevents a denominator per micro-batch: the same update whatever fits into memory."""
+    batch = rollouts(policy, env, questions[:4])
+    advantages = torch.linspace(-1, 1, len(batch))
+    gradients = []
+    for budget in (300, 100000):
+        a = train.Args(token_budget=budget)
+        policy.zero_grad()
+        train.grpo_step(policy, None, env, batch, advantages, [], a)
+        gradients.append(torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None]))
+    torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-3)
+
+
+def test_dead_groups_leave_loss_and_denominator(policy, env, questions):
+    """Prevents dead groups that dilute the update: adding one must not change the gradient."""
+    batch = rollouts(policy, env, questions[:3])
+    advantages = torch.tensor([1.0, -1, 1, -1, .5, -.5, .5, -.5, 0, 0, 0, 0])
+    gradients = []
+    for n in (8, 12):
+        policy.zero_grad()
+        train.grpo_step(policy, None, env, batch[:n], advantages[:n], [], train.Args())
+        gradients.append(torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None]))
+    torch.testing.assert_close(*gradients)
+
+
+def test_levels_and_curriculum():
+    """Prevents a curriculum that trains on what it should not: Level 2 is p < 1/2, and each question comes once a pass."""
+    rates = [0.0, 0.25, 0.5, 0.75, 1.0]
+    assert [grpo.level(p) for p in rates] == [2, 2, 1, 0, 0]
+    c = grpo.Curriculum(list(rates), "level2")
+    assert sorted(c.draw(4)) == [0, 0, 1, 1]
+    assert grpo.Curriculum(list(rates), "learnable").pool == [1]
+    c = grpo.Curriculum(list(rates), "adaptive", seed=1)
+    drawn = c.draw(2000)
+    assert drawn.count(2) > drawn.count(1) > drawn.count(4) > 0
+    c.seen([4], [0.0])
+    assert c.pass_rates[4] == 0.5
+    with pytest.raises(ValueError, match="curriculum"):
+        grpo.Curriculum([1.0, 1.0], "level2")

@@ -1,0 +1,107 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from model import PRESETS, Cache, CheckpointError, ModelConfig, Policy, load, pick, save
+
+
+def test_causal(policy):
+    """Prevents a mask that leaks: changing a later token must not move an earlier hidden state."""
+    a = torch.randint(20, 300, (2, 12))
+    b = a.clone()
+    b[:, 8:] = 7
+    with torch.no_grad():
+        x, y = policy(a), policy(b)
+    assert torch.equal(x[:, :8], y[:, :8]) and not torch.allclose(x[:, 8:], y[:, 8:])
+
+
+def test_cached_ragged_equals_uncached(policy):
+    """Prevents the classic rollout bug: rows of different length fed in ragged chunks must see what a plain forward sees."""
+    generator = torch.Generator().manual_seed(1)
+    rows = [torch.randint(20, 300, (n,), generator=generator) for n in (17, 9, 13)]
+    cache, got, at = Cache(policy.config, 3, 32, "cpu", torch.float32), [[], [], []], [0, 0, 0]
+    with torch.no_grad():
+        for takes in ((5, 9, 1), (1, 0, 1), (11, 0, 11)):
+            ids = torch.zeros(3, max(takes), dtype=torch.long)
+            for r, n in enumerate(takes):
+                ids[r, :n] = rows[r][at[r]:at[r] + n]
+            hidden = policy(ids, cache=cache, valid=torch.tensor(takes))
+            for r, n in enumerate(takes):
+                got[r].append(hidden[r, :n])
+                at[r] += n
+        for r, row in enumerate(rows):
+            torch.testing.assert_close(torch.cat(got[r]), policy(row[None])[0], atol=1e-5, rtol=1e-4)
+
+
+def test_grouped_cache_rows(policy):
+    """Prevents mixed-up rows: `keep` must carry keys, values and lengths of exactly the rows asked for, in order."""
+    ids = torch.randint(20, 300, (3, 6))
+    with torch.no_grad():
+        cache = Cache(policy.config, 3, 16, "cpu", torch.float32)
+        policy(ids, cache=cache)
+        cache.keep(torch.tensor([2, 0]), repeat=2)
+        new = torch.randint(20, 300, (4, 1))
+        got = policy(new, cache=cache)[:, 0]
+        for row, source in enumerate((2, 2, 0, 0)):
+            want = policy(torch.cat([ids[source], new[row]])[None])[0, -1]
+            torch.testing.assert_close(got[row], want, atol=1e-5, rtol=1e-4)
+
+
+def test_pictures_fill_their_placeholders_in_order(policy):
+    """Prevents swapped pictures in a batch: row i must see picture i, also when another row has none."""
+    n, image = policy.config.image_tokens, 2
+    pictures = torch.randint(0, 255, (2, 3, policy.config.picture, policy.config.picture), dtype=torch.uint8)
+    ids = torch.full((3, n + 2), 30)
+    ids[0, 1:n + 1] = image
+    ids[2, 1:n + 1] = image
+    with torch.no_grad():
+        both = policy(ids, pictures, image)
+        alone = policy(ids[2:], pictures[1:], image)
+    torch.testing.assert_close(both[2:], alone, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(both[0], both[2])
+
+
+def test_rope_is_relative(policy):
+    """Prevents a rotary embedding that depends on absolute position: attention scores must only know distances."""
+    from model import rope_table, rotate
+    q, k = torch.randn(1, 1, 1, 16), torch.randn(1, 1, 1, 16)
+    score = lambda i, j: (rotate(q, rope_table(torch.tensor([[i]]), 16, 1e4)) * rotate(k, rope_table(torch.tensor([[j]]), 16, 1e4))).sum()
+    torch.testing.assert_close(score(7, 3), score(104, 100), atol=1e-4, rtol=1e-4)
+    assert abs(score(7, 3) - score(7, 6)) > 1e-4
+
+
+def test_pick_scores_what_it_samples():
+    """Prevents a ratio other than 1: the log-probability must be that of the distribution sampled from, mask and temperature included."""
+    logits = torch.tensor([[2.0, 1.0, 0.0, 5.0]]).expand(20000, 4)
+    allowed = torch.tensor([[True, True, True, False]])
+    ids, logp = pick(logits, 0.5, allowed, torch.Generator().manual_seed(0))
+    wanted = torch.softmax(torch.tensor([4.0, 2.0, 0.0]), 0)
+    assert (ids != 3).all()
+    torch.testing.assert_close(torch.bincount(ids, minlength=3)[:3] / 20000, wanted, atol=0.01, rtol=0)
+    torch.testing.assert_close(logp.exp(), wanted[ids])
+
+
+def test_checkpoint_round_trip_and_refusals(tmp_path, policy):
+    """Prevents silent damage: weights survive bit for bit; another shape, another tokenizer or a torn file is refused in one line."""
+    path = tmp_path / "p.safetensors"
+    save(policy, path, tokenizer="abc")
+    again, meta = load(path, tokenizer="abc")
+    assert all(torch.equal(a, b) for a, b in zip(policy.state_dict().values(), again.state_dict().values()))
+    assert not list(tmp_path.glob(".*"))
+    with pytest.raises(CheckpointError, match="another tokenizer"):
+        load(path, tokenizer="abd")
+    weights = load_file(path)
+    save_file(weights, tmp_path / "q.safetensors", metadata={"config": json.dumps({**json.loads(meta["config"]), "width": 128})})
+    with pytest.raises(CheckpointError, match="another shape"):
+        load(tmp_path / "q.safetensors")
+    (tmp_path / "torn.safetensors").write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match="not a readable"):
+        load(tmp_path / "torn.safetensors")
+
+
+def test_presets_have_the_advertised_size():
+    """Prevents a preset that drifts from what the README says."""
+    count = lambda name: sum(p.numel() for p in Policy(ModelConfig(**PRESETS[name])).parameters()) / 1e6
+    assert 2.5 < count("nano") < 4.5 and 25 < count("small") < 45
