@@ -98,9 +98,8 @@ class Arms:
         tincture = fixed.get("tincture") or rng.choice(list(TINCTURES))
         contrast = [t for t in TINCTURES if (t in METALS) != (tincture in METALS)]
         charge_tincture = rng.choice(contrast)
-        parts = dict(outline=rng.choice(list(OUTLINES)), tincture=tincture, ordinary=rng.choice(ORDINARIES),
-                     ordinary_tincture=rng.choice([t for t in contrast if t != charge_tincture]),
-                     charge=rng.choice(list(CHARGES)), charge_tincture=charge_tincture, count=rng.choice((1, 2, 3)))
+        ordinary, other = rng.choice(ORDINARIES), rng.choice([t for t in contrast if t != charge_tincture])
+        parts = dict(outline=rng.choice(list(OUTLINES)), tincture=tincture, ordinary=ordinary, ordinary_tincture=other if ordinary else tincture, charge=rng.choice(list(CHARGES)), charge_tincture=charge_tincture, count=rng.choice((1, 2, 3)))
         return cls(**{**parts, **fixed})
 
     @property
@@ -295,6 +294,7 @@ def folder_world(path, seed=0):
                  split_names(entities, random.Random(f"folder/{seed}")), seed)
 
 
+@lru_cache(maxsize=4)
 def open_world(where, seed=0, towns=3000):
     """"heraldry", or the folder of a world."""
     return heraldry(seed, towns) if where == "heraldry" else folder_world(where, seed)
@@ -609,7 +609,7 @@ def build_vocabulary(size=1536, seed=0):
     corpus = toy.passages(late=True) + [e.blazon for e in toy.pictured()]
     corpus += [q.text for q in questions(toy, SFT_MIX + RL_MIX, 1500, "vocabulary")]
     corpus += [" " + " ".join(str(rng.randint(0, 99)) for _ in range(8)) for _ in range(3000)]
-    corpus += ["point to the see look at want : no not is next yes what shows nothing found tool failed again bad box more"] * 50
+    corpus += ["point to the each see look at all want : no not is next yes what this list repeat shows nothing found tool failed again bad box more"] * 50
     corpus += ["What is the capital of the largest neighbour of the flag at the currency calling code internet domain"] * 5
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)  # ' Ost' is one spelling wherever a name begins

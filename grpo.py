@@ -16,7 +16,9 @@ Alphabet: Q questions, G rollouts a question (the group), M trained tokens.
 import random
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 
 
 def reward(correct, well_formed, lam=0.1):
@@ -51,6 +53,83 @@ def policy_loss(logp, old_logp, advantage, low=0.2, high=0.2, reference=None, be
         d = reference - logp
         kl = (d.exp() - d - 1).sum()
     return loss + beta * kl, ((ratio - clipped).abs() > 0).sum().item(), kl.item()
+
+
+# ----------------------------------------------------------------------------------------------------- batches of tokens
+
+def micro_batches(trajectories, budget, pad):
+    """Sort by length and cut into batches of at most `budget` tokens, so that little is padding. Yields (indices, ids, trained, pictures)."""
+    order = sorted(range(len(trajectories)), key=lambda i: len(trajectories[i].ids))
+    while order:
+        longest, n = len(trajectories[order[-1]].ids), 1
+        n = max(1, min(len(order), budget // longest))
+        part, order = order[-n:], order[:-n]
+        ids = torch.full((n, longest), pad)
+        trained = torch.zeros(n, longest, dtype=torch.bool)
+        pictures = []
+        for row, i in enumerate(part):
+            t = trajectories[i]
+            ids[row, :len(t.ids)] = torch.tensor(t.ids)
+            trained[row, :len(t.ids)] = torch.tensor(t.is_action)
+            pictures += t.pictures
+        yield part, ids, trained, torch.from_numpy(np.stack(pictures)) if pictures else None
+
+
+def token_logprobs(policy, env, ids, trained, pictures, temperature=1.0):
+    """Log-probability of every trained token, flat (M,), and the entropy there. The one mask rule of SFT and RL."""
+    device = policy.device
+    ids, trained = ids.to(device), trained.to(device)
+    hidden = policy(ids, pictures.to(device) if pictures is not None else None, env.image[0])
+    wanted = trained[:, 1:]  # token t is predicted at position t - 1
+    logits = policy.logits(hidden[:, :-1][wanted])
+    logits = logits.masked_fill(~torch.tensor(env.v.sampleable, device=device), float("-inf")) / temperature
+    logp = F.log_softmax(logits.float(), -1)
+    return logp.gather(1, ids[:, 1:][wanted][:, None])[:, 0], logp
+
+
+def supervised_step(policy, env, batch, opts, budget=12000, clip=1.0):
+    """One optimiser step of the causal LM loss on the policy's own tokens; the denominator is the whole batch's, so the
+    size of micro-batches does not change the gradient."""
+    total = sum(sum(t.is_action) for t in batch)
+    loss = 0.0
+    for _, ids, trained, pictures in micro_batches(batch, budget, env.v.id["<pad>"]):
+        logp, _ = token_logprobs(policy, env, ids, trained, pictures)
+        part = -logp.sum() / total
+        part.backward()
+        loss += part.item()
+    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), clip).item()
+    for o in opts:
+        o.step()
+        o.zero_grad(set_to_none=True)
+    return loss, norm
+
+
+def grpo_step(policy, reference, env, batch, advantages, opts, a):
+    """One update from rollouts (list of Q*G) and their advantages (Q*G,). Dead trajectories leave; the denominator is fixed first."""
+    alive = [i for i in range(len(batch)) if advantages[i] != 0]
+    trained = [batch[i] for i in alive]
+    tokens = max(1, sum(sum(t.is_action) for t in trained))
+    totals = dict(loss=0.0, kl=0.0, clipped=0.0, entropy=0.0, ratio_gap=0.0)
+    for part, ids, mask, pictures in micro_batches(trained, a.token_budget, env.v.id["<pad>"]):
+        logp, all_logp = token_logprobs(policy, env, ids, mask, pictures, a.temperature)
+        old = torch.cat([torch.tensor([p for p, m in zip(trained[i].logprobs, trained[i].is_action) if m]) for i in part]).to(logp.device)
+        weight = torch.cat([advantages[alive[i]].expand(sum(trained[i].is_action)) for i in part]).to(logp.device)
+        with torch.no_grad():
+            ref = token_logprobs(reference, env, ids, mask, pictures, a.temperature)[0] if reference is not None else None
+        loss, clipped, kl = policy_loss(logp, old, weight, a.clip_low, a.clip_high, ref, a.beta)
+        (loss / tokens).backward()
+        with torch.no_grad():
+            totals["entropy"] -= (all_logp.exp() * all_logp.clamp_min(-1e4)).sum().item() / tokens
+            totals["ratio_gap"] = max(totals["ratio_gap"], (logp - old).abs().max().item())
+        totals["loss"] += loss.item() / tokens
+        totals["kl"] += kl / tokens
+        totals["clipped"] += clipped / tokens
+    totals["grad_norm"] = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0).item()
+    if alive:
+        for o in opts:
+            o.step()
+            o.zero_grad(set_to_none=True)
+    return totals
 
 
 # ----------------------------------------------------------------------------------------------------------- curriculum

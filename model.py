@@ -26,11 +26,11 @@ from torch import nn
 @dataclass
 class ModelConfig:
     vocab: int = 1536
-    width: int = 192  # D
+    width: int = 160  # D
     layers: int = 6
-    heads: int = 6  # H
-    kv_heads: int = 2  # K
-    mlp: int = 512
+    heads: int = 5  # H
+    kv_heads: int = 1  # K
+    mlp: int = 384
     context: int = 1024  # longest trajectory, in tokens
     rope_base: float = 10000.0
     picture: int = 128  # S, pixels: every picture is shrunk to S x S before it is seen
@@ -255,6 +255,55 @@ def pick(logits, temperature, allowed=None, generator=None):
     logp = F.log_softmax(logits.float() / (temperature or 1.0), -1)
     ids = torch.multinomial(logp.exp(), 1, generator=generator)[:, 0] if temperature else logp.argmax(-1)
     return ids, logp.gather(1, ids[:, None])[:, 0]
+
+
+# ------------------------------------------------------------------------------------------------------------ optimiser
+
+def orthogonalise(g, steps=5):
+    """Newton-Schulz: push the singular values of a stack of matrices (N, a, b) towards 1, keeping the singular vectors."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = g.transpose(1, 2) if g.shape[1] > g.shape[2] else g
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        s = x @ x.transpose(1, 2)
+        x = a * x + (b * s + c * s @ s) @ x
+    return x.transpose(1, 2) if g.shape[1] > g.shape[2] else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised (Jordan et al. 2024); update scaled to AdamW's size. Hidden matrices only.
+
+    torch.optim.Muon is the same rule, but works in bfloat16 and one matrix at a time: 4.7 s a step for `nano` on a CPU without bf16
+    units, against 0.1 s for this one, which stacks matrices of one shape.
+    """
+
+    def __init__(self, params, lr, momentum=0.95, weight_decay=0.01):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            shapes = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    shapes.setdefault(p.shape, []).append(p)
+            for (rows, cols), params in shapes.items():
+                updates = []
+                for p in params:
+                    m = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                    m.lerp_(p.grad, 1 - group["momentum"])
+                    updates.append(p.grad.lerp(m, group["momentum"]))  # Nesterov
+                scale = 0.2 * max(rows, cols) ** 0.5
+                for p, u in zip(params, orthogonalise(torch.stack(updates))):
+                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(u, alpha=-group["lr"] * scale)
+
+
+def optimisers(model, muon_lr, adam_lr):
+    matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and "embed" not in n and "position" not in n]
+    chosen = set(map(id, matrices))
+    rest = [p for p in model.parameters() if id(p) not in chosen]
+    adam = torch.optim.AdamW(rest, lr=adam_lr, betas=(0.9, 0.95), weight_decay=0.0)
+    return [Muon(matrices, muon_lr), adam] if muon_lr else [torch.optim.AdamW(model.parameters(), lr=adam_lr, betas=(0.9, 0.95), weight_decay=0.0)]
 
 
 # ---------------------------------------------------------------------------------------------------------- save and load

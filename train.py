@@ -22,14 +22,15 @@ import grpo
 from gog import Trajectory
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from model import PRESETS, CheckpointError, ModelConfig, Policy, atomic, load, save
-from tools import ToolError, crop
+from grpo import grpo_step, supervised_step
+from model import PRESETS, CheckpointError, ModelConfig, Policy, atomic, load, optimisers, save
+from tools import Toolbox, ToolError, crop
 
 # ------------------------------------------------------------------------------------------- first the eyes, then the words
 
 PARTS = ((2, None), (len(data.TINCTURES), "tincture"), (len(data.OUTLINES), "outline"), (len(data.ORDINARIES), "ordinary"),
          (len(data.TINCTURES), "ordinary_tincture"), (len(data.CHARGES), "charge"), (len(data.TINCTURES), "charge_tincture"), (3, "count"))
-CHOICES = {"tincture": list(data.TINCTURES), "outline": list(data.OUTLINES), "ordinary": list(data.ORDINARIES), "ordinary_tincture":
+PART_NAMES = {"tincture": list(data.TINCTURES), "outline": list(data.OUTLINES), "ordinary": list(data.ORDINARIES), "ordinary_tincture":
            list(data.TINCTURES), "charge": list(data.CHARGES), "charge_tincture": list(data.TINCTURES), "count": [1, 2, 3]}
 
 
@@ -61,7 +62,7 @@ class Sights(torch.utils.data.Dataset):
         labels[..., 0] = 0
         for town, box in zip(towns, scene.boxes):
             x0, y0, x1, y1 = (round(b * self.grid / 100) for b in box)  # the patches whose centre the box covers
-            told = [1] + [CHOICES[k].index(getattr(town.arms, k)) for _, k in PARTS[1:]]
+            told = [1] + [PART_NAMES[k].index(getattr(town.arms, k)) for _, k in PARTS[1:]]
             if box[3] - box[1] < 40:  # too small to tell the charge
                 told[3:] = [-1] * 5
             if not town.arms.ordinary:
@@ -94,44 +95,42 @@ def fresh_town(rng, relations=0):
     return data.Entity.with_arms(data.town_name(rng), facts, data.Arms.draw(rng))
 
 
-def scene_lesson(env, rng, questions=7):
-    """A wall and several questions about it: point to things, say what is where, colour, shape, number."""
+def scene_lesson(env, rng, questions=4):
+    """A wall: list what hangs there, then point to things, say what is where, colour, shape, number."""
     noun = rng.choice(("shield", "shield", "flag", "badge"))
     least, most, cells, sizes, twins = data.SETTINGS[rng.choices(list(data.SETTINGS), (1, 5, 3, 3, 2))[0]]
     towns = [fresh_town(rng) for _ in range(rng.randint(least, most))]
     for i in range(1, min(len(towns), 1 + rng.randint(0, twins))):
-        arms = data.Arms.draw(rng, outline=towns[0].arms.outline, tincture=towns[0].arms.tincture)
-        towns[i] = data.Entity.with_arms(towns[i].name, {}, arms)
+        towns[i] = look_alike(rng, towns[0])
     rng.shuffle(towns)
     scene = data.hang(towns, noun, rng, cells, sizes)
+    looks, names = [e.look for e in towns], data.references(scene)
     t = Trajectory(None)
-    t.observe([env.v.id["<bos>"], *env.image], gog.to_array(scene.picture(), env.side))
-    names = data.references(scene)
-    tasks = [("point", i, k) for i, n in enumerate(names) for k in n if k != "detail"]
-    rare = [x for x in tasks if x[2] in ("order", "size", "neighbour")]
-    looks = [e.look for e in towns]
+    t.observe([env.v.id["<bos>"], *env.image], gog.to_array(scene.picture(2 * env.side), env.side))
+    say(env, t, "list all", "".join(f" {looks[i]}" + gaze(scene.boxes[i]) for i in rng.sample(range(len(towns)), min(6, len(towns)))))
+    tasks = [(i, k) for i, n in enumerate(names) for k in n if k != "detail"]
+    rare = [x for x in tasks if x[1] in ("order", "size", "neighbour")]
     for _ in range(questions):
         lot = rng.random()
-        if lot < 0.62 and tasks:
-            _, i, kind = rng.choice(rare if rare and rng.random() < 0.4 else tasks)
+        i, kind = rng.choice(rare if rare and rng.random() < 0.5 else tasks or [(0, None)])
+        if lot < 0.6 and kind:
             say(env, t, f"point to the {names[i][kind]}", f"<think> look at {looks[i]}</think>" + gaze(scene.boxes[i]))
-        elif lot < 0.74:  # all objects of one look, from left to right
-            look = rng.choice(looks)
-            boxes = sorted(b for b, l in zip(scene.boxes, looks) if l == look)
-            say(env, t, f"point to each {look} {noun}", "".join(map(gaze, boxes)))
-        elif lot < 0.86:
-            i = rng.randrange(len(towns))
-            say(env, t, "what is at {} {} {} {}".format(*scene.boxes[i]), f"<answer> {looks[i]}</answer>")
-        elif lot < 0.93 and tasks:
-            i, kind = rng.choice(tasks)[1:]
+        elif lot < 0.75 and kind:
             k = rng.randrange(2)
             say(env, t, f"What is the {('colour', 'shape')[k]} of the {names[i][kind]}?",
                 f"<think> look at {looks[i]}</think><answer> {looks[i].split()[k]}</answer>")
+        elif lot < 0.9:  # all objects of one look, from left to right
+            look = rng.choice(looks)
+            say(env, t, f"point to each {look} {noun}", "".join(map(gaze, sorted(b for b, l in zip(scene.boxes, looks) if l == look))))
         else:
             colour = rng.choice(looks).split()[0]
             n = sum(l.split()[0] == colour for l in looks)
             say(env, t, f"How many {noun}s are {colour}?", f"<think> look at all</think><answer> {n}</answer>")
     return t
+
+
+def look_alike(rng, town):
+    return data.Entity.with_arms(data.town_name(rng), {}, data.Arms.draw(rng, outline=town.arms.outline, tincture=town.arms.tincture))
 
 
 def gaze(box):
@@ -151,50 +150,44 @@ def crop_lesson(env, rng, crops=2):
     for _ in range(crops):
         town = fresh_town(rng)
         scene = data.hang([town], "shield", rng, rng.choice((2, 3, 4)), (0.5, 0.95))
-        box = [b + round(rng.gauss(0, 0.04) * (scene.boxes[0][k + 2 - 2 * (k > 1)] - b)) for k, b in enumerate(scene.boxes[0])]
-        try:
-            picture = crop(scene.picture(), tuple(min(99, max(0, b)) for b in box))
-        except ToolError:
-            continue
+        x0, y0, x1, y1 = scene.boxes[0]
+        off = [round(rng.gauss(0, 0.04) * side) for side in (x1 - x0, y1 - y0) * 2]
+        picture = crop(scene.picture(), tuple(min(99, max(0, b + o)) for b, o in zip(scene.boxes[0], off)))
         t.observe(env.image, gog.to_array(picture, env.side))
         say(env, t, "what is this", f"<answer> {town.blazon}</answer>")
-        for _ in range(2):
-            other = town if rng.random() < 0.5 else fresh_town(rng) if rng.random() < 0.3 else data.Entity.with_arms(
-                "", {}, data.Arms.draw(rng, outline=town.arms.outline, tincture=town.arms.tincture))
-            same = (other.look, other.detail) == (town.look, town.detail)
-            say(env, t, f"want {other.look}, {other.detail}", f"<answer> {'yes' if same else 'no'}</answer>")
+        other = town if rng.random() < 0.5 else fresh_town(rng) if rng.random() < 0.3 else look_alike(rng, town)
+        same = (other.look, other.detail) == (town.look, town.detail)
+        say(env, t, f"want {other.look}, {other.detail}", f"<answer> {'yes' if same else 'no'}</answer>")
     return t
 
 
 def text_lesson(env, rng):
-    """Read and copy, without pictures: a fact from passages, a name from hits, the larger of two numbers."""
+    """Read and copy, without pictures: repeat a text, a fact from passages, a name from hits, the larger of two numbers."""
     t = Trajectory(None)
     t.observe([env.v.id["<bos>"]])
-    for _ in range(2):
-        towns = [fresh_town(rng, 3) for _ in range(3)]
-        lot = rng.random()
-        if lot < 0.55:
-            facts = [(e.name, r, v) for e in towns for r, v in e.facts.items()]
-            shown = rng.sample(facts, rng.randint(2, 4))
-            read(env, t, " | ".join(rng.choice(data.PASSAGES).format(n=n, r=r, v=v) for n, r, v in shown))
-            for n, r, v in rng.sample(shown, 2):
-                if rng.random() < 0.5:
-                    say(env, t, f"What is the {r} of {n}?", f"<answer> {v}</answer>")
-                else:
-                    say(env, t, f"{n} {r}", f"<think> {r} is {v}</think><answer> {v}</answer>")
-        elif lot < 0.85:
-            if rng.random() < 0.7:  # the second hit is a look-alike
-                towns[1] = data.Entity.with_arms(towns[1].name, {}, data.Arms.draw(rng, outline=towns[0].arms.outline, tincture=towns[0].arms.tincture))
-            read(env, t, " | ".join(f"{s} {e.name}: {e.blazon}" for s, e in zip(sorted((rng.randint(30, 99) for _ in "ab"), reverse=True), towns)))
-            first, detailed = towns[0], rng.random() < 0.5
-            wanted = first if rng.random() < 0.5 else rng.choice((fresh_town(rng), towns[1]))
+    towns, lot = [fresh_town(rng, 2) for _ in range(3)], rng.random()
+    if lot < 0.65:
+        facts = [(e.name, r, v) for e in towns for r, v in e.facts.items()]
+        shown = rng.sample(facts, rng.randint(1, 3))
+        text = " | ".join(rng.choice(data.PASSAGES).format(n=n, r=r, v=v) for n, r, v in shown)
+        read(env, t, text)
+        if lot < 0.25:  # nothing but copying, and much of it: this is what forms the circuit
+            say(env, t, "repeat", f"<answer> {text}</answer>")
+        for n, r, v in rng.sample(shown, min(2, len(shown))):
+            say(env, t, f"What is the {r} of {n}?" if rng.random() < 0.5 else f"{n} {r}", f"<think> {r} is {v}</think><answer> {v}</answer>")
+    elif lot < 0.9:
+        first, second = towns[0], look_alike(rng, towns[0]) if rng.random() < 0.6 else towns[1]
+        scores = sorted((rng.randint(30, 99) for _ in "ab"), reverse=True)
+        read(env, t, " | ".join(f"{s} {e.name}: {e.blazon}" for s, e in zip(scores, (first, second))))
+        for _ in range(2):
+            detailed = rng.random() < 0.5
             told = lambda e: f"{e.look}, {e.detail}" if detailed else e.look
+            wanted = first if rng.random() < 0.5 else rng.choice((towns[2], second))
             verdict = first.name if told(wanted) == told(first) else "no"
             say(env, t, f"look at {told(wanted)}", f"<think> want {told(wanted)}, see {told(first)}: {verdict}</think><answer> {verdict}</answer>")
-        else:
-            a, b = rng.sample(range(100), 2)
-            n, m = towns[0].name, towns[1].name
-            say(env, t, f"which has more, {n} {a}, {m} {b}", f"<think> {n} {a}, {m} {b}</think><answer> {n if a > b else m}</answer>")
+    else:
+        (a, b), n, m = rng.sample(range(100), 2), towns[0].name, towns[1].name
+        say(env, t, f"which has more, {n} {a}, {m} {b}", f"<think> {n} {a}, {m} {b}</think><answer> {n if a > b else m}</answer>")
     return t
 
 
@@ -214,104 +207,6 @@ class Lessons(torch.utils.data.Dataset):
     def __getitem__(self, i):
         rng = random.Random(f"lessons/{self.seed}/{i}")
         return [make(self.env, rng) for make in rng.choices((scene_lesson, crop_lesson, text_lesson), self.mix, k=self.size)]
-
-
-# ------------------------------------------------------------------------------------------------------------ optimiser
-
-def orthogonalise(g, steps=5):
-    """Newton-Schulz: push the singular values of a stack of matrices (N, a, b) towards 1, keeping the singular vectors."""
-    a, b, c = 3.4445, -4.7750, 2.0315
-    x = g.transpose(1, 2) if g.shape[1] > g.shape[2] else g
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for _ in range(steps):
-        s = x @ x.transpose(1, 2)
-        x = a * x + (b * s + c * s @ s) @ x
-    return x.transpose(1, 2) if g.shape[1] > g.shape[2] else x
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised (Jordan et al. 2024); update scaled to AdamW's size. Hidden matrices only.
-
-    torch.optim.Muon is the same rule, but works in bfloat16 and one matrix at a time: 4.7 s a step for `nano` on a CPU without bf16
-    units, against 0.1 s for this one, which stacks matrices of one shape.
-    """
-
-    def __init__(self, params, lr, momentum=0.95, weight_decay=0.01):
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            shapes = {}
-            for p in group["params"]:
-                if p.grad is not None:
-                    shapes.setdefault(p.shape, []).append(p)
-            for (rows, cols), params in shapes.items():
-                updates = []
-                for p in params:
-                    m = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                    m.lerp_(p.grad, 1 - group["momentum"])
-                    updates.append(p.grad.lerp(m, group["momentum"]))  # Nesterov
-                scale = 0.2 * max(rows, cols) ** 0.5
-                for p, u in zip(params, orthogonalise(torch.stack(updates))):
-                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(u, alpha=-group["lr"] * scale)
-
-
-def optimisers(model, muon_lr, adam_lr):
-    matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and "embed" not in n and "position" not in n]
-    chosen = set(map(id, matrices))
-    rest = [p for p in model.parameters() if id(p) not in chosen]
-    adam = torch.optim.AdamW(rest, lr=adam_lr, betas=(0.9, 0.95), weight_decay=0.0)
-    return [Muon(matrices, muon_lr), adam] if muon_lr else [torch.optim.AdamW(model.parameters(), lr=adam_lr, betas=(0.9, 0.95), weight_decay=0.0)]
-
-
-# ----------------------------------------------------------------------------------------------------- batches of tokens
-
-def micro_batches(trajectories, budget, pad):
-    """Sort by length and cut into batches of at most `budget` tokens, so that little is padding. Yields (indices, ids, trained, pictures)."""
-    order = sorted(range(len(trajectories)), key=lambda i: len(trajectories[i].ids))
-    while order:
-        longest, n = len(trajectories[order[-1]].ids), 1
-        n = max(1, min(len(order), budget // longest))
-        part, order = order[-n:], order[:-n]
-        ids = torch.full((n, longest), pad)
-        trained = torch.zeros(n, longest, dtype=torch.bool)
-        pictures = []
-        for row, i in enumerate(part):
-            t = trajectories[i]
-            ids[row, :len(t.ids)] = torch.tensor(t.ids)
-            trained[row, :len(t.ids)] = torch.tensor(t.is_action)
-            pictures += t.pictures
-        yield part, ids, trained, torch.from_numpy(np.stack(pictures)) if pictures else None
-
-
-def token_logprobs(policy, env, ids, trained, pictures, temperature=1.0):
-    """Log-probability of every trained token, flat (M,), and the entropy there. The one mask rule of SFT and RL."""
-    device = policy.device
-    ids, trained = ids.to(device), trained.to(device)
-    hidden = policy(ids, pictures.to(device) if pictures is not None else None, env.image[0])
-    wanted = trained[:, 1:]  # token t is predicted at position t - 1
-    logits = policy.logits(hidden[:, :-1][wanted])
-    logits = logits.masked_fill(~torch.tensor(env.v.sampleable, device=device), float("-inf")) / temperature
-    logp = F.log_softmax(logits.float(), -1)
-    return logp.gather(1, ids[:, 1:][wanted][:, None])[:, 0], logp
-
-
-def supervised_step(policy, env, batch, opts, budget=12000, clip=1.0):
-    """One optimiser step of the causal LM loss on the policy's own tokens; the denominator is the whole batch's, so the
-    size of micro-batches does not change the gradient."""
-    total = sum(sum(t.is_action) for t in batch)
-    loss = 0.0
-    for _, ids, trained, pictures in micro_batches(batch, budget, env.v.id["<pad>"]):
-        logp, _ = token_logprobs(policy, env, ids, trained, pictures)
-        part = -logp.sum() / total
-        part.backward()
-        loss += part.item()
-    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), clip).item()
-    for o in opts:
-        o.step()
-        o.zero_grad(set_to_none=True)
-    return loss, norm
 
 
 # --------------------------------------------------------------------------------------------------- checkpoints and logs
@@ -364,9 +259,9 @@ class Run:
             text = "\n".join([",".join(columns), *(",".join(r.get(c, "") for c in columns) for r in self.rows)]) + "\n"
             atomic(self.csv, lambda p: p.write_text(text, encoding="utf-8"))
 
-    def finish(self, model, **meta):
+    def close(self):
+        """The stage is done: its metrics stay, its training state goes."""
         self.write_csv()
-        save(model, self.weights, **meta)
         self.state.unlink(missing_ok=True)
 
 
@@ -422,14 +317,15 @@ def pretrain(a):
                 o.zero_grad(set_to_none=True)
             loss = loss.item()
         else:
-            loss, norm = supervised_step(policy, env, batch, opts)
+            loss, norm = supervised_step(policy, env, batch, opts, a.token_budget)
         run.log(step=step, part="see" if seeing else "read", loss=loss, grad_norm=norm, lr=lr, seconds=bar.format_dict["elapsed"])
         bar.update()
         bar.set_postfix(loss=f"{loss:.3f}")
         if (step + 1) % a.save_every == 0:
             run.checkpoint([policy, head], eyes + whole, step=step + 1)
     bar.close()
-    run.finish(policy, tokenizer=v.tokenizer.to_str())
+    save(policy, run.weights, tokenizer=v.tokenizer.to_str())
+    run.close()
 
 
 def read_weights(a, path):
@@ -491,14 +387,15 @@ def sft(a):
             order = random.Random(f"epoch/{a.seed}/{step // per_epoch}").sample(range(len(demos)), len(demos))
         at = step % per_epoch * a.sft_batch
         lr = set_lr(opts, peaks, schedule(step, total))
-        loss, norm = supervised_step(policy, env, [demos[i] for i in order[at:at + a.sft_batch]], opts)
+        loss, norm = supervised_step(policy, env, [demos[i] for i in order[at:at + a.sft_batch]], opts, a.token_budget)
         run.log(step=step, epoch=step // per_epoch, loss=loss, grad_norm=norm, lr=lr, seconds=bar.format_dict["elapsed"])
         bar.update()
         bar.set_postfix(loss=f"{loss:.3f}")
         if (step + 1) % a.save_every == 0:
             run.checkpoint([policy], opts, step=step + 1)
     bar.close()
-    run.finish(policy, tokenizer=v.tokenizer.to_str(), world=a.world)
+    save(policy, run.weights, tokenizer=v.tokenizer.to_str(), world=a.world)
+    run.close()
 
 
 def pass_rates(a, policy, env, pool, n=4):
@@ -509,7 +406,7 @@ def pass_rates(a, policy, env, pool, n=4):
 
 
 def rl(a):
-    """Stage 2, complexity-adaptive reinforcement learning: pass rates of the SFT model, levels, GRPO on the hard ones."""
+    """Stage 2, complexity-adaptive reinforcement learning: pass rates of the SFT model, levels, GRPO on the hard questions."""
     first = a.folder() / "sft.safetensors"
     if not first.is_file():
         print(f"{first} is missing: SFT runs first.", file=sys.stderr)
@@ -517,76 +414,60 @@ def rl(a):
     run, (policy, v, _) = Run(a.folder(), a.name), read_weights(a, first)
     world = data.open_world(a.world, a.seed_world, a.towns)
     env = gog.Environment(v, gog.make_toolbox(world, a.failure_rate, a.seed), policy.config)
+    dev_env = gog.Environment(v, Toolbox(env.toolbox.image_index, env.toolbox.text_index), policy.config)
     pool = data.questions(world, data.RL_MIX, a.rl_questions, f"rl/{a.seed}")
     dev = data.questions(world, data.RL_MIX, a.rl_dev, f"dev/{a.seed}", ("dev",))
-    reference = load(first, a.device)[0].requires_grad_(False) if a.beta else None
+    reference = read_weights(a, first)[0].requires_grad_(False) if a.beta else None
     opts = [torch.optim.AdamW(policy.parameters(), lr=a.rl_lr, betas=(0.9, 0.95), weight_decay=0.0)]
     generator = torch.Generator(policy.device).manual_seed(a.seed)
-    rates = pass_rates(a, policy, env, pool)
+    saved = run.resume([policy], opts) if a.resume else {}
+    rates = saved.get("pass_rates") or pass_rates(a, policy, env, pool)
     counts = [sum(grpo.level(p) == k for p in rates) for k in range(3)]
     print(f"levels: {counts[0]} easy, {counts[1]} of level 1, {counts[2]} of level 2 ({sum(p == 0 for p in rates)} never right)", file=sys.stderr)
     curriculum = grpo.Curriculum(rates, a.curriculum, a.seed)
-    best, best_at = -1.0, 0
-    bar = tqdm(total=a.rl_steps, desc="rl", unit="step")
-    for step in range(a.rl_steps + 1):
-        if step % a.eval_every == 0 or step == a.rl_steps:
-            score = gog.behaviour(gog.evaluate(policy, env, dev, "rl"))["accuracy"]
+    if saved:
+        curriculum.pool, curriculum.queue = saved["pool"], saved["queue"]
+        for rng, state in zip((curriculum.rng, env.toolbox.rng), saved["python_rng"]):
+            rng.setstate((state[0], tuple(state[1]), state[2]))
+        generator.set_state(torch.tensor(saved["torch_rng"], dtype=torch.uint8))
+    best = saved.get("best", [-1.0, 0])
+    bar = tqdm(total=a.rl_steps, initial=saved.get("step", 0), desc="rl", unit="step")
+    for step in range(saved.get("step", 0), a.rl_steps + 1):
+        if step % a.eval_every == 0 or step == a.rl_steps:  # keep the best by validation, not the last
+            score = gog.behaviour(gog.evaluate(policy, dev_env, dev, "rl"))["accuracy"]
             print(f"\nstep {step}: development accuracy {score:.3f}", file=sys.stderr)
-            if score > best:
-                best, best_at = score, step
-                run.finish(policy, tokenizer=v.tokenizer.to_str(), world=a.world, step=str(step))
+            if score > best[0]:
+                best = [score, step]
+                save(policy, run.weights, tokenizer=v.tokenizer.to_str(), world=a.world, step=str(step))
         if step == a.rl_steps:
             break
         began = time.time()
         lr = set_lr(opts, (a.rl_lr,), min(1, (step + 1) / 5))
         chosen = curriculum.draw(a.rl_batch)
         batch = gog.rollout(policy, env, [pool[i] for i in chosen], a.group, a.temperature, generator=generator)
-        sampled = time.time()
-        shape = (a.rl_batch, a.group)
-        correct = torch.tensor([t.correct for t in batch]).view(shape)
-        rewards = torch.tensor([grpo.reward(t.correct, t.well_formed, a.lam) for t in batch]).view(shape)
+        rollout_seconds = time.time() - began
+        correct = torch.tensor([t.correct for t in batch]).view(a.rl_batch, a.group)
+        rewards = torch.tensor([grpo.reward(t.correct, t.well_formed, a.lam) for t in batch]).view(a.rl_batch, a.group)
         advantages, alive = grpo.group_advantages(rewards, correct, a.advantage)
         curriculum.seen(chosen, correct.float().mean(1).tolist())
         stats = grpo_step(policy, reference, env, batch, advantages.flatten(), opts, a)
         did = gog.behaviour(batch)
-        run.log(step=step, reward=rewards.mean().item(), dead=1 - alive.float().mean().item(), lr=lr, **stats,
-                **{k: did[k] for k in ("accuracy", "turns", "tool_calls", "tokens", "truncated", "gaze_correct", "reflection", "mixed_search",
-                                       *(f"{x}_share" for x in gog.ACTIONS))}, rollout_seconds=sampled - began, seconds=time.time() - began)
-        run.write_csv()
+        run.log(step=step, reward=rewards.mean().item(), accuracy=did["accuracy"], dead=1 - alive.float().mean().item(), **stats, lr=lr,
+                **{k: did[k] for k in LOGGED}, rollout_seconds=rollout_seconds, seconds=time.time() - began)
         bar.update()
-        bar.set_postfix(acc=f"{did['accuracy']:.2f}", dead=run.rows[-1]["dead"], ent=run.rows[-1]["entropy"])
+        bar.set_postfix(acc=f"{did['accuracy']:.2f}", dead=run.rows[-1]["dead"], entropy=run.rows[-1]["entropy"])
         if step % a.show_every == 0:
-            print('\n' + gog.tell(batch[int(advantages.flatten().argmax())]), file=sys.stderr)
+            print("\n" + gog.tell(batch[int(advantages.argmax())]), file=sys.stderr)
+        if (step + 1) % a.save_every == 0:
+            run.checkpoint([policy], opts, step=step + 1, pass_rates=rates, pool=curriculum.pool, queue=curriculum.queue, best=best,
+                           python_rng=[curriculum.rng.getstate(), env.toolbox.rng.getstate()], torch_rng=generator.get_state().tolist())
     bar.close()
-    print(f"best: step {best_at}, development accuracy {best:.3f}, kept as {run.weights}", file=sys.stderr)
+    run.close()
+    print(f"best: step {best[1]}, development accuracy {best[0]:.3f}, kept as {run.weights}", file=sys.stderr)
 
 
-def grpo_step(policy, reference, env, batch, advantages, opts, a):
-    """One update from rollouts (list of Q*G) and their advantages (Q*G,). Dead trajectories leave; the denominator is fixed first."""
-    alive = [i for i in range(len(batch)) if advantages[i] != 0]
-    trained = [batch[i] for i in alive]
-    tokens = max(1, sum(sum(t.is_action) for t in trained))
-    totals = dict(loss=0.0, kl=0.0, clipped=0.0, entropy=0.0, ratio_gap=0.0)
-    for part, ids, mask, pictures in micro_batches(trained, a.token_budget, env.v.id["<pad>"]):
-        logp, all_logp = token_logprobs(policy, env, ids, mask, pictures, a.temperature)
-        old = torch.cat([torch.tensor([p for p, m in zip(trained[i].logprobs, trained[i].is_action) if m]) for i in part]).to(logp.device)
-        weight = torch.cat([advantages[alive[i]].expand(sum(trained[i].is_action)) for i in part]).to(logp.device)
-        with torch.no_grad():
-            ref = token_logprobs(reference, env, ids, mask, pictures, a.temperature)[0] if reference is not None else None
-        loss, clipped, kl = grpo.policy_loss(logp, old, weight, a.clip_low, a.clip_high, ref, a.beta)
-        (loss / tokens).backward()
-        with torch.no_grad():
-            totals["entropy"] -= (all_logp.exp() * all_logp.clamp_min(-1e4)).sum().item() / tokens
-            totals["ratio_gap"] = max(totals["ratio_gap"], (logp - old).abs().max().item())
-        totals["loss"] += loss.item() / tokens
-        totals["kl"] += kl / tokens
-        totals["clipped"] += clipped / tokens
-    totals["grad_norm"] = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0).item()
-    if alive:
-        for o in opts:
-            o.step()
-            o.zero_grad(set_to_none=True)
-    return totals
+LOGGED = ("turns", "tool_calls", "tokens", "truncated", "gaze_correct", "reflection", "mixed_search", "answer_share", "search_share",
+          "glance_share", "gaze_share")
 
 
 COLUMNS = "table row world suite seed metric value n preset device minutes".split()
@@ -650,7 +531,7 @@ class Args:
     towns: int = 3000  # of the invented world
     out: str = ""  # run folder; default out/WORLD-PRESET-SEED
     resume: bool = False  # go on from the last checkpoint
-    save_every: int = 100  # steps
+    save_every: int = 50  # steps between checkpoints
     sight_steps: int = 1300
     sight_batch: int = 24
     pretrain_steps: int = 1100
@@ -691,6 +572,11 @@ class Args:
         return Path(self.out) if self.out else Path("out") / f"{world}-{self.preset}-{self.seed}"
 
 
+STAGES = {"pretrain": pretrain, "sft": sft, "rl": rl, "eval": evaluate}
+CHOICES = {"stage": list(STAGES), "preset": list(PRESETS), "device": ["auto", "cuda", "mps", "cpu"], "advantage": ["std", "mean"],
+           "curriculum": ["level1", "level2", "all", "learnable", "adaptive"]}
+
+
 def arguments(argv=None):
     """Flags from the fields of Args; an unknown flag is answered with the nearest one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -699,7 +585,7 @@ def arguments(argv=None):
         if f.type is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=f.default)
         else:
-            parser.add_argument(flag, type=f.type, default=f.default)
+            parser.add_argument(flag, type=f.type, default=f.default, choices=CHOICES.get(f.name))
     known, unknown = parser.parse_known_args(argv)
     if unknown:
         near = difflib.get_close_matches(unknown[0].split("=")[0], ["--" + f.name.replace("_", "-") for f in fields(Args)], 1)
@@ -707,7 +593,6 @@ def arguments(argv=None):
     return Args(**vars(known))
 
 
-STAGES = {"pretrain": pretrain, "sft": sft, "rl": rl, "eval": evaluate}
 
 
 def main():
@@ -717,10 +602,14 @@ def main():
     torch.set_flush_denormal(True)  # a decayed momentum of denormal numbers would slow a CPU down tenfold
     print(f"{a.stage}: preset {a.preset}, world {a.world}, seed {a.seed}, on {a.device}", file=sys.stderr)
     try:
+        data.open_world(a.world, a.seed_world, a.towns)  # a bad world is refused before anything is trained
         STAGES[a.stage](a)
     except (data.WorldError, CheckpointError) as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"\nstopped. Checkpoints are written every {a.save_every} steps; the same command with --resume goes on from the last.", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

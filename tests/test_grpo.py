@@ -64,9 +64,9 @@ def test_ratio_is_one_before_the_first_update(policy, env, questions):
     """Prevents training on log-probabilities that are not the sampler's: cached, batched, ragged sampling = the uncached forward."""
     batch = rollouts(policy, env, questions[:6])
     worst = 0.0
-    for part, ids, trained, pictures in train.micro_batches(batch, 4000, env.v.id["<pad>"]):
+    for part, ids, trained, pictures in grpo.micro_batches(batch, 4000, env.v.id["<pad>"]):
         with torch.no_grad():
-            logp, _ = train.token_logprobs(policy, env, ids, trained, pictures)
+            logp, _ = grpo.token_logprobs(policy, env, ids, trained, pictures)
         old = torch.cat([torch.tensor([p for p, m in zip(batch[i].logprobs, batch[i].is_action) if m]) for i in part])
         worst = max(worst, (logp - old).abs().max().item())
     assert worst < 1e-4
@@ -80,7 +80,7 @@ def test_micro_batches_do_not_change_the_gradient(policy, env, questions):
     for budget in (300, 100000):
         a = train.Args(token_budget=budget)
         policy.zero_grad()
-        train.grpo_step(policy, None, env, batch, advantages, [], a)
+        grpo.grpo_step(policy, None, env, batch, advantages, [], a)
         gradients.append(torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None]))
     torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-3)
 
@@ -92,7 +92,7 @@ def test_dead_groups_leave_loss_and_denominator(policy, env, questions):
     gradients = []
     for n in (8, 12):
         policy.zero_grad()
-        train.grpo_step(policy, None, env, batch[:n], advantages[:n], [], train.Args())
+        grpo.grpo_step(policy, None, env, batch[:n], advantages[:n], [], train.Args())
         gradients.append(torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None]))
     torch.testing.assert_close(*gradients)
 

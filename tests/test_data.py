@@ -1,0 +1,142 @@
+import json
+import random
+
+import pytest
+from PIL import Image
+
+import data
+
+
+def test_same_seed_same_bytes(world):
+    """Prevents hidden randomness (set order, hash seeds): world, questions, pictures and passages come out the same."""
+    again = data.heraldry(0, 200)
+    assert again.passages() == world.passages() and again.splits == world.splits
+    a, b = (data.questions(w, data.SFT_MIX, 30, 5) for w in (world, again))
+    assert [(q.text, q.answers, q.scene.boxes) for q in a] == [(q.text, q.answers, q.scene.boxes) for q in b]
+    assert a[0].scene.picture().tobytes() == b[0].scene.picture().tobytes()
+
+
+def test_splits_and_suites_never_share_entities(world):
+    """Prevents leakage: a town seen in training may not be asked about in a suite."""
+    groups = [set(g) for g in world.splits.values()]
+    assert sum(map(len, groups)) == len(set().union(*groups))
+    train = set(world.splits["train"])
+    shown = lambda qs: {e.name for q in qs for e in q.scene.entities}
+    assert shown(data.questions(world, data.RL_MIX, 100, 0)) <= train
+    for name in data.SUITES:
+        assert not shown(data.suite(world, name, 40)[1]) & train
+
+
+def test_late_entities_are_unknown_before(world):
+    """Prevents a stale index that is not stale: what comes after training may be in no passage of before."""
+    before, after = world.passages(), world.passages(late=True)
+    assert all(not any(f" {n} " in f" {p} " for p in before) for n in world.splits["late"][:5]) and len(after) > len(before)
+
+
+def test_live_rewrites_facts(world):
+    """Prevents a `live` suite that old knowledge can answer: most facts of test towns have changed."""
+    aged = world.aged()
+    towns = world.splits["test"]
+    changed = [aged.entities[n].facts["ruler"] != world.entities[n].facts["ruler"] for n in towns]
+    assert sum(changed) > 0.8 * len(towns)
+    assert all(aged.entities[n].facts == world.entities[n].facts for n in world.splits["train"])
+
+
+@pytest.mark.parametrize("size", [(100, 100), (384, 384), (1000, 333)])
+def test_one_box_conversion(size):
+    """Prevents swapped axes and off-by-one frames: percent boxes map into the picture on any size."""
+    assert data.to_pixels((0, 0, 99, 99), size) <= tuple(size * 2)
+    assert data.to_pixels((10, 20, 50, 70), size) == tuple(round(v * s / 100) for v, s in zip((10, 20, 50, 70), size * 2))
+
+
+def test_boxes_frame_what_is_drawn(world):
+    """Prevents boxes that miss their object: inside is the shield's colour, and objects do not overlap."""
+    rng = random.Random(0)
+    scene = data.hang(rng.sample(world.pictured("train"), 6), "shield", rng)
+    for i, a in enumerate(scene.boxes):
+        assert 0 <= a[0] < a[2] <= 99 and 0 <= a[1] < a[3] <= 99
+        assert all(data.iou(a, b) == 0 for b in scene.boxes[i + 1:])
+    plain = next(e for e in world.pictured() if not e.arms.ordinary and e.arms.outline == "square")
+    scene = data.hang([plain], "shield", rng, 1, (0.5, 0.6))
+    x0, y0, x1, y1 = data.to_pixels(scene.boxes[0], (data.SCENE_PX,) * 2)
+    pixel = scene.picture().getpixel((x0 + 8, y0 + 8))
+    assert max(abs(a - b) for a, b in zip(pixel, data.TINCTURES[plain.arms.tincture])) < 25
+
+
+def test_iou_against_counting():
+    """Prevents a wrong overlap formula: the closed form equals counting unit cells."""
+    rng = random.Random(0)
+    for _ in range(50):
+        a, b = (tuple(sorted(rng.sample(range(12), 2)) + sorted(rng.sample(range(12), 2))) for _ in "ab")
+        a, b = ((x[0], x[2], x[1], x[3]) for x in (a, b))
+        cells = lambda q: {(x, y) for x in range(q[0], q[2]) for y in range(q[1], q[3])}
+        assert data.iou(a, b) == pytest.approx(len(cells(a) & cells(b)) / len(cells(a) | cells(b)))
+
+
+def test_references_are_unambiguous(world):
+    """Prevents questions with two right answers: an expression may belong to one object of a scene only."""
+    rng = random.Random(1)
+    for n, cells in ((1, 1), (3, 3), (6, 3), (10, 4)) * 10:
+        scene = data.hang(rng.sample(world.pictured(), n), "shield", rng, cells)
+        said = [t for names in data.references(scene) for t in names.values()]
+        assert len(said) == len(set(said))
+        for e, names in zip(scene.entities, data.references(scene)):
+            if "look" in names:
+                assert sum(o.look == e.look for o in scene.entities) == 1
+
+
+def test_answers_follow_the_chain(world):
+    """Prevents questions whose gold answer is not what their own words ask for."""
+    for q in data.questions(world, data.RL_MIX, 150, "chain"):
+        if q.chain and q.kind != "compare":
+            value = q.scene.entities[q.targets[0]].name
+            for relation in q.chain:
+                value = world.entities[value].facts[relation]
+            assert q.answers == (value,) and q.text.index(q.chain[-1]) <= q.text.index(q.chain[0])
+
+
+def test_vocabulary_spells_anything(vocabulary):
+    """Prevents lost letters and split numbers: any string survives, and a box is four tokens."""
+    for text in (" Ünïcode Ørsted 漢字 🙂", " 12.5 km²", "  two  blanks"):
+        assert vocabulary.decode(vocabulary.encode(text)).strip() == text.strip()
+    assert all(len(vocabulary.encode(f" {n}")) == 1 for n in range(100))
+    assert len(vocabulary.encode_turn("<gaze> 1 22 33 99</gaze>")) == 6
+
+
+def write_world(folder, rows, images=("a.png",)):
+    folder.mkdir(exist_ok=True)
+    for name in images:
+        Image.new("RGB", (30, 20), (200, 30, 40)).save(folder / name)
+    (folder / "entities.jsonl").write_text("\n".join(r if isinstance(r, str) else json.dumps(r) for r in rows))
+    return folder
+
+
+def good(n):
+    return [{"name": f"n{i}", "image": "a.png", "facts": {"capital": f"c{i}"}} for i in range(n)]
+
+
+@pytest.mark.parametrize("bad, says", [
+    ('{"name": ', ":9: not valid JSON"), ("[1]", ":9: a JSON object"), ({"name": "x"}, ":9: no 'image'"), ({"name": "n1", "image": "a.png"}, "given twice"),
+    ({"name": "x", "image": "../../etc/passwd"}, "lies outside"), ({"name": "x", "image": "b.png"}, "does not exist"),
+    ({"name": "x", "image": "entities.jsonl"}, "cannot be read"), ({"name": "x", "image": "a.png", "facts": {"r": None}}, "fact"),
+    ({"name": "x", "image": "a.png", "facts": {"r": float("nan")}}, "fact")])
+def test_bad_folder_worlds_are_refused(tmp_path, bad, says):
+    """Prevents a traceback or a silently wrong world: file, line and way out in one message."""
+    with pytest.raises(data.WorldError, match=says):
+        data.folder_world(write_world(tmp_path / "w", [*good(8), bad]))
+
+
+def test_empty_and_missing_worlds(tmp_path):
+    """Prevents an empty world from reaching training."""
+    with pytest.raises(data.WorldError, match="at least"):
+        data.folder_world(write_world(tmp_path / "w", good(2)))
+    with pytest.raises(data.WorldError, match="cannot be read"):
+        data.folder_world(tmp_path / "nowhere")
+
+
+def test_the_shipped_world_loads():
+    """Prevents shipping a broken example: countries loads, and every suite can be asked."""
+    world = data.folder_world("worlds/countries")
+    assert len(world.pictured()) > 200 and world.entities["France"].facts["capital"] == "Paris"
+    for name in data.SUITES:
+        assert len(data.suite(world, name, 20)[1]) == 20

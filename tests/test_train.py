@@ -1,0 +1,95 @@
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train
+
+ROOT = Path(__file__).parent.parent
+TINY = ("--preset tiny --device cpu --towns 80 --sight-steps 2 --sight-batch 2 --pretrain-steps 4 --pretrain-batch 3 --demos 24 --sft-epochs 1 "
+        "--sft-batch 6 --rl-questions 8 --rl-dev 4 --rl-steps 3 --rl-batch 4 --group 2 --curriculum all --eval-every 2 --show-every 2").split()
+
+
+def run(*flags, cwd=ROOT):
+    return subprocess.run([sys.executable, str(ROOT / "train.py"), *flags], cwd=cwd, capture_output=True, text=True, timeout=150)
+
+
+def test_both_stages_from_nothing(tmp_path):
+    """Prevents a quick start that does not start: --stage rl alone trains base, SFT and RL, and says so; nothing but the run folder is written."""
+    done = run("--stage", "rl", *TINY, "--out", "run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "SFT runs first" in done.stderr and "base model is trained first" in done.stderr
+    assert {p.name for p in tmp_path.iterdir()} == {"run"}
+    assert {f"{s}.{e}" for s in ("pretrain", "sft", "rl") for e in ("safetensors", "csv")} <= {p.name for p in (tmp_path / "run").iterdir()}
+    rows = list(csv.DictReader(open(tmp_path / "run" / "rl.csv")))
+    assert [int(r["step"]) for r in rows] == [0, 1, 2] and all(0 <= float(r["reward"]) <= 1 for r in rows)
+    assert all(float(r["ratio_gap"]) < 1e-3 for r in rows)  # one update a batch: what is trained on is what was sampled
+
+
+@pytest.mark.parametrize("flags, says", [
+    (["--sead", "1"], "did you mean --seed"), (["--stage", "rl", "--world", "nowhere"], "nowhere"), (["--preset", "huge"], "huge"),
+    (["--stage", "dance"], "dance"), (["--device", "abacus"], "abacus")])
+def test_mistakes_are_answered_in_one_line(tmp_path, flags, says):
+    """Prevents a traceback for a user's mistake: exit code 2 and a last line that says what to do."""
+    done = run(*flags, cwd=tmp_path)
+    assert done.returncode == 2 and says in done.stderr.strip().splitlines()[-1] and "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_broken_checkpoint_is_not_overwritten(tmp_path):
+    """Prevents destroying what can be mended: --stage rl with a torn SFT file stops with a clear line and leaves the file alone."""
+    (tmp_path / "run").mkdir()
+    torn = tmp_path / "run" / "sft.safetensors"
+    torn.write_bytes(b"not a checkpoint")
+    done = run("--stage", "rl", *TINY, "--out", "run", cwd=tmp_path)
+    assert done.returncode == 2 and "sft.safetensors: not a readable" in done.stderr and torn.read_bytes() == b"not a checkpoint"
+
+
+def test_resume_is_exact(tmp_path, monkeypatch):
+    """Prevents a resume that loads weights only: 3 steps + resume + the rest = the unbroken run, bit for bit, for every stage."""
+    monkeypatch.chdir(tmp_path)
+    args = lambda *more: train.arguments([*TINY, *more])
+    whole, broken = args("--out", "whole"), args("--out", "broken", "--save-every", "3")
+    torch.set_flush_denormal(True)
+    for stage, steps in ((train.pretrain, "pretrain"), (train.sft, "sft"), (train.rl, "rl")):
+        stage(whole)
+        real, calls = train.Run.checkpoint, []
+
+        def stop_after(self, *a, **k):  # the process dies right after its first checkpoint
+            real(self, *a, **k)
+            raise KeyboardInterrupt
+
+        broken.rl_steps = whole.rl_steps = 5
+        if steps == "rl":
+            stage(whole)
+        monkeypatch.setattr(train.Run, "checkpoint", stop_after)
+        with pytest.raises(KeyboardInterrupt):
+            stage(broken)
+        monkeypatch.setattr(train.Run, "checkpoint", real)
+        broken.resume = True
+        stage(broken)
+        broken.resume = False
+        a, b = (load_file(tmp_path / d / f"{steps}.safetensors") for d in ("whole", "broken"))
+        assert all(torch.equal(a[k], b[k]) for k in a), steps
+        rows = [[{k: v for k, v in r.items() if "seconds" not in k} for r in csv.DictReader(open(tmp_path / d / f"{steps}.csv"))] for d in ("whole", "broken")]
+        assert rows[0] == rows[1], steps
+
+
+def test_every_flag_is_read():
+    """Prevents a flag that does nothing: each field of Args appears in the code as a.NAME (or self.NAME)."""
+    source = (ROOT / "train.py").read_text() + (ROOT / "grpo.py").read_text()
+    for f in train.fields(train.Args):
+        assert f"a.{f.name}" in source or f"self.{f.name}" in source, f.name
+
+
+def test_muon_orthogonalises():
+    """Prevents an optimiser that is Muon in name only: singular values of the update go to about 1, for both orientations."""
+    from model import orthogonalise
+    torch.manual_seed(0)
+    for shape in ((3, 16, 48), (3, 48, 16)):
+        values = torch.linalg.svdvals(orthogonalise(torch.randn(shape)))
+        assert 0.6 < values.min() and values.max() < 1.3
