@@ -569,51 +569,12 @@ def suite(world, name, n=300):
     return searched, questions(searched, SUITES[name], n, f"suite/{name}", ("test", "late") if name == "live" else ("test",))
 
 
-# ------------------------------------------------------------------------------------------------------------ tokenizer
-
-TAGS = ("<pad>", "<bos>", "<image>", "<sep>", "<obs>", "</obs>",  # written by the environment only: these cannot be sampled
-        "<stop>", "<think>", "</think>", "<answer>", "</answer>", "<search>", "</search>", "<glance>", "</glance>", "<gaze>", "</gaze>")
-
-
-class Vocabulary:
-    """Byte-level BPE: any string can be spelt, unknown names included. 0..99 are single tokens, so a box is four tokens."""
-
-    def __init__(self, tokenizer):
-        self.tokenizer, self.size = tokenizer, tokenizer.get_vocab_size()
-        self.id = {t: tokenizer.token_to_id(t) for t in TAGS}
-        assert self.id["<pad>"] != self.id["<stop>"]  # else masking the padding would also mask the end of a turn
-        self.sampleable = [i not in range(TAGS.index("<stop>")) for i in range(self.size)]
-
-    @classmethod
-    def from_text(cls, text):
-        """From `tokenizer.to_str()`, as a checkpoint keeps it."""
-        from tokenizers import Tokenizer
-        return cls(Tokenizer.from_str(text))
-
-    def encode(self, text):
-        """Plain text, from a world or a user: a tag spelt in it stays text and can never become a control token."""
-        return self.tokenizer.encode(text.replace("<", "‹").replace(">", "›")).ids if text else []
-
-    def encode_turn(self, text):
-        """Text written by the expert, in which tags are tags."""
-        return self.tokenizer.encode(text).ids
-
-    def decode(self, ids):
-        return self.tokenizer.decode(list(ids), skip_special_tokens=False)
-
-
-def build_vocabulary(size=1536, seed=0):
-    """Train the BPE on invented names, questions, passages and numbers. No world's own names are in it."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+def corpus(seed=0):
+    """Texts that the tokenizer learns to spell from: invented names, questions, passages and numbers. No world's own names are in it."""
     toy, rng = heraldry(f"{seed}/vocabulary", 300), random.Random(f"vocabulary/{seed}")
-    corpus = toy.passages(late=True) + [e.blazon for e in toy.pictured()]
-    corpus += [q.text for q in questions(toy, SFT_MIX + RL_MIX, 1500, "vocabulary")]
-    corpus += [" " + " ".join(str(rng.randint(0, 99)) for _ in range(8)) for _ in range(3000)]
-    corpus += ["point to the each see look at all want : no not is next yes what this list repeat shows nothing found tool failed again bad box more"] * 50
-    corpus += ["What is the capital of the largest neighbour of the flag at the currency calling code internet domain"] * 5
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)  # ' Ost' is one spelling wherever a name begins
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(corpus, trainers.BpeTrainer(vocab_size=size, special_tokens=list(TAGS), show_progress=False,
-                                                             initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    return Vocabulary(tokenizer)
+    texts = toy.passages(late=True) + [e.blazon for e in toy.pictured()]
+    texts += [q.text for q in questions(toy, SFT_MIX + RL_MIX, 1500, "vocabulary")]
+    texts += [" " + " ".join(str(rng.randint(0, 99)) for _ in range(8)) for _ in range(3000)]
+    texts += [f" {w}" for w in (*TINCTURES, *OUTLINES, *ORDINARIES, *CHARGES)] * 50
+    texts += ["point to the each see look at all want : no not is next yes what this list repeat shows nothing found search failed again bad box more"] * 50
+    return texts + ["What is the capital of the largest neighbour of the flag at the currency calling code internet domain"] * 5

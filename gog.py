@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 import data
 from data import iou
-from model import Cache, CheckpointError, load, pick
+from model import Cache, CheckpointError, Vocabulary, load, pick
 from tools import ImageIndex, TextIndex, Toolbox
 
 MAX_TURNS, TURN_TOKENS = 8, 48
@@ -417,6 +417,40 @@ def evaluate(policy, env, questions, row, seed=0, temperature=0.0, progress=None
     return rollout(policy, env, questions, 1, temperature, schedule=SCHEDULES.get(row), generator=generator, progress=progress)
 
 
+# ---------------------------------------------------------------------------------------------------------- GoG-Instruct
+
+def uncertain(policy, env, pool, n=4, seed=0):
+    """The uncertainty filter: the questions that the base model does not answer right, without any tool, in all of n tries."""
+    generator = torch.Generator(policy.device).manual_seed(seed)
+    tries = rollout(policy, env, pool, n, schedule=SCHEDULES["direct"], max_turns=1, generator=generator, rows=512, room=96,
+                        progress=f"uncertainty filter, N={n}")
+    return [q for i, q in enumerate(pool) if not all(t.correct for t in tries[n * i:n * i + n])]
+
+
+def instruct(policy, env, world, n=5750, seed=0, wrong_gaze=0.2, glance_first=0.05):
+    """GoG-Instruct: `n` expert trajectories, 43.5 % of them search-free, of questions that survive the filter; every one is
+    checked: the answer is right, and the last gaze of each search lies on a target."""
+    quota = {True: round(0.435 * n), False: n - round(0.435 * n)}
+    chosen, asked, dropped, rng = {True: [], False: []}, 0, 0, random.Random(f"expert/{seed}")
+    while any(len(chosen[free]) < quota[free] for free in quota):
+        pool = data.questions(world, data.SFT_MIX, n // 2, f"sft/{seed}/{asked}")
+        pool = [q for q in pool if len(chosen[q.search_free]) < quota[q.search_free]]
+        asked += len(pool)
+        kept = uncertain(policy, env, pool, seed=seed)
+        dropped += len(pool) - len(kept)
+        demos = play(env, kept, [expert(q, rng, wrong_gaze, glance_first) for q in kept], progress="expert")
+        for t in demos:
+            if t.correct and (not gazes(t) or gazes(t)[-1][1] > 0.9):
+                chosen[t.question.search_free].append(t)
+        if asked > 20 * n:
+            raise SystemExit("the base model answers nearly every question of one kind without tools: no demonstrations are left")
+    demos = chosen[True][:quota[True]] + chosen[False][:quota[False]]
+    random.Random(f"shuffle/{seed}").shuffle(demos)
+    print(f"GoG-Instruct: {len(demos)} trajectories of {asked} questions asked, {dropped} dropped by the uncertainty filter; "
+          f"{sum(any(wrong for wrong in wrong_gaze_then(t)) for t in demos)} reflective", file=sys.stderr)
+    return demos
+
+
 # ---------------------------------------------------------------------------------------------- one picture, one question
 
 def answer_one(policy, env, image, question, seed=0):
@@ -461,7 +495,7 @@ def main():
     try:
         policy, meta = load(a.checkpoint)
         data.check_image(a.image)
-        env = Environment(data.Vocabulary.from_text(meta["tokenizer"]), make_toolbox(data.open_world(a.world)), policy.config)
+        env = Environment(Vocabulary.from_text(meta["tokenizer"]), make_toolbox(data.open_world(a.world)), policy.config)
     except (CheckpointError, data.WorldError) as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)

@@ -20,6 +20,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from gog import rollout
+
 
 def reward(correct, well_formed, lam=0.1):
     """r = (1 - lambda) r_acc + lambda r_fmt, in [0, 1]. r_acc: exact match; r_fmt: every turn well-formed, and it ends in an answer."""
@@ -133,6 +135,13 @@ def grpo_step(policy, reference, env, batch, advantages, opts, a):
 
 
 # ----------------------------------------------------------------------------------------------------------- curriculum
+
+def pass_rates(policy, env, pool, n=4, temperature=1.0, seed=0):
+    """Share of n sampled trajectories that are right, for every question."""
+    generator = torch.Generator(policy.device).manual_seed(seed)
+    tries = rollout(policy, env, pool, n, temperature, generator=generator, progress=f"pass rates, {n} tries")
+    return [sum(t.correct for t in tries[n * i:n * i + n]) / n for i in range(len(pool))]
+
 
 def level(p):
     """Complexity level of a pass rate p in [0, 1]: 0 easy (above 1/2), 1 about a half, 2 hard (below 1/2, the paper trains on these)."""

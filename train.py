@@ -3,8 +3,6 @@ import argparse
 import csv
 import difflib
 import io
-import json
-import math
 import random
 import sys
 import time
@@ -20,24 +18,22 @@ import data
 import gog
 import grpo
 from gog import Trajectory
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from grpo import grpo_step, supervised_step
-from model import PRESETS, CheckpointError, ModelConfig, Policy, atomic, load, optimisers, save
-from tools import Toolbox, ToolError, crop
+from model import PRESETS, CheckpointError, ModelConfig, Policy, Run, Vocabulary, atomic, load, number_line, optimisers, save
+from tools import Toolbox, crop
 
 # ------------------------------------------------------------------------------------------- first the eyes, then the words
 
-PARTS = ((2, None), (len(data.TINCTURES), "tincture"), (len(data.OUTLINES), "outline"), (len(data.ORDINARIES), "ordinary"),
-         (len(data.TINCTURES), "ordinary_tincture"), (len(data.CHARGES), "charge"), (len(data.TINCTURES), "charge_tincture"), (3, "count"))
-PART_NAMES = {"tincture": list(data.TINCTURES), "outline": list(data.OUTLINES), "ordinary": list(data.ORDINARIES), "ordinary_tincture":
-           list(data.TINCTURES), "charge": list(data.CHARGES), "charge_tincture": list(data.TINCTURES), "count": [1, 2, 3]}
+NUMBERS = [str(n) for n in range(100)]
+SLOTS = {"x0": NUMBERS, "y0": NUMBERS, "x1": NUMBERS, "y1": NUMBERS, "tincture": [*data.TINCTURES, "nothing"], "outline": list(data.OUTLINES),
+         "ordinary": [o for o in data.ORDINARIES if o] + ["no"], "ordinary_tincture": list(data.TINCTURES), "charge": list(data.CHARGES),
+         "charge_tincture": list(data.TINCTURES), "count": NUMBERS[1:4]}  # what a patch can say: words of the vocabulary
 
 
 class Sights(torch.utils.data.Dataset):
-    """Pictures with a label on every patch: is there a shield, where are its edges, what is it. Batch i depends on (seed, i) only.
+    """Pictures in which every patch says, in words, what it shows: edges, tincture, outline, charge. Batch i depends on (seed, i) only.
 
-    An item: pictures uint8 (B, 3, S, S), boxes float (B, P, 4) in 0..1, labels long (B, P, parts), -1 where there is nothing to tell.
+    An item: pictures uint8 (B, 3, S, S) and labels long (B, P, slots): index of the right word of each slot, -1 where it cannot be told.
     """
 
     def __init__(self, config, seed, size, steps):
@@ -48,39 +44,38 @@ class Sights(torch.utils.data.Dataset):
 
     def __getitem__(self, i):
         rng = random.Random(f"sights/{self.seed}/{i}")
-        pictures, boxes, labels = zip(*(self.sight(rng) for _ in range(self.size)))
-        return torch.from_numpy(np.stack(pictures)), torch.from_numpy(np.stack(boxes)), torch.from_numpy(np.stack(labels))
+        pictures, labels = zip(*(self.sight(rng) for _ in range(self.size)))
+        return torch.from_numpy(np.stack(pictures)), torch.from_numpy(np.stack(labels))
 
     def sight(self, rng):
         least, most, cells, sizes, _ = data.SETTINGS[rng.choices(list(data.SETTINGS), (1, 4, 3, 3, 2))[0]]
         if rng.random() < 0.35:  # as a crop shows it
             least, most, cells, sizes = 1, 1, 1, (0.8, 1.0)
-        towns = [data.Entity.with_arms("", {}, data.Arms.draw(rng)) for _ in range(rng.randint(least, most))]
+        towns = [fresh_town(rng) for _ in range(rng.randint(least, most))]
         scene = data.hang(towns, "shield", rng, cells, sizes)
-        boxes = np.zeros((self.grid, self.grid, 4), np.float32)
-        labels = np.full((self.grid, self.grid, len(PARTS)), -1)
-        labels[..., 0] = 0
+        labels = np.full((self.grid, self.grid, len(SLOTS)), -1)
+        labels[..., 4] = SLOTS["tincture"].index("nothing")
         for town, box in zip(towns, scene.boxes):
+            told = [*box, *(words.index(str(getattr(town.arms, k) or "no")) for k, words in list(SLOTS.items())[4:])]
+            if box[3] - box[1] < 35:  # too small to tell the details
+                told[6:] = [-1] * 5
             x0, y0, x1, y1 = (round(b * self.grid / 100) for b in box)  # the patches whose centre the box covers
-            told = [1] + [PART_NAMES[k].index(getattr(town.arms, k)) for _, k in PARTS[1:]]
-            if box[3] - box[1] < 40:  # too small to tell the charge
-                told[3:] = [-1] * 5
-            if not town.arms.ordinary:
-                told[4] = -1
-            boxes[y0:y1, x0:x1] = np.array(box) / 100
             labels[y0:y1, x0:x1] = told
-        return gog.to_array(scene.picture(2 * self.side), self.side), boxes.reshape(-1, 4), labels.reshape(-1, len(PARTS))
+        return gog.to_array(scene.picture(2 * self.side), self.side), labels.reshape(-1, len(SLOTS))
 
 
-def sight_loss(vision, head, pictures, boxes, labels):
-    """Cross-entropy of every part and L1 of the edges, at the patches that can tell."""
-    out = head(vision.patches(pictures)).flatten(0, 1)  # (B*P, 4 + classes)
-    labels, boxes = labels.flatten(0, 1), boxes.flatten(0, 1)
-    inside = labels[:, 0] == 1
-    loss = 10 * (out[inside, :4] - boxes[inside]).abs().mean()
-    for (n, _), logits, wanted in zip(PARTS, out[:, 4:].split([n for n, _ in PARTS], 1), labels.T):
-        loss = loss + F.cross_entropy(logits, wanted, ignore_index=-1)
-    return loss
+def sight_loss(policy, head, v, pictures, labels):
+    """Mean cross-entropy over the slots. A patch speaks through the tied token embeddings, so that what the eyes
+    learn is already said in the decoder's own words, and the decoder has only to pass it on."""
+    said = head(policy.vision.patches(pictures)).flatten(0, 1).unflatten(1, (len(SLOTS), -1))  # (B*P, slots, D)
+    loss = 0.0
+    for k, words in enumerate(SLOTS.values()):
+        wanted = labels.flatten(0, 1)[:, k]
+        can = wanted >= 0
+        if can.any():
+            ids = torch.tensor([v.word(w) for w in words], device=said.device)
+            loss = loss + F.cross_entropy(said[can, k] @ policy.embed_tokens.weight[ids].T, wanted[can])
+    return loss / len(SLOTS)
 
 
 # ---------------------------------------------------------------------------------------------- lessons of the base model
@@ -95,8 +90,8 @@ def fresh_town(rng, relations=0):
     return data.Entity.with_arms(data.town_name(rng), facts, data.Arms.draw(rng))
 
 
-def scene_lesson(env, rng, questions=4):
-    """A wall: list what hangs there, then point to things, say what is where, colour, shape, number."""
+def scene_lesson(env, rng, questions=5):
+    """A wall: point to things, list what hangs there, say colour, shape, number."""
     noun = rng.choice(("shield", "shield", "flag", "badge"))
     least, most, cells, sizes, twins = data.SETTINGS[rng.choices(list(data.SETTINGS), (1, 5, 3, 3, 2))[0]]
     towns = [fresh_town(rng) for _ in range(rng.randint(least, most))]
@@ -107,19 +102,20 @@ def scene_lesson(env, rng, questions=4):
     looks, names = [e.look for e in towns], data.references(scene)
     t = Trajectory(None)
     t.observe([env.v.id["<bos>"], *env.image], gog.to_array(scene.picture(2 * env.side), env.side))
-    say(env, t, "list all", "".join(f" {looks[i]}" + gaze(scene.boxes[i]) for i in rng.sample(range(len(towns)), min(6, len(towns)))))
     tasks = [(i, k) for i, n in enumerate(names) for k in n if k != "detail"]
     rare = [x for x in tasks if x[1] in ("order", "size", "neighbour")]
     for _ in range(questions):
         lot = rng.random()
         i, kind = rng.choice(rare if rare and rng.random() < 0.5 else tasks or [(0, None)])
-        if lot < 0.6 and kind:
+        if lot < 0.12:
+            say(env, t, "list all", "".join(f" {looks[i]}" + gaze(scene.boxes[i]) for i in rng.sample(range(len(towns)), min(6, len(towns)))))
+        elif lot < 0.66 and kind:
             say(env, t, f"point to the {names[i][kind]}", f"<think> look at {looks[i]}</think>" + gaze(scene.boxes[i]))
-        elif lot < 0.75 and kind:
+        elif lot < 0.78 and kind:
             k = rng.randrange(2)
             say(env, t, f"What is the {('colour', 'shape')[k]} of the {names[i][kind]}?",
                 f"<think> look at {looks[i]}</think><answer> {looks[i].split()[k]}</answer>")
-        elif lot < 0.9:  # all objects of one look, from left to right
+        elif lot < 0.92:  # all objects of one look, from left to right
             look = rng.choice(looks)
             say(env, t, f"point to each {look} {noun}", "".join(map(gaze, sorted(b for b, l in zip(scene.boxes, looks) if l == look))))
         else:
@@ -171,7 +167,7 @@ def text_lesson(env, rng):
         shown = rng.sample(facts, rng.randint(1, 3))
         text = " | ".join(rng.choice(data.PASSAGES).format(n=n, r=r, v=v) for n, r, v in shown)
         read(env, t, text)
-        if lot < 0.25:  # nothing but copying, and much of it: this is what forms the circuit
+        if lot < 0.2:  # nothing but copying, and much of it: this is what forms the circuit
             say(env, t, "repeat", f"<answer> {text}</answer>")
         for n, r, v in rng.sample(shown, min(2, len(shown))):
             say(env, t, f"What is the {r} of {n}?" if rng.random() < 0.5 else f"{n} {r}", f"<think> {r} is {v}</think><answer> {v}</answer>")
@@ -209,62 +205,6 @@ class Lessons(torch.utils.data.Dataset):
         return [make(self.env, rng) for make in rng.choices((scene_lesson, crop_lesson, text_lesson), self.mix, k=self.size)]
 
 
-# --------------------------------------------------------------------------------------------------- checkpoints and logs
-
-class Run:
-    """A run folder: the training state (exact resume), one metrics row a step, and the finished weights."""
-
-    def __init__(self, folder, stage):
-        self.folder, self.stage = Path(folder), stage
-        self.weights, self.state, self.csv = (self.folder / f"{stage}.safetensors", self.folder / f"{stage}.state.safetensors",
-                                              self.folder / f"{stage}.csv")
-        self.rows = []
-
-    def log(self, **row):
-        self.rows.append({k: f"{v:.6g}" if isinstance(v, float) else str(v) for k, v in row.items()})
-
-    def checkpoint(self, modules, opts, **extra):
-        """Everything that the next step depends on, in one file without pickle: weights, optimisers, generators, counters, metrics."""
-        tensors = {f"module.{i}.{k}": v.detach().cpu().contiguous() for i, m in enumerate(modules) for k, v in m.state_dict().items()}
-        for o, opt in enumerate(opts):
-            for i, state in opt.state_dict()["state"].items():
-                tensors |= {f"optimiser.{o}.{i}.{k}": torch.as_tensor(v).cpu().contiguous() for k, v in state.items()}
-        atomic(self.state, lambda p: save_file(tensors, p, metadata={"extra": json.dumps(extra), "rows": json.dumps(self.rows)}))
-        self.write_csv()
-
-    def resume(self, modules, opts):
-        """Load the state saved by `checkpoint` into modules and optimisers; its `extra`, or {} when there is none."""
-        if not self.state.is_file():
-            return {}
-        try:
-            with safe_open(self.state, "pt") as f:
-                meta, tensors = f.metadata(), {k: f.get_tensor(k) for k in f.keys()}
-            for i, m in enumerate(modules):
-                m.load_state_dict({k.split(".", 2)[2]: v for k, v in tensors.items() if k.startswith(f"module.{i}.")})
-            for o, opt in enumerate(opts):
-                fresh, state = opt.state_dict(), {}
-                for k, v in tensors.items():
-                    if k.startswith(f"optimiser.{o}."):
-                        _, _, i, name = k.split(".", 3)
-                        state.setdefault(int(i), {})[name] = v
-                opt.load_state_dict({"state": state, "param_groups": fresh["param_groups"]})
-        except (SafetensorError, OSError, RuntimeError, KeyError, ValueError) as e:
-            raise CheckpointError(f"{self.state}: cannot be resumed ({str(e).splitlines()[0]}). Delete it to start this stage anew") from None
-        self.rows = json.loads(meta["rows"])
-        return json.loads(meta["extra"])
-
-    def write_csv(self):
-        if self.rows:
-            columns = list(self.rows[-1])
-            text = "\n".join([",".join(columns), *(",".join(r.get(c, "") for c in columns) for r in self.rows)]) + "\n"
-            atomic(self.csv, lambda p: p.write_text(text, encoding="utf-8"))
-
-    def close(self):
-        """The stage is done: its metrics stay, its training state goes."""
-        self.write_csv()
-        self.state.unlink(missing_ok=True)
-
-
 # --------------------------------------------------------------------------------------------------------------- stages
 
 def schedule(step, steps, warmup=30, decay=0.35):
@@ -286,35 +226,33 @@ def stream(dataset, start):
 
 
 def pretrain(a):
-    """Base model: first the eyes alone (dense labels on patches), then grounding, captions, read-and-copy. Stands in for Qwen-VL."""
+    """Base model: first the eyes alone (what does each patch show?), then grounding, captions, read-and-copy. Stands in for Qwen-VL."""
     run = Run(a.folder("base"), "pretrain")
     torch.manual_seed(a.seed)
-    v = data.build_vocabulary()
+    v = Vocabulary.learn(data.corpus())
     config = ModelConfig(**{**PRESETS[a.preset], "vocab": v.size})
     policy = Policy(config).to(a.device)
-    head = torch.nn.Linear(config.vit_width, 4 + sum(n for n, _ in PARTS)).to(a.device)
-    eyes = [*optimisers(policy.vision, a.muon_lr, a.adam_lr), torch.optim.AdamW(head.parameters(), a.adam_lr)]
+    number_line(policy.embed_tokens.weight, [v.word(n) for n in NUMBERS])
+    head = torch.nn.Linear(config.vit_width, len(SLOTS) * config.width).to(a.device)
+    eyes = [*optimisers(policy.vision, a.muon_lr, a.adam_lr), torch.optim.AdamW([*head.parameters(), policy.embed_tokens.weight], a.adam_lr, weight_decay=0.0)]
     whole = optimisers(policy, a.muon_lr, a.adam_lr)
     env = gog.Environment(v, None, config)
     start = run.resume([policy, head], eyes + whole).get("step", 0) if a.resume else 0
     total = a.sight_steps + a.pretrain_steps
     bar = tqdm(total=total, initial=start, desc="pretrain", unit="step")
     for step in range(start, total):
-        if step == start or step == a.sight_steps:
-            seeing = step < a.sight_steps
-            batches = iter(stream(Sights(config, a.seed, a.sight_batch, a.sight_steps), step) if seeing else
-                           stream(Lessons(env, a.seed, a.pretrain_batch, a.pretrain_steps), step - a.sight_steps))
-        opts, peaks = (eyes, (a.muon_lr, a.adam_lr, a.adam_lr)) if seeing else (whole, (a.muon_lr, a.adam_lr))
+        seeing = step < a.sight_steps
         at, of = (step, a.sight_steps) if seeing else (step - a.sight_steps, a.pretrain_steps)
-        lr = set_lr(opts, peaks, schedule(at, of))
-        batch = next(batches)
+        if step == start or at == 0:
+            batches = iter(stream(Sights(config, a.seed, a.sight_batch, of) if seeing else Lessons(env, a.seed, a.pretrain_batch, of), at))
+        batch, opts = next(batches), eyes if seeing else whole
+        lr = set_lr(opts, (a.muon_lr, a.adam_lr, a.adam_lr), schedule(at, of))
         if seeing:
-            loss = sight_loss(policy.vision, head, *(x.to(a.device) for x in batch))
+            loss, norm = sight_loss(policy, head, v, *(x.to(a.device) for x in batch)), float("nan")
             loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(policy.vision.parameters(), 1.0).item()
             for o in opts:
                 o.step()
-                o.zero_grad(set_to_none=True)
+            policy.zero_grad(), head.zero_grad()
             loss = loss.item()
         else:
             loss, norm = supervised_step(policy, env, batch, opts, a.token_budget)
@@ -324,46 +262,13 @@ def pretrain(a):
         if (step + 1) % a.save_every == 0:
             run.checkpoint([policy, head], eyes + whole, step=step + 1)
     bar.close()
-    save(policy, run.weights, tokenizer=v.tokenizer.to_str())
+    save(policy, run.weights, tokenizer=v.to_text())
     run.close()
 
 
 def read_weights(a, path):
-    v = data.build_vocabulary()
-    policy, meta = load(path, a.device, tokenizer=v.tokenizer.to_str())
-    return policy, v, meta
-
-
-def uncertain(policy, env, pool, n=4, seed=0):
-    """The uncertainty filter: the questions that the base model does not answer right, without any tool, in all of n tries."""
-    generator = torch.Generator(policy.device).manual_seed(seed)
-    tries = gog.rollout(policy, env, pool, n, schedule=gog.SCHEDULES["direct"], max_turns=1, generator=generator, rows=512, room=96,
-                        progress=f"uncertainty filter, N={n}")
-    return [q for i, q in enumerate(pool) if not all(t.correct for t in tries[n * i:n * i + n])]
-
-
-def instruct(a, policy, env, world):
-    """GoG-Instruct: `a.demos` expert trajectories, 43.5 % of them search-free, of questions that survive the filter; every one is
-    checked: the answer is right, and the last gaze of each search lies on a target."""
-    quota = {True: round(0.435 * a.demos), False: a.demos - round(0.435 * a.demos)}
-    chosen, asked, dropped, rng = {True: [], False: []}, 0, 0, random.Random(f"expert/{a.seed}")
-    while any(len(chosen[free]) < quota[free] for free in quota):
-        pool = data.questions(world, data.SFT_MIX, a.demos // 2, f"sft/{a.seed}/{asked}")
-        pool = [q for q in pool if len(chosen[q.search_free]) < quota[q.search_free]]
-        asked += len(pool)
-        kept = uncertain(policy, env, pool, seed=a.seed)
-        dropped += len(pool) - len(kept)
-        demos = gog.play(env, kept, [gog.expert(q, rng, a.wrong_gaze, a.glance_first) for q in kept], progress="expert")
-        for t in demos:
-            if t.correct and (not gog.gazes(t) or gog.gazes(t)[-1][1] > 0.9):
-                chosen[t.question.search_free].append(t)
-        if asked > 20 * a.demos:
-            raise SystemExit("the base model answers nearly every question of one kind without tools: no demonstrations are left")
-    demos = chosen[True][:quota[True]] + chosen[False][:quota[False]]
-    random.Random(f"shuffle/{a.seed}").shuffle(demos)
-    print(f"GoG-Instruct: {len(demos)} trajectories of {asked} questions asked, {dropped} dropped by the uncertainty filter; "
-          f"{sum(any(wrong for wrong in gog.wrong_gaze_then(t)) for t in demos)} reflective", file=sys.stderr)
-    return demos
+    policy, meta = load(path, a.device)
+    return policy, Vocabulary.from_text(meta["tokenizer"])
 
 
 def sft(a):
@@ -372,11 +277,11 @@ def sft(a):
     if not base.is_file():
         print(f"{base} is missing: the base model is trained first.", file=sys.stderr)
         pretrain(a)
-    run, (policy, v, _) = Run(a.folder(), "sft"), read_weights(a, base)
+    run, (policy, v) = Run(a.folder(), "sft"), read_weights(a, base)
     torch.manual_seed(a.seed)
     world = data.open_world(a.world, a.seed_world, a.towns)
     env = gog.Environment(v, gog.make_toolbox(world, a.failure_rate, a.seed), policy.config)
-    demos = instruct(a, policy, env, world)
+    demos = gog.instruct(policy, env, world, a.demos, a.seed, a.wrong_gaze, a.glance_first)
     per_epoch = len(demos) // a.sft_batch
     total = a.sft_epochs * per_epoch
     opts, peaks = optimisers(policy, a.sft_muon_lr, a.sft_adam_lr), (a.sft_muon_lr, a.sft_adam_lr)
@@ -394,15 +299,8 @@ def sft(a):
         if (step + 1) % a.save_every == 0:
             run.checkpoint([policy], opts, step=step + 1)
     bar.close()
-    save(policy, run.weights, tokenizer=v.tokenizer.to_str(), world=a.world)
+    save(policy, run.weights, tokenizer=v.to_text(), world=a.world)
     run.close()
-
-
-def pass_rates(a, policy, env, pool, n=4):
-    """Share of n sampled trajectories that are right, for every question."""
-    generator = torch.Generator(policy.device).manual_seed(a.seed)
-    tries = gog.rollout(policy, env, pool, n, a.temperature, generator=generator, progress=f"pass rates, {n} tries")
-    return [sum(t.correct for t in tries[n * i:n * i + n]) / n for i in range(len(pool))]
 
 
 def rl(a):
@@ -411,7 +309,7 @@ def rl(a):
     if not first.is_file():
         print(f"{first} is missing: SFT runs first.", file=sys.stderr)
         sft(a)
-    run, (policy, v, _) = Run(a.folder(), a.name), read_weights(a, first)
+    run, (policy, v) = Run(a.folder(), a.name), read_weights(a, first)
     world = data.open_world(a.world, a.seed_world, a.towns)
     env = gog.Environment(v, gog.make_toolbox(world, a.failure_rate, a.seed), policy.config)
     dev_env = gog.Environment(v, Toolbox(env.toolbox.image_index, env.toolbox.text_index), policy.config)
@@ -421,7 +319,7 @@ def rl(a):
     opts = [torch.optim.AdamW(policy.parameters(), lr=a.rl_lr, betas=(0.9, 0.95), weight_decay=0.0)]
     generator = torch.Generator(policy.device).manual_seed(a.seed)
     saved = run.resume([policy], opts) if a.resume else {}
-    rates = saved.get("pass_rates") or pass_rates(a, policy, env, pool)
+    rates = saved.get("pass_rates") or grpo.pass_rates(policy, env, pool, 4, a.temperature, a.seed)
     counts = [sum(grpo.level(p) == k for p in rates) for k in range(3)]
     print(f"levels: {counts[0]} easy, {counts[1]} of level 1, {counts[2]} of level 2 ({sum(p == 0 for p in rates)} never right)", file=sys.stderr)
     curriculum = grpo.Curriculum(rates, a.curriculum, a.seed)
@@ -438,7 +336,7 @@ def rl(a):
             print(f"\nstep {step}: development accuracy {score:.3f}", file=sys.stderr)
             if score > best[0]:
                 best = [score, step]
-                save(policy, run.weights, tokenizer=v.tokenizer.to_str(), world=a.world, step=str(step))
+                save(policy, run.weights, tokenizer=v.to_text(), world=a.world, step=str(step))
         if step == a.rl_steps:
             break
         began = time.time()
@@ -486,7 +384,7 @@ def evaluate(a):
         searched, qs = data.suite(world, name, a.suite_size)
         toolbox = gog.make_toolbox(searched, late=True) if name == "live" else known
         for row in ROWS:
-            policy, v, _ = policies["sft" if row == "sft" else "rl"]
+            policy, v = policies["sft" if row == "sft" else "rl"]
             env = gog.Environment(v, toolbox, policy.config, withhold=row == "withheld")
             start = time.time()
             tries = gog.evaluate(policy, env, qs, row, a.seed, progress=f"{name}, {row}")
@@ -532,10 +430,10 @@ class Args:
     out: str = ""  # run folder; default out/WORLD-PRESET-SEED
     resume: bool = False  # go on from the last checkpoint
     save_every: int = 50  # steps between checkpoints
-    sight_steps: int = 1300
+    sight_steps: int = 1200
     sight_batch: int = 24
-    pretrain_steps: int = 1100
-    pretrain_batch: int = 16
+    pretrain_steps: int = 1500
+    pretrain_batch: int = 18
     muon_lr: float = 0.003
     adam_lr: float = 0.002
     demos: int = 5750  # trajectories of GoG-Instruct
@@ -561,7 +459,7 @@ class Args:
     temperature: float = 1.0
     eval_every: int = 10
     show_every: int = 10
-    token_budget: int = 12000
+    token_budget: int = 1500
     name: str = "rl"  # of the policy that rl writes
     suite_size: int = 300  # questions a held-out suite
     world_label: str = ""  # in results.csv; default the world's name

@@ -9,7 +9,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data  # noqa: E402
 import gog  # noqa: E402
-from model import PRESETS, ModelConfig, Policy  # noqa: E402
+from model import PRESETS, ModelConfig, Policy, Vocabulary  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -22,7 +22,7 @@ def no_sockets(monkeypatch):
 
 @pytest.fixture(scope="session")
 def vocabulary():
-    return data.build_vocabulary()
+    return Vocabulary.learn(data.corpus())
 
 
 @pytest.fixture(scope="session")

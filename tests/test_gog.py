@@ -5,7 +5,7 @@ import torch
 
 import data
 import gog
-from model import pick
+from model import TAGS, pick
 
 
 @pytest.mark.parametrize("text, kind, argument", [
@@ -30,7 +30,7 @@ def test_fuzz_the_turns(env, questions, vocabulary):
     """Prevents hostile text from breaking the environment: random tokens, all tags included, never raise and masks stay consistent."""
     rng = random.Random(0)
     for _ in range(300):
-        ids = [rng.randrange(vocabulary.size) if rng.random() < .5 else rng.randrange(len(data.TAGS)) for _ in range(rng.randint(1, 20))]
+        ids = [rng.randrange(vocabulary.size) if rng.random() < .5 else rng.randrange(len(TAGS)) for _ in range(rng.randint(1, 20))]
         text = vocabulary.decode(ids)
         t = env.prompt(questions[0], gog.to_array(questions[0].scene.picture(), env.side))
         t.act(ids)
