@@ -10,6 +10,7 @@ Reading order: names -> arms -> entities and worlds -> scenes -> referring expre
 Boxes are (x0, y0, x1, y1), integers 0..99: percent of the picture's width and height. There is no other box format.
 """
 import json
+import math
 import random
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -62,12 +63,20 @@ CHATTER = ("Travellers praise the bridges of {n}.", "The market of {n} opens at 
 TINCTURES = {"red": (204, 32, 44), "blue": (36, 74, 190), "green": (32, 138, 66), "purple": (132, 52, 150),
              "black": (28, 28, 34), "gold": (238, 190, 40), "white": (244, 244, 240)}
 METALS = ("gold", "white")  # the heralds' rule of tincture: metal on colour or colour on metal, so that it can be seen
-OUTLINES = {  # polygons in the unit square; "round" and "oval" are ellipses
+def arc(x, y, rx, ry, start=0, end=360, n=36):
+    """Points on an ellipse around (x, y), from one angle to another (degrees, clockwise as y points down)."""
+    angles = [math.radians(start + (end - start) * i / n) for i in range(n + 1)]
+    return [(x + rx * math.cos(a), y + ry * math.sin(a)) for a in angles]
+
+
+OUTLINES = {  # polygons in the unit square
     "heater": [(0, 0), (1, 0), (1, .5), (.86, .76), (.5, 1), (.14, .76), (0, .5)], "square": [(0, 0), (1, 0), (1, 1), (0, 1)],
-    "diamond": [(.5, 0), (1, .5), (.5, 1), (0, .5)], "banner": [(0, 0), (1, 0), (1, 1), (0, 1)], "round": None, "oval": None}
+    "diamond": [(.5, 0), (1, .5), (.5, 1), (0, .5)], "banner": [(0, 0), (1, 0), (1, 1), (0, 1)], "round": arc(.5, .5, .5, .5), "oval": arc(.5, .5, .5, .5)}
 ASPECT = {"heater": 0.86, "diamond": 0.9, "banner": 1.5, "oval": 0.7}  # width / height, 1 where not named
-ORDINARIES = ("", "chief", "base", "bordure", "pale", "fess", "bend")
-CHARGES = {  # polygons in [-1, 1]^2, y down; a None entry is drawn by hand in `_charge`
+ORDINARIES = {"": None, "chief": [(0, 0), (1, 0), (1, .2), (0, .2)], "base": [(0, .8), (1, .8), (1, 1), (0, 1)], "bordure": None,
+              "pale": [(.38, 0), (.62, 0), (.62, 1), (.38, 1)], "fess": [(0, .38), (1, .38), (1, .62), (0, .62)],
+              "bend": [(0, 0), (.22, 0), (1, .78), (1, 1), (.78, 1), (0, .22)]}
+CHARGES = {  # polygons in [-1, 1]^2, y down
     "star": [(0, -1), (.25, -.32), (.95, -.3), (.4, .13), (.6, .85), (0, .43), (-.6, .85), (-.4, .13), (-.95, -.3), (-.25, -.32)],
     "cross": [(-.3, -1), (.3, -1), (.3, -.3), (1, -.3), (1, .3), (.3, .3), (.3, 1), (-.3, 1), (-.3, .3), (-1, .3), (-1, -.3), (-.3, -.3)],
     "tower": [(-.7, -1), (-.35, -1), (-.35, -.6), (-.17, -.6), (-.17, -1), (.17, -1), (.17, -.6), (.35, -.6), (.35, -1), (.7, -1),
@@ -77,7 +86,9 @@ CHARGES = {  # polygons in [-1, 1]^2, y down; a None entry is drawn by hand in `
     "fish": [(-1, -.6), (-.5, -.1), (.1, -.55), (.7, -.35), (1, 0), (.7, .35), (.1, .55), (-.5, .1), (-1, .6)],
     "crown": [(-1, -.7), (-.5, 0), (0, -.9), (.5, 0), (1, -.7), (.85, .8), (-.85, .8)],
     "cup": [(-.8, -1), (.8, -1), (.55, 0), (.15, .3), (.15, .7), (.6, 1), (-.6, 1), (-.15, .7), (-.15, .3), (-.55, 0)],
-    "bar": [(-1, -.3), (1, -.3), (1, .3), (-1, .3)], "ring": None, "crescent": None, "key": None}
+    "bar": [(-1, -.3), (1, -.3), (1, .3), (-1, .3)], "ring": arc(0, 0, 1, 1) + arc(0, 0, .5, .5, 360, 0),
+    "crescent": arc(0, 0, 1, 1, -35, 215) + arc(0, -.4, .82, .7, 190, -10),
+    "key": arc(0, -.5, .5, .5, 107, 433) + [(.15, .45), (.6, .45), (.6, .7), (.15, .7), (.15, 1), (-.15, 1)]}
 PLACES = {1: [(.5, .5, .3)], 2: [(.28, .5, .19), (.72, .5, .19)], 3: [(.3, .34, .17), (.7, .34, .17), (.5, .7, .17)]}
 
 
@@ -98,76 +109,35 @@ class Arms:
         tincture = fixed.get("tincture") or rng.choice(list(TINCTURES))
         contrast = [t for t in TINCTURES if (t in METALS) != (tincture in METALS)]
         charge_tincture = rng.choice(contrast)
-        ordinary, other = rng.choice(ORDINARIES), rng.choice([t for t in contrast if t != charge_tincture])
-        parts = dict(outline=rng.choice(list(OUTLINES)), tincture=tincture, ordinary=ordinary, ordinary_tincture=other if ordinary else tincture, charge=rng.choice(list(CHARGES)), charge_tincture=charge_tincture, count=rng.choice((1, 2, 3)))
+        ordinary, other = rng.choice(list(ORDINARIES)), rng.choice([t for t in contrast if t != charge_tincture])
+        parts = dict(outline=rng.choice(list(OUTLINES)), tincture=tincture, ordinary=ordinary, charge=rng.choice(list(CHARGES)), count=rng.choice((1, 2, 3)),
+                     ordinary_tincture=other if ordinary else tincture, charge_tincture=charge_tincture)
         return cls(**{**parts, **fixed})
 
-    @property
-    def look(self):
-        return f"{self.tincture} {self.outline}"
-
-    @property
-    def detail(self):
-        plural = {"fish": "", "cross": "es"}.get(self.charge, "s") if self.count > 1 else ""
-        return f"{self.count} {self.charge_tincture} {self.charge}{plural}"
-
-    @property
     def blazon(self):
-        return f"{self.look}, " + (f"{self.ordinary_tincture} {self.ordinary}, " if self.ordinary else "") + self.detail
+        """(look, ordinary or "", detail), e.g. ("red round", "white bend", "2 gold keys")."""
+        plural = {"fish": "", "cross": "es"}.get(self.charge, "s") if self.count > 1 else ""
+        return (f"{self.tincture} {self.outline}", f"{self.ordinary_tincture} {self.ordinary}" if self.ordinary else "",
+                f"{self.count} {self.charge_tincture} {self.charge}{plural}")
 
     def picture(self, height):
         """RGBA picture of the given height in pixels, transparent outside the outline (drawn at 2x, then shrunk)."""
-        h = 2 * height
-        w = round(h * ASPECT.get(self.outline, 1))
-        mask = Image.new("L", (w, h))
-        shape = ImageDraw.Draw(mask)
-        points = OUTLINES[self.outline]
-        shape.polygon([(x * (w - 1), y * (h - 1)) for x, y in points], fill=255) if points else shape.ellipse((0, 0, w - 1, h - 1), fill=255)
-        art = Image.new("RGB", (w, h), TINCTURES[self.tincture])
+        h, w = 2 * height, round(2 * height * ASPECT.get(self.outline, 1))
+        outline = [(x * (w - 1), y * (h - 1)) for x, y in OUTLINES[self.outline]]
+        art, mask = Image.new("RGB", (w, h), TINCTURES[self.tincture]), Image.new("L", (w, h))
+        ImageDraw.Draw(mask).polygon(outline, fill=255)
         pen = ImageDraw.Draw(art)
-        _ordinary(pen, self.ordinary, TINCTURES[self.ordinary_tincture], w, h, points)
+        if self.ordinary == "bordure":
+            pen.line(outline + outline[:2], fill=TINCTURES[self.ordinary_tincture], width=round(.18 * min(w, h)), joint="curve")
+        elif self.ordinary:
+            pen.polygon([(x * w, y * h) for x, y in ORDINARIES[self.ordinary]], fill=TINCTURES[self.ordinary_tincture])
         squeeze = 0.72 if self.outline in ("diamond", "heater") else 0.9
         for x, y, r in PLACES[self.count]:
-            _charge(pen, self.charge, TINCTURES[self.charge_tincture], TINCTURES[self.tincture], w * (.5 + (x - .5) * squeeze),
-                    h * (.5 + (y - .5) * squeeze), r * squeeze * min(w, h) * 1.15)
-        line = (20, 20, 20)
-        if points:
-            pen.line([(x * (w - 1), y * (h - 1)) for x, y in points + points[:1]], fill=line, width=max(2, h // 40))
-        else:
-            pen.ellipse((0, 0, w - 1, h - 1), outline=line, width=max(2, h // 50))
+            x, y, r = w * (.5 + (x - .5) * squeeze), h * (.5 + (y - .5) * squeeze), r * squeeze * min(w, h) * 1.15
+            pen.polygon([(x + r * px, y + r * py) for px, py in CHARGES[self.charge]], fill=TINCTURES[self.charge_tincture], outline=(20, 20, 20))
+        pen.line(outline + outline[:1], fill=(20, 20, 20), width=max(2, h // 40))
         art.putalpha(mask)
         return art.resize((max(1, w // 2), height), Image.BOX)
-
-
-def _ordinary(pen, kind, ink, w, h, points):
-    boxes = {"chief": (0, 0, w, .2 * h), "base": (0, .8 * h, w, h), "pale": (.38 * w, 0, .62 * w, h), "fess": (0, .38 * h, w, .62 * h)}
-    if kind in boxes:
-        pen.rectangle(boxes[kind], fill=ink)
-    elif kind == "bend":
-        pen.polygon([(0, 0), (.22 * w, 0), (w, .78 * h), (w, h), (.78 * w, h), (0, .22 * h)], fill=ink)
-    elif kind == "bordure":
-        width = round(.18 * min(w, h))
-        if points:
-            pen.line([(x * w, y * h) for x, y in points + points[:2]], fill=ink, width=width, joint="curve")
-        else:
-            pen.ellipse((0, 0, w - 1, h - 1), outline=ink, width=width // 2)
-
-
-def _charge(pen, kind, ink, field_ink, x, y, r):
-    at = lambda points: [(x + r * px, y + r * py) for px, py in points]
-    edge = (20, 20, 20)
-    if kind == "ring":
-        pen.ellipse((x - r, y - r, x + r, y + r), fill=ink, outline=edge)
-        pen.ellipse((x - r * .5, y - r * .5, x + r * .5, y + r * .5), fill=field_ink, outline=edge)
-    elif kind == "crescent":
-        pen.ellipse((x - r, y - r, x + r, y + r), fill=ink, outline=edge)
-        pen.ellipse((x - r * .7, y - r * 1.1, x + r * .7, y + r * .3), fill=field_ink, outline=edge)
-    elif kind == "key":
-        pen.rectangle((x - r * .15, y - r * .2, x + r * .15, y + r), fill=ink, outline=edge)
-        pen.rectangle((x, y + r * .45, x + r * .6, y + r * .7), fill=ink, outline=edge)
-        pen.ellipse((x - r * .5, y - r, x + r * .5, y), fill=ink, outline=edge)
-    else:
-        pen.polygon(at(CHARGES[kind]), fill=ink, outline=edge)
 
 
 # -------------------------------------------------------------------------------------------------- entities and worlds
@@ -186,7 +156,8 @@ class Entity:
 
     @classmethod
     def with_arms(cls, name, facts, arms):
-        return cls(name, facts, arms, None, arms.look, arms.detail, arms.blazon, ASPECT.get(arms.outline, 1.0))
+        blazon = arms.blazon()
+        return cls(name, facts, arms, None, blazon[0], blazon[2], ", ".join(filter(None, blazon)), ASPECT.get(arms.outline, 1.0))
 
     def picture(self, height):
         if self.arms:
@@ -349,6 +320,9 @@ def _colours(path, where):
 
 # --------------------------------------------------------------------------------------------------------------- scenes
 
+PLASTERS = ((14, 4, -14), (0, 0, 0), (-8, 0, 10), (8, -2, -8), (-6, 6, -4))
+
+
 @dataclass(frozen=True)
 class Scene:
     """Entities hung on a wall. `boxes[i]` frames `entities[i]`. Drawn anew from `seed` whenever asked for: same seed, same bytes."""
@@ -363,7 +337,8 @@ class Scene:
         if self.photo:
             return _load(self.photo).convert("RGB")
         rng = random.Random(self.seed)
-        plaster = _plaster(rng)
+        light, hue = rng.randint(110, 200), rng.choice(PLASTERS)
+        plaster = tuple(light + h for h in hue)
         wall = Image.new("RGB", (px, px), plaster)
         pen = ImageDraw.Draw(wall)
         course, mortar = px // rng.randint(6, 14), tuple(c - 16 for c in plaster)
@@ -378,11 +353,6 @@ class Scene:
         return wall
 
 
-def _plaster(rng):
-    base = rng.randint(110, 200)
-    return tuple(max(40, min(225, base + d)) for d in rng.choice([(14, 4, -14), (0, 0, 0), (-8, 0, 10), (8, -2, -8), (-6, 6, -4)]))
-
-
 def to_pixels(box, size):
     """Percent box -> pixel box (x0, y0, x1, y1) inside a picture of `size` (width, height). The only conversion there is."""
     w, h = size
@@ -391,8 +361,7 @@ def to_pixels(box, size):
 
 def iou(a, b):
     """Intersection over union of two percent boxes, 0..1."""
-    side = lambda lo, hi: max(0, hi - lo)
-    area = lambda box: side(box[0], box[2]) * side(box[1], box[3])
+    area = lambda box: max(0, box[2] - box[0]) * max(0, box[3] - box[1])
     both = area((max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3])))
     return both / max(1, area(a) + area(b) - both)
 

@@ -211,6 +211,15 @@ def _rollout_batch(policy, env, questions, group, temperature, max_turns, schedu
     return done
 
 
+@torch.no_grad()
+def respond(policy, env, prompts, pictures):
+    """One greedy turn to each prompt (list of ids): parsed turns."""
+    cache = Cache(policy.config, len(prompts), max(map(len, prompts)) + TURN_TOKENS, policy.device, policy.embed_tokens.weight.dtype)
+    hidden = _feed(policy, env, cache, prompts, pictures)
+    sampled = _sample_turn(policy, env.v, cache, hidden, 0.0, _allowed(env.v, ACTIONS, policy.device), None)
+    return [parse(env.v.decode(ids[:-1])) for ids, _ in sampled]
+
+
 def _feed(policy, env, cache, chunks, pictures):
     """Read one ragged chunk of ids a row into the cache; hidden state of each row's last token, (B, D)."""
     lengths = torch.tensor([len(c) for c in chunks])

@@ -145,16 +145,20 @@ def crop_lesson(env, rng, crops=2):
     t.observe([env.v.id["<bos>"]])
     for _ in range(crops):
         town = fresh_town(rng)
-        scene = data.hang([town], "shield", rng, rng.choice((2, 3, 4)), (0.5, 0.95))
-        x0, y0, x1, y1 = scene.boxes[0]
-        off = [round(rng.gauss(0, 0.04) * side) for side in (x1 - x0, y1 - y0) * 2]
-        picture = crop(scene.picture(), tuple(min(99, max(0, b + o)) for b, o in zip(scene.boxes[0], off)))
-        t.observe(env.image, gog.to_array(picture, env.side))
+        t.observe(env.image, gog.to_array(crop(*framed(town, rng)), env.side))
         say(env, t, "what is this", f"<answer> {town.blazon}</answer>")
         other = town if rng.random() < 0.5 else fresh_town(rng) if rng.random() < 0.3 else look_alike(rng, town)
         same = (other.look, other.detail) == (town.look, town.detail)
         say(env, t, f"want {other.look}, {other.detail}", f"<answer> {'yes' if same else 'no'}</answer>")
     return t
+
+
+def framed(town, rng):
+    """A wall with one town's arms, and a box that frames them about as well as a policy would."""
+    scene = data.hang([town], "shield", rng, rng.choice((2, 3, 4)), (0.5, 0.95))
+    x0, y0, x1, y1 = scene.boxes[0]
+    off = [round(rng.gauss(0, 0.04) * side) for side in (x1 - x0, y1 - y0) * 2]
+    return scene.picture(), tuple(min(99, max(0, b + o)) for b, o in zip(scene.boxes[0], off))
 
 
 def text_lesson(env, rng):
@@ -189,6 +193,46 @@ def text_lesson(env, rng):
 
 def read(env, t, text):
     t.observe([env.v.id["<obs>"], *env.v.encode(text), env.v.id["</obs>"]])
+
+
+@torch.no_grad()
+def exam(policy, env, n=1000, seed="exam"):
+    """The base model on scenes, crops and names never seen: mean IoU of every kind of referring expression, 'is this it?', read-and-copy.
+    Returns {metric: (value, n)}; greedy, free-running."""
+    rng, sheet = random.Random(seed), []
+    while len(sheet) < n:  # scenes as SFT and RL use them
+        least, most, cells, sizes, _ = data.SETTINGS[rng.choice(("single", "normal", "normal", "twins"))]
+        scene = data.hang([fresh_town(rng) for _ in range(rng.randint(least, most))], "shield", rng, cells, sizes)
+        i, names = rng.choice([(i, names) for i, names in enumerate(data.references(scene)) if names] or [(0, {})])
+        kind = rng.choice([k for k in names if k != "detail"] or [""])
+        if kind:
+            sheet.append((f"iou {kind}", scene.picture(), None, f"point to the {names[kind]}", scene.boxes[i]))
+    for _ in range(n // 3):
+        town = fresh_town(rng)
+        picture, box = framed(town, rng)
+        other = town if rng.random() < 0.5 else fresh_town(rng) if rng.random() < 0.3 else look_alike(rng, town)
+        same = (other.look, other.detail) == (town.look, town.detail)
+        sheet.append(("verify", crop(picture, box), None, f"want {other.look}, {other.detail}", "yes" if same else "no"))
+    for _ in range(n // 3):
+        facts = [(e.name, *fact) for e in (fresh_town(rng, 2), fresh_town(rng, 2)) for fact in e.facts.items()]
+        shown = rng.sample(facts, 2)
+        text = " | ".join(rng.choice(data.PASSAGES).format(n=name, r=r, v=v) for name, r, v in shown)
+        sheet.append(("copy", None, text, "What is the {1} of {0}?".format(*shown[0]), shown[0][2]))
+    scores = {}
+    for start in range(0, len(sheet), 256):
+        part, prompts, pictures = sheet[start:start + 256], [], []
+        for _, picture, text, question, _ in part:
+            t = Trajectory(None)
+            t.observe([env.v.id["<bos>"], *(env.image if picture else [])])
+            if picture:
+                pictures.append(gog.to_array(picture, env.side))
+            if text:
+                read(env, t, text)
+            prompts.append(t.ids + env.v.encode(question) + [env.v.id["<sep>"]])
+        for (metric, *_, wanted), turn in zip(part, gog.respond(policy, env, prompts, pictures)):
+            right = data.iou(turn.argument, wanted) if turn.kind == "gaze" else float(turn.kind == "answer" and turn.argument == wanted)
+            scores.setdefault(metric, []).append(right)
+    return {k: (sum(v) / len(v), len(v)) for k, v in sorted(scores.items())}
 
 
 class Lessons(torch.utils.data.Dataset):
@@ -264,6 +308,7 @@ def pretrain(a):
     bar.close()
     save(policy, run.weights, tokenizer=v.to_text())
     run.close()
+    print("base model, held-out: " + ", ".join(f"{k} {value:.3f}" for k, (value, _) in exam(policy, env, a.exam).items()), file=sys.stderr)
 
 
 def read_weights(a, path):
@@ -434,6 +479,7 @@ class Args:
     sight_batch: int = 24
     pretrain_steps: int = 1500
     pretrain_batch: int = 18
+    exam: int = 600  # held-out questions that the base model is examined with
     muon_lr: float = 0.003
     adam_lr: float = 0.002
     demos: int = 5750  # trajectories of GoG-Instruct
