@@ -18,6 +18,7 @@ import argparse
 import random
 import re
 import sys
+import textwrap
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass, field
@@ -484,6 +485,19 @@ def draw_gazes(t):
     return picture
 
 
+def poster(t, width=760, line=19):
+    """The picture with its gazes beside the turns in words: one image to look at."""
+    picture = draw_gazes(t)
+    picture.thumbnail((420, 420))
+    lines = [part for text in tell(t).split("\n") for part in textwrap.wrap(text, 96, subsequent_indent=" " * 14, drop_whitespace=False)]
+    sheet = Image.new("RGB", (picture.width + width, max(picture.height, line * len(lines) + 20)), "white")
+    sheet.paste(picture, (0, 0))
+    for i, text in enumerate(lines):
+        ink = (120, 120, 125) if text.startswith(" " * 12) else (20, 20, 25)
+        ImageDraw.Draw(sheet).text((picture.width + 8, 10 + line * i), text, fill=ink, font_size=14)
+    return sheet
+
+
 def tell(t):
     """A trajectory in words, one line a step."""
     lines = [f"  {t.question.text}" + (f"   (gold: {t.question.answers[0]})" if t.question.answers else "")]
@@ -510,7 +524,7 @@ def main():
         sys.exit(2)
     t = answer_one(policy, env, a.image, a.question)
     print(tell(t))
-    draw_gazes(t).save(a.save)
+    poster(t).save(a.save)
     print(f"  picture with the gazes: {a.save}")
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 import data
@@ -110,18 +111,18 @@ def scene_lesson(env, rng, questions=5):
         if lot < 0.12:
             say(env, t, "list all", "".join(f" {looks[i]}" + gaze(scene.boxes[i]) for i in rng.sample(range(len(towns)), min(6, len(towns)))))
         elif lot < 0.66 and kind:
-            say(env, t, f"point to the {names[i][kind]}", f"<think> look at {looks[i]}</think>" + gaze(scene.boxes[i]))
+            say(env, t, f"point to the {names[i][kind]}", f"<think> look at {looks[i]}</think>" + gaze(scene.boxes[i]), f"iou {kind}")
         elif lot < 0.78 and kind:
             k = rng.randrange(2)
             say(env, t, f"What is the {('colour', 'shape')[k]} of the {names[i][kind]}?",
-                f"<think> look at {looks[i]}</think><answer> {looks[i].split()[k]}</answer>")
+                f"<think> look at {looks[i]}</think><answer> {looks[i].split()[k]}</answer>", "visual")
         elif lot < 0.92:  # all objects of one look, from left to right
             look = rng.choice(looks)
             say(env, t, f"point to each {look} {noun}", "".join(map(gaze, sorted(b for b, l in zip(scene.boxes, looks) if l == look))))
         else:
             colour = rng.choice(looks).split()[0]
             n = sum(l.split()[0] == colour for l in looks)
-            say(env, t, f"How many {noun}s are {colour}?", f"<think> look at all</think><answer> {n}</answer>")
+            say(env, t, f"How many {noun}s are {colour}?", f"<think> look at all</think><answer> {n}</answer>", "count")
     return t
 
 
@@ -133,23 +134,26 @@ def gaze(box):
     return "<gaze> {} {} {} {}</gaze>".format(*box)
 
 
-def say(env, t, question, response):
-    """A question of the environment and the response to be learnt."""
+def say(env, t, question, response, topic=""):
+    """A question of the environment and the response to be learnt; `topic` is what the exam files it under."""
     t.observe(env.v.encode(question) + [env.v.id["<sep>"]])
     t.act(env.v.encode_turn(response) + [env.v.id["<stop>"]])
+    t.turns.append((topic, response))
 
 
 def crop_lesson(env, rng, crops=2):
-    """A crop as a gaze would give it: caption it, then tell whether it shows what was looked for."""
+    """A crop as a gaze would give it: caption it, or tell whether it shows what was looked for."""
     t = Trajectory(None)
     t.observe([env.v.id["<bos>"]])
     for _ in range(crops):
         town = fresh_town(rng)
         t.observe(env.image, gog.to_array(crop(*framed(town, rng)), env.side))
-        say(env, t, "what is this", f"<answer> {town.blazon}</answer>")
+        if rng.random() < 0.5:
+            say(env, t, "what is this", f"<answer> {town.blazon}</answer>", "caption")
+            continue
         other = town if rng.random() < 0.5 else fresh_town(rng) if rng.random() < 0.3 else look_alike(rng, town)
         same = (other.look, other.detail) == (town.look, town.detail)
-        say(env, t, f"want {other.look}, {other.detail}", f"<answer> {'yes' if same else 'no'}</answer>")
+        say(env, t, f"want {other.look}, {other.detail}", f"<answer> {'yes' if same else 'no'}</answer>", "verify")
     return t
 
 
@@ -174,7 +178,7 @@ def text_lesson(env, rng):
         if lot < 0.2:  # nothing but copying, and much of it: this is what forms the circuit
             say(env, t, "repeat", f"<answer> {text}</answer>")
         for n, r, v in rng.sample(shown, min(2, len(shown))):
-            say(env, t, f"What is the {r} of {n}?" if rng.random() < 0.5 else f"{n} {r}", f"<think> {r} is {v}</think><answer> {v}</answer>")
+            say(env, t, f"What is the {r} of {n}?" if rng.random() < 0.5 else f"{n} {r}", f"<think> {r} is {v}</think><answer> {v}</answer>", "copy")
     elif lot < 0.9:
         first, second = towns[0], look_alike(rng, towns[0]) if rng.random() < 0.6 else towns[1]
         scores = sorted((rng.randint(30, 99) for _ in "ab"), reverse=True)
@@ -184,10 +188,10 @@ def text_lesson(env, rng):
             told = lambda e: f"{e.look}, {e.detail}" if detailed else e.look
             wanted = first if rng.random() < 0.5 else rng.choice((towns[2], second))
             verdict = first.name if told(wanted) == told(first) else "no"
-            say(env, t, f"look at {told(wanted)}", f"<think> want {told(wanted)}, see {told(first)}: {verdict}</think><answer> {verdict}</answer>")
+            say(env, t, f"look at {told(wanted)}", f"<think> want {told(wanted)}, see {told(first)}: {verdict}</think><answer> {verdict}</answer>", "reflect")
     else:
         (a, b), n, m = rng.sample(range(100), 2), towns[0].name, towns[1].name
-        say(env, t, f"which has more, {n} {a}, {m} {b}", f"<think> {n} {a}, {m} {b}</think><answer> {n if a > b else m}</answer>")
+        say(env, t, f"which has more, {n} {a}, {m} {b}", f"<think> {n} {a}, {m} {b}</think><answer> {n if a > b else m}</answer>", "compare")
     return t
 
 
@@ -195,43 +199,18 @@ def read(env, t, text):
     t.observe([env.v.id["<obs>"], *env.v.encode(text), env.v.id["</obs>"]])
 
 
-@torch.no_grad()
-def exam(policy, env, n=1000, seed="exam"):
-    """The base model on scenes, crops and names never seen: mean IoU of every kind of referring expression, 'is this it?', read-and-copy.
-    Returns {metric: (value, n)}; greedy, free-running."""
-    rng, sheet = random.Random(seed), []
-    while len(sheet) < n:  # scenes as SFT and RL use them
-        least, most, cells, sizes, _ = data.SETTINGS[rng.choice(("single", "normal", "normal", "twins"))]
-        scene = data.hang([fresh_town(rng) for _ in range(rng.randint(least, most))], "shield", rng, cells, sizes)
-        i, names = rng.choice([(i, names) for i, names in enumerate(data.references(scene)) if names] or [(0, {})])
-        kind = rng.choice([k for k in names if k != "detail"] or [""])
-        if kind:
-            sheet.append((f"iou {kind}", scene.picture(), None, f"point to the {names[kind]}", scene.boxes[i]))
-    for _ in range(n // 3):
-        town = fresh_town(rng)
-        picture, box = framed(town, rng)
-        other = town if rng.random() < 0.5 else fresh_town(rng) if rng.random() < 0.3 else look_alike(rng, town)
-        same = (other.look, other.detail) == (town.look, town.detail)
-        sheet.append(("verify", crop(picture, box), None, f"want {other.look}, {other.detail}", "yes" if same else "no"))
-    for _ in range(n // 3):
-        facts = [(e.name, *fact) for e in (fresh_town(rng, 2), fresh_town(rng, 2)) for fact in e.facts.items()]
-        shown = rng.sample(facts, 2)
-        text = " | ".join(rng.choice(data.PASSAGES).format(n=name, r=r, v=v) for name, r, v in shown)
-        sheet.append(("copy", None, text, "What is the {1} of {0}?".format(*shown[0]), shown[0][2]))
-    scores = {}
-    for start in range(0, len(sheet), 256):
-        part, prompts, pictures = sheet[start:start + 256], [], []
-        for _, picture, text, question, _ in part:
-            t = Trajectory(None)
-            t.observe([env.v.id["<bos>"], *(env.image if picture else [])])
-            if picture:
-                pictures.append(gog.to_array(picture, env.side))
-            if text:
-                read(env, t, text)
-            prompts.append(t.ids + env.v.encode(question) + [env.v.id["<sep>"]])
-        for (metric, *_, wanted), turn in zip(part, gog.respond(policy, env, prompts, pictures)):
-            right = data.iou(turn.argument, wanted) if turn.kind == "gaze" else float(turn.kind == "answer" and turn.argument == wanted)
-            scores.setdefault(metric, []).append(right)
+def exam(policy, env, n, seed="exam"):
+    """The base model on scenes, crops and names never seen, one question each, greedy: {topic: (score, count)}. `iou KIND` is the mean
+    IoU of pointing by that kind of expression; every other topic is the share of exact answers."""
+    rng, scores = random.Random(seed), {}
+    makers = (lambda: scene_lesson(env, rng, 1), lambda: crop_lesson(env, rng, 1), lambda: text_lesson(env, rng))
+    for _ in range(0, n, 256):
+        sheet = [t for t in (makers[i % 4 % 3]() for i in range(256)) if t.turns[0][0]]
+        prompts = [t.ids[:t.is_action.index(True)] for t in sheet]
+        for t, turn in zip(sheet, gog.respond(policy, env, prompts, [p for t in sheet for p in t.pictures])):
+            topic, wanted = t.turns[0][0], gog.parse(t.turns[0][1]).argument
+            right = data.iou(turn.argument, wanted) if topic[:3] == "iou" and turn.kind == "gaze" else float(turn.argument == wanted)
+            scores.setdefault(topic, []).append(right)
     return {k: (sum(v) / len(v), len(v)) for k, v in sorted(scores.items())}
 
 
@@ -247,6 +226,29 @@ class Lessons(torch.utils.data.Dataset):
     def __getitem__(self, i):
         rng = random.Random(f"lessons/{self.seed}/{i}")
         return [make(self.env, rng) for make in rng.choices((scene_lesson, crop_lesson, text_lesson), self.mix, k=self.size)]
+
+
+def curves(run, columns, across=3, w=330, h=190):
+    """STAGE.png beside STAGE.csv: one panel a column, step by step (grey) and as a running mean (red)."""
+    sheet = Image.new("RGB", (across * w, -(-len(columns) // across) * h), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, name in enumerate(columns):
+        left, top = i % across * w + 46, i // across * h + 26
+        values = np.array([float(r[name]) for r in run.rows if r.get(name) not in (None, "", "nan")])
+        pen.text((left, top - 20), f"{run.stage}: {name}", fill="black", font_size=13)
+        pen.rectangle((left, top, left + w - 60, top + h - 50), outline=(200, 200, 200))
+        if len(values) < 2:
+            continue
+        low, high = values.min(), max(values.max(), values.min() + 1e-9)
+        kernel = np.ones(max(1, len(values) // 25))
+        smooth = np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
+        at = lambda y: list(zip(left + np.linspace(0, w - 60, len(y)), top + (h - 50) * (1 - (y - low) / (high - low))))
+        pen.line(at(values), fill=(205, 205, 210))
+        pen.line(at(smooth), fill=(200, 30, 50), width=2)
+        for value, y in ((high, top - 4), (low, top + h - 62)):
+            pen.text((left - 44, y), f"{value:.3g}", fill=(90, 90, 90), font_size=11)
+        pen.text((left + w - 100, top + h - 48), f"{len(values)} steps", fill=(90, 90, 90), font_size=11)
+    atomic(run.csv.with_suffix(".png"), lambda p: sheet.save(p, format="PNG"))
 
 
 # --------------------------------------------------------------------------------------------------------------- stages
@@ -307,6 +309,7 @@ def pretrain(a):
             run.checkpoint([policy, head], eyes + whole, step=step + 1)
     bar.close()
     save(policy, run.weights, tokenizer=v.to_text())
+    curves(run, ("loss", "lr"))
     run.close()
     print("base model, held-out: " + ", ".join(f"{k} {value:.3f}" for k, (value, _) in exam(policy, env, a.exam).items()), file=sys.stderr)
 
@@ -345,6 +348,7 @@ def sft(a):
             run.checkpoint([policy], opts, step=step + 1)
     bar.close()
     save(policy, run.weights, tokenizer=v.to_text(), world=a.world)
+    curves(run, ("loss", "grad_norm", "lr"))
     run.close()
 
 
@@ -405,6 +409,7 @@ def rl(a):
             run.checkpoint([policy], opts, step=step + 1, pass_rates=rates, pool=curriculum.pool, queue=curriculum.queue, best=best,
                            python_rng=[curriculum.rng.getstate(), env.toolbox.rng.getstate()], torch_rng=generator.get_state().tolist())
     bar.close()
+    curves(run, ("accuracy", "reward", "dead", "entropy", "gaze_correct", "reflection", "turns", "tool_calls", "loss"))
     run.close()
     print(f"best: step {best[1]}, development accuracy {best[0]:.3f}, kept as {run.weights}", file=sys.stderr)
 
@@ -433,6 +438,10 @@ def evaluate(a):
             env = gog.Environment(v, toolbox, policy.config, withhold=row == "withheld")
             start = time.time()
             tries = gog.evaluate(policy, env, qs, row, a.seed, progress=f"{name}, {row}")
+            if row == "rl":
+                for i, t in enumerate(tries[:2]):
+                    picture = Path("results") / f"{label}-{name}-{i}.png"
+                    atomic(picture, lambda p: gog.poster(t).save(p, format="PNG"))
             for metric, value in gog.behaviour(tries).items():
                 table.append(dict(zip(COLUMNS, ("main", row, label, name, a.seed, metric, f"{value:.4f}", len(qs), a.preset, a.device,
                                                 f"{(time.time() - start) / 60:.2f}"))))
