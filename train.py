@@ -25,16 +25,14 @@ from tools import Toolbox, crop
 
 # ------------------------------------------------------------------------------------------- first the eyes, then the words
 
-NUMBERS = [str(n) for n in range(100)]
-SLOTS = {"x0": NUMBERS, "y0": NUMBERS, "x1": NUMBERS, "y1": NUMBERS, "tincture": [*data.TINCTURES, "nothing"], "outline": list(data.OUTLINES),
-         "ordinary": [o for o in data.ORDINARIES if o] + ["no"], "ordinary_tincture": list(data.TINCTURES), "charge": list(data.CHARGES),
-         "charge_tincture": list(data.TINCTURES), "count": NUMBERS[1:4]}  # what a patch can say: words of the vocabulary
+PARTS = {"tincture": [*data.TINCTURES, None], "outline": list(data.OUTLINES), "ordinary": list(data.ORDINARIES), "ordinary_tincture": list(data.TINCTURES),
+         "charge": list(data.CHARGES), "charge_tincture": list(data.TINCTURES), "count": [1, 2, 3]}  # what a patch may show; None: bare wall
 
 
 class Sights(torch.utils.data.Dataset):
-    """Pictures in which every patch says, in words, what it shows: edges, tincture, outline, charge. Batch i depends on (seed, i) only.
+    """Pictures with labels on every patch: where are the edges of the shield that it shows, and what is it. Batch i depends on (seed, i) only.
 
-    An item: pictures uint8 (B, 3, S, S) and labels long (B, P, slots): index of the right word of each slot, -1 where it cannot be told.
+    An item: pictures uint8 (B, 3, S, S), boxes float (B, P, 4) in 0..1, labels long (B, P, parts), -1 where nothing can be told.
     """
 
     def __init__(self, config, seed, size, steps):
@@ -45,8 +43,7 @@ class Sights(torch.utils.data.Dataset):
 
     def __getitem__(self, i):
         rng = random.Random(f"sights/{self.seed}/{i}")
-        pictures, labels = zip(*(self.sight(rng) for _ in range(self.size)))
-        return torch.from_numpy(np.stack(pictures)), torch.from_numpy(np.stack(labels))
+        return [torch.from_numpy(np.stack(x)) for x in zip(*(self.sight(rng) for _ in range(self.size)))]
 
     def sight(self, rng):
         least, most, cells, sizes, _ = data.SETTINGS[rng.choices(list(data.SETTINGS), (1, 4, 3, 3, 2))[0]]
@@ -54,29 +51,32 @@ class Sights(torch.utils.data.Dataset):
             least, most, cells, sizes = 1, 1, 1, (0.8, 1.0)
         towns = [fresh_town(rng) for _ in range(rng.randint(least, most))]
         scene = data.hang(towns, "shield", rng, cells, sizes)
-        labels = np.full((self.grid, self.grid, len(SLOTS)), -1)
-        labels[..., 4] = SLOTS["tincture"].index("nothing")
+        boxes = np.zeros((self.grid, self.grid, 4), np.float32)
+        labels = np.full((self.grid, self.grid, len(PARTS)), -1)
+        labels[..., 0] = PARTS["tincture"].index(None)
         for town, box in zip(towns, scene.boxes):
-            told = [*box, *(words.index(str(getattr(town.arms, k) or "no")) for k, words in list(SLOTS.items())[4:])]
+            told = [kinds.index(getattr(town.arms, part)) for part, kinds in PARTS.items()]
             if box[3] - box[1] < 35:  # too small to tell the details
-                told[6:] = [-1] * 5
+                told[2:] = [-1] * 5
             x0, y0, x1, y1 = (round(b * self.grid / 100) for b in box)  # the patches whose centre the box covers
-            labels[y0:y1, x0:x1] = told
-        return gog.to_array(scene.picture(2 * self.side), self.side), labels.reshape(-1, len(SLOTS))
+            boxes[y0:y1, x0:x1], labels[y0:y1, x0:x1] = np.array(box) / 100, told
+        return gog.to_array(scene.picture(2 * self.side), self.side), boxes.reshape(-1, 4), labels.reshape(-1, len(PARTS))
 
 
-def sight_loss(policy, head, v, pictures, labels):
-    """Mean cross-entropy over the slots. A patch speaks through the tied token embeddings, so that what the eyes
-    learn is already said in the decoder's own words, and the decoder has only to pass it on."""
-    said = head(policy.vision.patches(pictures)).flatten(0, 1).unflatten(1, (len(SLOTS), -1))  # (B*P, slots, D)
-    loss = 0.0
-    for k, words in enumerate(SLOTS.values()):
-        wanted = labels.flatten(0, 1)[:, k]
-        can = wanted >= 0
-        if can.any():
-            ids = torch.tensor([v.word(w) for w in words], device=said.device)
-            loss = loss + F.cross_entropy(said[can, k] @ policy.embed_tokens.weight[ids].T, wanted[can])
-    return loss / len(SLOTS)
+def see_step(policy, head, batch, opts):
+    """One step of the dense loss: L1 of the edges plus cross-entropy of each part, at the patches that can tell."""
+    pictures, boxes, labels = batch
+    out, labels, boxes = head(policy.vision.patches(pictures)).flatten(0, 1), labels.flatten(0, 1), boxes.flatten(0, 1)  # (B*P, 4 + kinds)
+    inside = boxes[:, 2] > 0
+    loss = 10 * (out[inside, :4] - boxes[inside]).abs().mean()
+    for k, logits in enumerate(out[:, 4:].split([len(kinds) for kinds in PARTS.values()], 1)):
+        loss = loss + F.cross_entropy(logits, labels[:, k], ignore_index=-1)
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(policy.vision.parameters(), 1.0).item()
+    for o in opts:
+        o.step()
+        o.zero_grad(set_to_none=True)
+    return loss.item(), norm
 
 
 # ---------------------------------------------------------------------------------------------- lessons of the base model
@@ -170,12 +170,12 @@ def text_lesson(env, rng):
     t = Trajectory(None)
     t.observe([env.v.id["<bos>"]])
     towns, lot = [fresh_town(rng, 2) for _ in range(3)], rng.random()
-    if lot < 0.65:
+    if lot < 0.7:
         facts = [(e.name, r, v) for e in towns for r, v in e.facts.items()]
         shown = rng.sample(facts, rng.randint(1, 3))
         text = " | ".join(rng.choice(data.PASSAGES).format(n=n, r=r, v=v) for n, r, v in shown)
         read(env, t, text)
-        if lot < 0.2:  # nothing but copying, and much of it: this is what forms the circuit
+        if lot < 0.3:  # nothing but copying, and much of it: this is what forms the circuit
             say(env, t, "repeat", f"<answer> {text}</answer>")
         for n, r, v in rng.sample(shown, min(2, len(shown))):
             say(env, t, f"What is the {r} of {n}?" if rng.random() < 0.5 else f"{n} {r}", f"<think> {r} is {v}</think><answer> {v}</answer>", "copy")
@@ -217,14 +217,14 @@ def exam(policy, env, n, seed="exam"):
 class Lessons(torch.utils.data.Dataset):
     """Batch i of the pretraining stream: depends on (seed, i) only, so a resumed run sees what the unbroken one would have seen."""
 
-    def __init__(self, env, seed, size, steps, mix=(0.5, 0.2, 0.3)):
+    def __init__(self, env, seed, size, steps, mix):
         self.env, self.seed, self.size, self.steps, self.mix = env, seed, size, steps, mix
 
     def __len__(self):
         return self.steps
 
     def __getitem__(self, i):
-        rng = random.Random(f"lessons/{self.seed}/{i}")
+        rng = random.Random(f"lessons/{self.seed}/{self.mix}/{i}")
         return [make(self.env, rng) for make in rng.choices((scene_lesson, crop_lesson, text_lesson), self.mix, k=self.size)]
 
 
@@ -272,41 +272,38 @@ def stream(dataset, start):
 
 
 def pretrain(a):
-    """Base model: first the eyes alone (what does each patch show?), then grounding, captions, read-and-copy. Stands in for Qwen-VL."""
+    """Base model, in three parts: see (what does each patch show?), read (text only: copying is a circuit that forms sooner alone), all
+    (grounding, captions, reading together). Stands in for Qwen-VL."""
     run = Run(a.folder("base"), "pretrain")
     torch.manual_seed(a.seed)
     v = Vocabulary.learn(data.corpus())
     config = ModelConfig(**{**PRESETS[a.preset], "vocab": v.size})
     policy = Policy(config).to(a.device)
-    number_line(policy.embed_tokens.weight, [v.word(n) for n in NUMBERS])
-    head = torch.nn.Linear(config.vit_width, len(SLOTS) * config.width).to(a.device)
-    eyes = [*optimisers(policy.vision, a.muon_lr, a.adam_lr), torch.optim.AdamW([*head.parameters(), policy.embed_tokens.weight], a.adam_lr, weight_decay=0.0)]
-    whole = optimisers(policy, a.muon_lr, a.adam_lr)
+    number_line(policy.embed_tokens.weight, [v.word(n) for n in range(100)])
+    head = torch.nn.Linear(config.vit_width, 4 + sum(map(len, PARTS.values()))).to(a.device)
+    eyes = [*optimisers(policy.vision.named_parameters(), a.see_lr, a.adam_lr), torch.optim.AdamW(head.parameters(), a.adam_lr)]
+    words = optimisers(((n, p) for n, p in policy.named_parameters() if "vision" not in n or "projector" in n), a.muon_lr, a.adam_lr)
     env = gog.Environment(v, None, config)
-    start = run.resume([policy, head], eyes + whole).get("step", 0) if a.resume else 0
-    total = a.sight_steps + a.pretrain_steps
-    bar = tqdm(total=total, initial=start, desc="pretrain", unit="step")
-    for step in range(start, total):
-        seeing = step < a.sight_steps
-        at, of = (step, a.sight_steps) if seeing else (step - a.sight_steps, a.pretrain_steps)
-        if step == start or at == 0:
-            batches = iter(stream(Sights(config, a.seed, a.sight_batch, of) if seeing else Lessons(env, a.seed, a.pretrain_batch, of), at))
-        batch, opts = next(batches), eyes if seeing else whole
-        lr = set_lr(opts, (a.muon_lr, a.adam_lr, a.adam_lr), schedule(at, of))
-        if seeing:
-            loss, norm = sight_loss(policy, head, v, *(x.to(a.device) for x in batch)), float("nan")
-            loss.backward()
-            for o in opts:
-                o.step()
-            policy.zero_grad(), head.zero_grad()
-            loss = loss.item()
-        else:
-            loss, norm = supervised_step(policy, env, batch, opts, a.token_budget)
-        run.log(step=step, part="see" if seeing else "read", loss=loss, grad_norm=norm, lr=lr, seconds=bar.format_dict["elapsed"])
-        bar.update()
-        bar.set_postfix(loss=f"{loss:.3f}")
-        if (step + 1) % a.save_every == 0:
-            run.checkpoint([policy, head], eyes + whole, step=step + 1)
+    parts = (("see", a.see_steps, eyes, Sights(config, a.seed, a.see_batch, a.see_steps)),
+             ("read", a.read_steps, words, Lessons(env, a.seed, a.read_batch, a.read_steps, (0, 0, 1))),
+             ("all", a.all_steps, words, Lessons(env, a.seed, a.all_batch, a.all_steps, (0.7, 0.15, 0.15))))
+    start = run.resume([policy, head], eyes + words).get("step", 0) if a.resume else 0
+    bar, before = tqdm(total=sum(n for _, n, *_ in parts), initial=start, desc="pretrain", unit="step"), 0
+    for part, steps, opts, lessons in parts:
+        first = min(max(0, start - before), steps)
+        for at, batch in enumerate(stream(lessons, first), first):
+            lr = set_lr(opts, (a.see_lr if part == "see" else a.muon_lr, a.adam_lr, a.adam_lr), schedule(at, steps))
+            policy.freeze_eyes(part != "see")
+            if part == "see":
+                loss, norm = see_step(policy, head, [x.to(a.device) for x in batch], opts)
+            else:
+                loss, norm = supervised_step(policy, env, batch, opts, a.token_budget)
+            run.log(step=before + at, part=part, loss=loss, grad_norm=norm, lr=lr, seconds=bar.format_dict["elapsed"])
+            bar.update()
+            bar.set_postfix(part=part, loss=f"{loss:.3f}")
+            if (before + at + 1) % a.save_every == 0:
+                run.checkpoint([policy, head], eyes + words, step=before + at + 1)
+        before += steps
     bar.close()
     save(policy, run.weights, tokenizer=v.to_text())
     curves(run, ("loss", "lr"))
@@ -316,6 +313,7 @@ def pretrain(a):
 
 def read_weights(a, path):
     policy, meta = load(path, a.device)
+    policy.freeze_eyes()
     return policy, Vocabulary.from_text(meta["tokenizer"])
 
 
@@ -332,7 +330,7 @@ def sft(a):
     demos = gog.instruct(policy, env, world, a.demos, a.seed, a.wrong_gaze, a.glance_first)
     per_epoch = len(demos) // a.sft_batch
     total = a.sft_epochs * per_epoch
-    opts, peaks = optimisers(policy, a.sft_muon_lr, a.sft_adam_lr), (a.sft_muon_lr, a.sft_adam_lr)
+    opts, peaks = optimisers(((n, p) for n, p in policy.named_parameters() if p.requires_grad), a.sft_muon_lr, a.sft_adam_lr), (a.sft_muon_lr, a.sft_adam_lr)
     start = run.resume([policy], opts).get("step", 0) if a.resume else 0
     bar = tqdm(total=total, initial=start, desc="sft", unit="step")
     for step in range(start, total):
@@ -365,7 +363,7 @@ def rl(a):
     pool = data.questions(world, data.RL_MIX, a.rl_questions, f"rl/{a.seed}")
     dev = data.questions(world, data.RL_MIX, a.rl_dev, f"dev/{a.seed}", ("dev",))
     reference = read_weights(a, first)[0].requires_grad_(False) if a.beta else None
-    opts = [torch.optim.AdamW(policy.parameters(), lr=a.rl_lr, betas=(0.9, 0.95), weight_decay=0.0)]
+    opts = [torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=a.rl_lr, betas=(0.9, 0.95), weight_decay=0.0)]
     generator = torch.Generator(policy.device).manual_seed(a.seed)
     saved = run.resume([policy], opts) if a.resume else {}
     rates = saved.get("pass_rates") or grpo.pass_rates(policy, env, pool, 4, a.temperature, a.seed)
@@ -484,12 +482,15 @@ class Args:
     out: str = ""  # run folder; default out/WORLD-PRESET-SEED
     resume: bool = False  # go on from the last checkpoint
     save_every: int = 50  # steps between checkpoints
-    sight_steps: int = 1200
-    sight_batch: int = 24
-    pretrain_steps: int = 1500
-    pretrain_batch: int = 18
+    see_steps: int = 1200  # of pretraining: the eyes alone
+    see_batch: int = 24
+    read_steps: int = 700  # text alone
+    read_batch: int = 28
+    all_steps: int = 1300  # everything together
+    all_batch: int = 18
     exam: int = 600  # held-out questions that the base model is examined with
-    muon_lr: float = 0.003
+    see_lr: float = 0.003
+    muon_lr: float = 0.005
     adam_lr: float = 0.002
     demos: int = 5750  # trajectories of GoG-Instruct
     wrong_gaze: float = 0.2  # share of demonstrations that begin with a wrong gaze

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 import train
 
 ROOT = Path(__file__).parent.parent
-TINY = ("--preset tiny --device cpu --towns 80 --sight-steps 2 --sight-batch 2 --pretrain-steps 4 --pretrain-batch 3 --exam 8 --demos 24 --sft-epochs 1 "
+TINY = ("--preset tiny --device cpu --towns 80 --see-steps 2 --see-batch 2 --read-steps 2 --read-batch 3 --all-steps 2 --all-batch 3 --exam 8 --demos 24 --sft-epochs 1 "
         "--sft-batch 6 --rl-questions 8 --rl-dev 4 --rl-steps 3 --rl-batch 4 --group 2 --curriculum all --eval-every 2 --show-every 2").split()
 
 
