@@ -313,7 +313,7 @@ def _colours(path, where):
     """The tincture names that cover at least an eighth of a picture, largest first, and its aspect (width / height)."""
     art = check_image(path, where)
     small = art.resize((24, 24), Image.BOX)
-    names = [min(TINCTURES, key=lambda t: sum((a - b) ** 2 for a, b in zip(rgba, TINCTURES[t]))) for rgba in small.getdata() if rgba[3] > 127]
+    names = [min(TINCTURES, key=lambda t: sum((a - b) ** 2 for a, b in zip(rgba, TINCTURES[t]))) for rgba in small.get_flattened_data() if rgba[3] > 127]
     shares = sorted(((names.count(t), t) for t in TINCTURES), key=lambda x: -x[0])
     return [t for n, t in shares if n and n >= len(names) / 8] or [shares[0][1]], art.width / art.height
 

@@ -47,7 +47,7 @@ class ModelConfig:
         return (self.picture // self.patch // self.shuffle) ** 2
 
 
-PRESETS = {"tiny": dict(width=64, layers=2, heads=4, mlp=128, vit_width=32, vit_layers=1, picture=64),  # tests only
+PRESETS = {"tiny": dict(width=64, layers=2, heads=4, kv_heads=2, mlp=128, vit_width=32, vit_layers=1, picture=64),  # tests only
            "nano": {},
            "small": dict(vocab=1536, width=512, layers=10, heads=8, kv_heads=4, mlp=1408, vit_width=256, vit_layers=6, vit_heads=8)}
 

@@ -92,7 +92,7 @@ def fresh_town(rng, relations=0):
 
 
 def scene_lesson(env, rng, questions=5):
-    """A wall: point to things, list what hangs there, say colour, shape, number."""
+    """A wall: point to things, say colour, shape, number."""
     noun = rng.choice(("shield", "shield", "flag", "badge"))
     least, most, cells, sizes, twins = data.SETTINGS[rng.choices(list(data.SETTINGS), (1, 5, 3, 3, 2))[0]]
     towns = [fresh_town(rng) for _ in range(rng.randint(least, most))]
@@ -103,26 +103,29 @@ def scene_lesson(env, rng, questions=5):
     looks, names = [e.look for e in towns], data.references(scene)
     t = Trajectory(None)
     t.observe([env.v.id["<bos>"], *env.image], gog.to_array(scene.picture(2 * env.side), env.side))
-    tasks = [(i, k) for i, n in enumerate(names) for k in n if k != "detail"]
-    rare = [x for x in tasks if x[1] in ("order", "size", "neighbour")]
-    for _ in range(questions):
-        lot = rng.random()
-        i, kind = rng.choice(rare if rare and rng.random() < 0.5 else tasks or [(0, None)])
-        if lot < 0.12:
-            say(env, t, "list all", "".join(f" {looks[i]}" + gaze(scene.boxes[i]) for i in rng.sample(range(len(towns)), min(6, len(towns)))))
-        elif lot < 0.66 and kind:
-            say(env, t, f"point to the {names[i][kind]}", f"<think> look at {looks[i]}</think>" + gaze(scene.boxes[i]), f"iou {kind}")
-        elif lot < 0.78 and kind:
-            k = rng.randrange(2)
-            say(env, t, f"What is the {('colour', 'shape')[k]} of the {names[i][kind]}?",
-                f"<think> look at {looks[i]}</think><answer> {looks[i].split()[k]}</answer>", "visual")
-        elif lot < 0.92:  # all objects of one look, from left to right
-            look = rng.choice(looks)
-            say(env, t, f"point to each {look} {noun}", "".join(map(gaze, sorted(b for b, l in zip(scene.boxes, looks) if l == look))))
-        else:
+    unasked = rng.sample(range(len(towns)), len(towns))
+    for _ in range(questions):  # no object comes twice: its box would be copied from the first answer, and nobody would look
+        lot, i = rng.random(), unasked.pop() if unasked else None
+        if lot < 0.08 or i is None:
             colour = rng.choice(looks).split()[0]
             n = sum(l.split()[0] == colour for l in looks)
             say(env, t, f"How many {noun}s are {colour}?", f"<think> look at all</think><answer> {n}</answer>", "count")
+            if i is None:
+                break
+        elif lot < 0.18:  # all objects of one look, from left to right
+            alike = [j for j, l in enumerate(looks) if l == looks[i]]
+            if set(alike) <= {i, *unasked}:
+                unasked = [j for j in unasked if j not in alike]
+                say(env, t, f"point to each {looks[i]} {noun}", "".join(map(gaze, sorted(scene.boxes[j] for j in alike))))
+        elif kinds := [k for k in names[i] if k != "detail"]:
+            rare = [k for k in kinds if k in ("order", "size", "neighbour")]
+            kind = rng.choice(rare if rare and rng.random() < 0.5 else kinds)
+            if lot < 0.8:
+                say(env, t, f"point to the {names[i][kind]}", f"<think> look at {looks[i]}</think>" + gaze(scene.boxes[i]), f"iou {kind}")
+            else:
+                k = rng.randrange(2)
+                say(env, t, f"What is the {('colour', 'shape')[k]} of the {names[i][kind]}?",
+                    f"<think> look at {looks[i]}</think><answer> {looks[i].split()[k]}</answer>", "visual")
     return t
 
 
@@ -205,7 +208,7 @@ def exam(policy, env, n, seed="exam"):
     rng, scores = random.Random(seed), {}
     makers = (lambda: scene_lesson(env, rng, 1), lambda: crop_lesson(env, rng, 1), lambda: text_lesson(env, rng))
     for _ in range(0, n, 256):
-        sheet = [t for t in (makers[i % 4 % 3]() for i in range(256)) if t.turns[0][0]]
+        sheet = [t for t in (makers[i % 4 % 3]() for i in range(256)) if t.turns and t.turns[0][0]]
         prompts = [t.ids[:t.is_action.index(True)] for t in sheet]
         for t, turn in zip(sheet, gog.respond(policy, env, prompts, [p for t in sheet for p in t.pictures])):
             topic, wanted = t.turns[0][0], gog.parse(t.turns[0][1]).argument
