@@ -2,8 +2,10 @@
 import argparse
 import csv
 import difflib
+import inspect
 import io
 import random
+import re
 import sys
 import time
 from dataclasses import dataclass, fields
@@ -256,8 +258,9 @@ def curves(run, columns, across=3, w=330, h=190):
 
 # --------------------------------------------------------------------------------------------------------------- stages
 
-def schedule(step, steps, warmup=30, decay=0.35):
-    """Learning-rate factor in 0..1: linear warm-up, flat, linear decay to 0 over the last `decay` of the run."""
+def schedule(step, steps, warmup=30, decay=0.7):
+    """Learning-rate factor in 0..1: linear warm-up, flat, linear decay to 0 over the last `decay` of the run (most of what the base
+    model learns, it learns while the rate falls)."""
     return min(1.0, (step + 1) / warmup, (steps - step) / max(1, decay * steps))
 
 
@@ -486,39 +489,39 @@ class Args:
     resume: bool = False  # go on from the last checkpoint
     save_every: int = 50  # steps between checkpoints
     see_steps: int = 1200  # of pretraining: the eyes alone
-    see_batch: int = 24
+    see_batch: int = 24  # pictures a step
     read_steps: int = 700  # text alone
-    read_batch: int = 28
+    read_batch: int = 28  # lessons a step
     all_steps: int = 1300  # everything together
-    all_batch: int = 18
+    all_batch: int = 20  # lessons a step
     exam: int = 600  # held-out questions that the base model is examined with
-    see_lr: float = 0.003
-    muon_lr: float = 0.005
-    adam_lr: float = 0.002
+    see_lr: float = 0.003  # of the eyes' matrices
+    muon_lr: float = 0.005  # of the decoder's matrices
+    adam_lr: float = 0.002  # of everything else in pretraining
     demos: int = 5750  # trajectories of GoG-Instruct
     wrong_gaze: float = 0.2  # share of demonstrations that begin with a wrong gaze
     glance_first: float = 0.05  # share that begin with a useless glance
     failure_rate: float = 0.03  # of tools while training
-    sft_epochs: int = 3
-    sft_batch: int = 32
-    sft_muon_lr: float = 0.001
-    sft_adam_lr: float = 0.0005
-    rl_questions: int = 1500
-    rl_dev: int = 200
-    rl_steps: int = 50
+    sft_epochs: int = 2  # passes over the demonstrations
+    sft_batch: int = 32  # trajectories a step
+    sft_muon_lr: float = 0.002  # of hidden matrices
+    sft_adam_lr: float = 0.001  # of embeddings and norms
+    rl_questions: int = 1000  # that the SFT model is scored on, to find the hard ones
+    rl_dev: int = 200  # questions of the development split, for keeping the best policy
+    rl_steps: int = 50  # updates
     rl_batch: int = 32  # questions a step
     group: int = 8  # rollouts a question
-    rl_lr: float = 1e-4
+    rl_lr: float = 1e-4  # of AdamW
     lam: float = 0.1  # weight of the format reward
     beta: float = 0.0  # weight of the KL to the SFT policy
-    clip_low: float = 0.2
-    clip_high: float = 0.28
+    clip_low: float = 0.2  # the ratio is clipped to 1 - clip_low
+    clip_high: float = 0.28  # .. 1 + clip_high
     advantage: str = "std"  # std or mean
     curriculum: str = "level2"  # level1, level2, all, learnable or adaptive
-    temperature: float = 1.0
-    eval_every: int = 10
-    show_every: int = 10
-    token_budget: int = 1500
+    temperature: float = 1.0  # of rollouts
+    eval_every: int = 10  # RL steps between looks at the development split
+    show_every: int = 10  # RL steps between printed trajectories
+    token_budget: int = 1500  # tokens a micro-batch: changes speed and memory, not the update
     name: str = "rl"  # of the policy that rl writes
     suite_size: int = 300  # questions a held-out suite
     world_label: str = ""  # in results.csv; default the world's name
@@ -537,12 +540,13 @@ CHOICES = {"stage": list(STAGES), "preset": list(PRESETS), "device": ["auto", "c
 def arguments(argv=None):
     """Flags from the fields of Args; an unknown flag is answered with the nearest one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(Args), re.M))
     for f in fields(Args):
-        flag = "--" + f.name.replace("_", "-")
+        flag, told = "--" + f.name.replace("_", "-"), dict(default=f.default, help=comments.get(f.name, " "))
         if f.type is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=f.default)
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, **told)
         else:
-            parser.add_argument(flag, type=f.type, default=f.default, choices=CHOICES.get(f.name))
+            parser.add_argument(flag, type=f.type, choices=CHOICES.get(f.name), **told)
     known, unknown = parser.parse_known_args(argv)
     if unknown:
         near = difflib.get_close_matches(unknown[0].split("=")[0], ["--" + f.name.replace("_", "-") for f in fields(Args)], 1)
