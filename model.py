@@ -150,7 +150,13 @@ class Cache:
     def keep(self, rows, repeat=1):
         """Keep only these rows (LongTensor), each `repeat` times: finished rows leave, a prompt becomes a group."""
         rows = rows.repeat_interleave(repeat)
-        self.kv, self.lengths = self.kv[:, :, rows], self.lengths[rows]
+        if torch.equal(rows, torch.arange(len(self.lengths), device=rows.device)):
+            return
+        layers, two, _, heads, room, width = self.kv.shape
+        used = int(self.lengths.max())  # the rest is garbage: not worth copying
+        kept = self.kv.new_zeros(layers, two, len(rows), heads, room, width)
+        kept[:, :, :, :, :used] = self.kv[:, :, rows, :, :used]
+        self.kv, self.lengths = kept, self.lengths[rows]
 
 
 class Attention(nn.Module):

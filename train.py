@@ -34,7 +34,8 @@ PARTS = {"tincture": [*data.TINCTURES, None], "outline": list(data.OUTLINES), "o
 class Sights(torch.utils.data.Dataset):
     """Pictures with labels on every patch: where are the edges of the shield that it shows, and what is it. Batch i depends on (seed, i) only.
 
-    An item: pictures uint8 (B, 3, S, S), boxes float (B, P, 4) in 0..1, labels long (B, P, parts), -1 where nothing can be told.
+    An item, in numpy (tensors would travel between processes through a socket): pictures uint8 (B, 3, S, S), boxes float (B, P, 4) in
+    0..1, labels int (B, P, parts), -1 where nothing can be told.
     """
 
     def __init__(self, config, seed, size, steps):
@@ -45,7 +46,7 @@ class Sights(torch.utils.data.Dataset):
 
     def __getitem__(self, i):
         rng = random.Random(f"sights/{self.seed}/{i}")
-        return [torch.from_numpy(np.stack(x)) for x in zip(*(self.sight(rng) for _ in range(self.size)))]
+        return [np.stack(x) for x in zip(*(self.sight(rng) for _ in range(self.size)))]
 
     def sight(self, rng):
         least, most, cells, sizes, _ = data.SETTINGS[rng.choices(list(data.SETTINGS), (1, 4, 3, 3, 2))[0]]
@@ -301,7 +302,7 @@ def pretrain(a):
             lr = set_lr(opts, (a.see_lr if part == "see" else a.muon_lr, a.adam_lr, a.adam_lr), schedule(at, steps))
             policy.freeze_eyes(part != "see")
             if part == "see":
-                loss, norm = see_step(policy, head, [x.to(a.device) for x in batch], opts)
+                loss, norm = see_step(policy, head, [torch.from_numpy(x).to(a.device) for x in batch], opts)
             else:
                 loss, norm = supervised_step(policy, env, batch, opts, a.token_budget)
             run.log(step=before + at, part=part, loss=loss, grad_norm=norm, lr=lr, seconds=bar.format_dict["elapsed"])
