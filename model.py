@@ -1,4 +1,4 @@
-"""The policy: a compact vision-language model of the SmolVLM family, in one file and without a trainer in sight.
+"""The policy: a compact vision-language model of the SmolVLM family, with its vocabulary, its optimiser and its checkpoints.
 
     picture (3, S, S) -> ViT -> P patches -> pixel shuffle -> N image tokens -> linear -> they replace the <image> placeholders
     token ids         -> embedding ----------------------------------------------------^  -> Llama decoder -> logits
@@ -6,8 +6,10 @@
 From the paper: nothing but the role. The authors fine-tune Qwen2.5-VL-7B and Qwen3-VL-8B.
 Here instead: 3 M parameters (`nano`) or 30 M (`small`), same shapes and parameter names as the public Llama/SigLIP family (RMSNorm,
     RoPE, grouped-query attention, SwiGLU, tied embeddings), so that an independent implementation can check our logits.
-Why a convolutional stem: at 3 M parameters a ViT learns from a few ten thousand pictures, and edges are cheaper to convolve
-    than to discover (README has the measurement).
+Why a convolutional stem: at 3 M parameters a ViT learns from a few ten thousand pictures, and edges are cheaper to convolve than to
+    discover (two minutes of dense labels on one core: IoU of the patches' boxes 0.66 with it, 0.61 without).
+
+Reading order: configuration -> vocabulary -> layers -> cache -> vision -> policy -> sampling -> optimiser -> save and load.
 
 Alphabet: B batch, T tokens, P patches, N image tokens a picture, D width, H query heads, K key/value heads, C head width.
 """

@@ -1,4 +1,11 @@
-"""The command line: python train.py --stage pretrain | sft | rl | eval. Each stage is one loop, top to bottom."""
+"""The command line: python train.py --stage pretrain | sft | rl | eval. Each stage is one loop, top to bottom.
+
+From the paper: SFT on reflective trajectories, then GRPO on the questions that the SFT model mostly fails.
+Here instead: one stage more. `pretrain` makes the base model that the paper takes from the shelf: first the eyes alone, with a label on
+    every patch; then, with the eyes held still, lessons in words. A stage whose input is missing runs the one before it first.
+
+Reading order: what the eyes learn -> lessons and exam of the base model -> curves -> the four stages -> flags.
+"""
 import argparse
 import csv
 import difflib
