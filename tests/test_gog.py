@@ -57,7 +57,6 @@ class Parrot:
     """A policy with known logits: it says the tokens of a script, whatever it is shown. No weights needed."""
 
     def __init__(self, config, script, vocabulary):
-        from model import Policy
         self.config, self.script, self.v = config, script, vocabulary
         self.device, self.embed_tokens = torch.device("cpu"), torch.nn.Embedding(1, 1)
 

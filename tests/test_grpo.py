@@ -1,9 +1,6 @@
-import random
-
 import pytest
 import torch
 
-import data
 import gog
 import grpo
 import train

@@ -54,18 +54,16 @@ def test_resume_is_exact(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     args = lambda *more: train.arguments([*TINY, *more])
     whole, broken = args("--out", "whole"), args("--out", "broken", "--save-every", "3")
+    whole.rl_steps = broken.rl_steps = 5
     torch.set_flush_denormal(True)
     for stage, steps in ((train.pretrain, "pretrain"), (train.sft, "sft"), (train.rl, "rl")):
         stage(whole)
-        real, calls = train.Run.checkpoint, []
+        real = train.Run.checkpoint
 
         def stop_after(self, *a, **k):  # the process dies right after its first checkpoint
             real(self, *a, **k)
             raise KeyboardInterrupt
 
-        broken.rl_steps = whole.rl_steps = 5
-        if steps == "rl":
-            stage(whole)
         monkeypatch.setattr(train.Run, "checkpoint", stop_after)
         with pytest.raises(KeyboardInterrupt):
             stage(broken)
