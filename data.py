@@ -52,9 +52,9 @@ VALUES = {  # relation -> how an invented value is drawn
 }
 TOWN_FACTS = ("ruler", "river", "craft", "founding year", "towers", "patron")  # + "twin town", "region": values that lead on
 REGION_FACTS = ("governor", "anthem", "harbour")  # + "capital", which leads back to a town
-PASSAGES = (  # how a fact may be worded; the policy has to find the value, never to recall it
-    "The {r} of {n} is {v}.", "In {n} the {r} is {v}.", "{n} has {v} as its {r}.", "{v} is the {r} of {n}.",
-    "Asked for the {r}, people of {n} say {v}.", "Chronicles of {n} name {v} as {r}.")
+PASSAGES = (  # how a fact may be worded, the value last; the policy has to find the value, never to recall it
+    "The {r} of {n} is {v}.", "In {n} the {r} is {v}.", "{n} has one {r}: {v}.", "Asked for the {r}, people of {n} say {v}.",
+    "As for the {r}, chronicles of {n} name {v}.")
 CHATTER = ("Travellers praise the bridges of {n}.", "The market of {n} opens at dawn.", "{n} was rebuilt after a great fire.",
            "Maps often misplace {n}.", "Nobody agrees how to pronounce {n}.")
 
@@ -71,8 +71,8 @@ def arc(x, y, rx, ry, start=0, end=360, n=36):
 
 OUTLINES = {  # polygons in the unit square
     "heater": [(0, 0), (1, 0), (1, .5), (.86, .76), (.5, 1), (.14, .76), (0, .5)], "square": [(0, 0), (1, 0), (1, 1), (0, 1)],
-    "diamond": [(.5, 0), (1, .5), (.5, 1), (0, .5)], "banner": [(0, 0), (1, 0), (1, 1), (0, 1)], "round": arc(.5, .5, .5, .5), "oval": arc(.5, .5, .5, .5)}
-ASPECT = {"heater": 0.86, "diamond": 0.9, "banner": 1.5, "oval": 0.7}  # width / height, 1 where not named
+    "diamond": [(.5, 0), (1, .5), (.5, 1), (0, .5)], "banner": [(0, 0), (1, 0), (1, 1), (0, 1)], "round": arc(.5, .5, .5, .5)}
+ASPECT = {"heater": 0.86, "diamond": 0.9, "banner": 1.5}  # width / height, 1 where not named
 ORDINARIES = {"": None, "chief": [(0, 0), (1, 0), (1, .2), (0, .2)], "base": [(0, .8), (1, .8), (1, 1), (0, 1)], "bordure": None,
               "pale": [(.38, 0), (.62, 0), (.62, 1), (.38, 1)], "fess": [(0, .38), (1, .38), (1, .62), (0, .62)],
               "bend": [(0, 0), (.22, 0), (1, .78), (1, 1), (.78, 1), (0, .22)]}
@@ -81,15 +81,11 @@ CHARGES = {  # polygons in [-1, 1]^2, y down
     "cross": [(-.3, -1), (.3, -1), (.3, -.3), (1, -.3), (1, .3), (.3, .3), (.3, 1), (-.3, 1), (-.3, .3), (-1, .3), (-1, -.3), (-.3, -.3)],
     "tower": [(-.7, -1), (-.35, -1), (-.35, -.6), (-.17, -.6), (-.17, -1), (.17, -1), (.17, -.6), (.35, -.6), (.35, -1), (.7, -1),
               (.7, 1), (.25, 1), (.25, .3), (-.25, .3), (-.25, 1), (-.7, 1)],
-    "arrow": [(0, -1), (.75, -.2), (.25, -.2), (.25, 1), (-.25, 1), (-.25, -.2), (-.75, -.2)],
     "tree": [(0, -1), (.8, .4), (.2, .4), (.2, 1), (-.2, 1), (-.2, .4), (-.8, .4)],
     "fish": [(-1, -.6), (-.5, -.1), (.1, -.55), (.7, -.35), (1, 0), (.7, .35), (.1, .55), (-.5, .1), (-1, .6)],
     "crown": [(-1, -.7), (-.5, 0), (0, -.9), (.5, 0), (1, -.7), (.85, .8), (-.85, .8)],
-    "cup": [(-.8, -1), (.8, -1), (.55, 0), (.15, .3), (.15, .7), (.6, 1), (-.6, 1), (-.15, .7), (-.15, .3), (-.55, 0)],
-    "bar": [(-1, -.3), (1, -.3), (1, .3), (-1, .3)], "ring": arc(0, 0, 1, 1) + arc(0, 0, .5, .5, 360, 0),
-    "crescent": arc(0, 0, 1, 1, -35, 215) + arc(0, -.4, .82, .7, 190, -10),
-    "key": arc(0, -.5, .5, .5, 107, 433) + [(.15, .45), (.6, .45), (.6, .7), (.15, .7), (.15, 1), (-.15, 1)]}
-PLACES = {1: [(.5, .5, .3)], 2: [(.28, .5, .19), (.72, .5, .19)], 3: [(.3, .34, .17), (.7, .34, .17), (.5, .7, .17)]}
+    "ring": arc(0, 0, 1, 1) + arc(0, 0, .5, .5, 360, 0), "crescent": arc(0, 0, 1, 1, -35, 215) + arc(0, -.4, .82, .7, 190, -10)}
+PLACES = {1: [(.5, .5, .34)], 2: [(.27, .5, .2), (.73, .5, .2)], 3: [(.28, .32, .18), (.72, .32, .18), (.5, .72, .18)]}
 
 
 @dataclass(frozen=True)
@@ -178,6 +174,7 @@ class World:
     entities: dict
     splits: dict
     seed: int = 0
+    own: tuple = ()  # a user's questions about pictures of their own
 
     def pictured(self, *splits):
         return [self.entities[n] for s in splits or ("train", "dev", "test") for n in self.splits[s]]
@@ -262,7 +259,20 @@ def folder_world(path, seed=0):
     if len(entities) < 8:
         raise WorldError(f"{root / 'entities.jsonl'}: {len(entities)} entities, and splits need at least 8. Add more")
     return World(root.resolve().name, "flag" if root.resolve().name == "countries" else "picture", entities,
-                 split_names(entities, random.Random(f"folder/{seed}")), seed)
+                 split_names(entities, random.Random(f"folder/{seed}")), seed, tuple(own_questions(root)))
+
+
+def own_questions(root):
+    """The optional `questions.jsonl` of a folder world: {"image", "question", "answers": [..], "box": [x0, y0, x1, y1] of the target or left out}."""
+    for where, row in read_jsonl(root / "questions.jsonl") if (root / "questions.jsonl").is_file() else ():
+        text, answers, box = row.get("question"), row.get("answers"), row.get("box")
+        if not isinstance(text, str) or not isinstance(answers, list) or not answers or not all(isinstance(a, str) and a.strip() for a in answers):
+            raise WorldError(f"{where}: 'question' must be text and 'answers' a list of texts, e.g. [\"Paris\"]")
+        if box is not None and not (isinstance(box, list) and len(box) == 4 and all(type(x) is int and 0 <= x <= 99 for x in box) and box[0] < box[2] and box[1] < box[3]):
+            raise WorldError(f"{where}: 'box' must be four whole numbers 0 to 99, left < right and top < bottom (percent of the picture), not {box!r}")
+        path = image_path(root, row.get("image"), where)
+        check_image(path, where)
+        yield Question(text, tuple(answers), Scene((), (tuple(box),) if box else (), "picture", 0, path), "own", targets=(0,) if box else ())
 
 
 @lru_cache(maxsize=4)
@@ -344,7 +354,8 @@ class Scene:
         course, mortar = px // rng.randint(6, 14), tuple(c - 16 for c in plaster)
         for y in range(0, px, course):  # stone courses, each stone in a tone of its own
             for x in range(-rng.randint(0, course), px, 2 * course):
-                shade = tuple(c + rng.randint(-9, 9) for c in plaster)
+                tone = rng.randint(-9, 9)
+                shade = tuple(c + tone for c in plaster)
                 pen.rectangle((x, y, x + 2 * course, y + course), fill=shade, outline=mortar)
         for e, box in zip(self.entities, self.boxes):
             x0, y0, x1, y1 = to_pixels(box, wall.size)
@@ -381,52 +392,58 @@ def hang(entities, noun, rng, cells=3, sizes=(0.62, 0.95)):
 
 # ------------------------------------------------------------------------------------------------- referring expressions
 
-ORDER = ("leftmost {n}", "second {n} from the left", "rightmost {n}", "second {n} from the right", "topmost {n}", "lowest {n}")
+ROW = ("", "leftmost {n}", "rightmost {n}", "second {n} from the left", "second {n} from the right")
+COLUMN, SIZE = ("", "topmost {n}", "lowest {n}"), ("", "largest {n}", "smallest {n}")
 ZONES = ("top left", "top middle", "top right", "middle left", "centre", "middle right", "bottom left", "bottom middle", "bottom right")
+SIDES = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
+
+
+def relations(scene):
+    """How each object hangs among the others, list over objects of {"row", "column", "size": index into the words above, 0 where there is
+    nothing clear to say; "zone": index into ZONES; a key of SIDES: the object that it stands left of, right of, ...}."""
+    n, boxes = len(scene.boxes), scene.boxes
+    centre = [((b[0] + b[2]) / 2, (b[1] + b[3]) / 2) for b in boxes]
+    out = [dict(row=0, column=0, size=0, zone=min(2, int(y / 33.4)) * 3 + min(2, int(x / 33.4))) for x, y in centre]
+
+    def rank(relation, values, places, gap):
+        order = sorted(range(n), key=values.__getitem__)
+        for word, k in reversed(list(enumerate((p % n for p in places if p < n), 1))):
+            if all(abs(values[order[k]] - values[order[j]]) > gap for j in (k - 1, k + 1) if 0 <= j < n):
+                out[order[k]][relation] = word
+
+    if n > 1:
+        rank("row", [x for x, _ in centre], (0, -1, 1, -2), 7)
+        rank("column", [y for _, y in centre], (0, -1), 7)
+        rank("size", [math.log((b[2] - b[0]) * (b[3] - b[1])) for b in boxes], (-1, 0), 0.3)
+    for j in range(n):  # i stands beside j if it is the only one near on that side, and about level with it
+        for side, (across, down) in SIDES.items():
+            away = [((c[0] - centre[j][0]) * across + (c[1] - centre[j][1]) * down, abs((c[0] - centre[j][0]) * down) + abs((c[1] - centre[j][1]) * across)) for c in centre]
+            near = [i for i, (far, aside) in enumerate(away) if 0 < far <= 45 and aside <= 45]
+            if len(near) == 1 and away[near[0]][0] > 18 and away[near[0]][1] <= 14:
+                out[near[0]][side] = j
+    return out
 
 
 def references(scene):
     """Every unambiguous way to point at each object: list over objects of {kind: expression without 'the'}."""
-    n, boxes, looks = scene.noun, scene.boxes, [e.look for e in scene.entities]
-    centre = [((b[0] + b[2]) / 2, (b[1] + b[3]) / 2) for b in boxes]
-    area = [(b[2] - b[0]) * (b[3] - b[1]) for b in boxes]
-    out = [{} for _ in boxes]
-    by = lambda key: sorted(range(len(boxes)), key=key)
-    for i, look in enumerate(looks):
+    noun, looks, places = scene.noun, [e.look for e in scene.entities], relations(scene)
+    out = [{} for _ in looks]
+    for i, (look, place) in enumerate(zip(looks, places)):
         if looks.count(look) == 1:
-            out[i]["look"] = f"{look} {n}"
-        else:
-            twins = [j for j in range(len(boxes)) if looks[j] == look]
-            if sum(scene.entities[j].detail == scene.entities[i].detail for j in twins) == 1:
-                out[i]["detail"] = f"{look} {n} with {scene.entities[i].detail}"
+            out[i]["look"] = f"{look} {noun}"
+        elif sum(e.look == look and e.detail == scene.entities[i].detail for e in scene.entities) == 1:
+            out[i]["detail"] = f"{look} {noun} with {scene.entities[i].detail}"
         for k, part in enumerate(look.split()):
             if sum(part in other.split() for other in looks) == 1:
-                out[i]["colour" if k == 0 else "shape"] = f"{part} {n}"
-    if len(boxes) == 1:
-        return out
-    xs, ys, sizes = by(lambda i: centre[i][0]), by(lambda i: centre[i][1]), by(lambda i: area[i])
-    clear = lambda order, k, axis: all(abs(centre[order[k]][axis] - centre[order[j]][axis]) > 7 for j in (k - 1, k + 1) if 0 <= j < len(order))
-    last = len(boxes) - 1
-    for form, order, k, axis in zip(ORDER, (xs, xs, xs, xs, ys, ys), (0, 1, last, last - 1, 0, last), (0, 0, 0, 0, 1, 1)):
-        if (last > 1 or "second" not in form) and clear(order, k, axis):
-            out[order[k]]["order"] = form.format(n=n)
-    if area[sizes[-1]] > 1.35 * area[sizes[-2]]:
-        out[sizes[-1]]["size"] = f"largest {n}"
-    if area[sizes[0]] * 1.35 < area[sizes[1]]:
-        out[sizes[0]]["size"] = f"smallest {n}"
-    zone = [min(2, int(y / 33.4)) * 3 + min(2, int(x / 33.4)) for x, y in centre]
-    for i, z in enumerate(zone):
-        if zone.count(z) == 1:
-            out[i]["position"] = f"{n} at the {ZONES[z]}"
-        for j in range(len(boxes)):  # i stands next to j, nothing nearer on that side, j can be named by its look
-            dx, dy = centre[i][0] - centre[j][0], centre[i][1] - centre[j][1]
-            near = [k for k in range(len(boxes)) if k not in (i, j) and max(abs(centre[k][0] - centre[j][0]), abs(centre[k][1] - centre[j][1])) < 45]
-            if i == j or "look" not in out[j] or max(abs(dx), abs(dy)) > 45 or min(abs(dx), abs(dy)) > 14:
-                continue
-            side = ("left of" if dx < 0 else "right of") if abs(dx) > abs(dy) else ("above" if dy < 0 else "below")
-            same = lambda k: (centre[k][0] - centre[j][0]) * dx > 0 if abs(dx) > abs(dy) else (centre[k][1] - centre[j][1]) * dy > 0
-            if max(abs(dx), abs(dy)) > 18 and not any(same(k) for k in near):
-                out[i]["neighbour"] = f"{n} {side} the {looks[j]} {n}"
+                out[i]["colour" if k == 0 else "shape"] = f"{part} {noun}"
+        for kind, words, index in (("order", COLUMN, place["column"]), ("order", ROW, place["row"]), ("size", SIZE, place["size"])):
+            if index:
+                out[i][kind] = words[index].format(n=noun)
+        if len(looks) > 1 and sum(p["zone"] == place["zone"] for p in places) == 1:
+            out[i]["position"] = f"{noun} at the {ZONES[place['zone']]}"
+        for side in SIDES:
+            if side in place and looks.count(looks[place[side]]) == 1:
+                out[i]["neighbour"] = f"{noun} {side} the {looks[place[side]]} {noun}"
     return out
 
 
@@ -453,8 +470,8 @@ class Question:
 
 VISUAL = ("colour", "shape", "count")
 SETTINGS = {  # name: (least, most objects, cells, sizes, look-alikes of the target)
-    "single": (1, 1, 1, (0.45, 0.8), 0), "normal": (2, 6, 3, (0.5, 0.95), 0), "twins": (3, 6, 3, (0.5, 0.9), 2),
-    "small": (4, 6, 3, (0.4, 0.6), 2), "crowd": (7, 10, 4, (0.6, 0.95), 0)}
+    "single": (1, 1, 1, (0.45, 0.8), 0), "normal": (2, 6, 3, (0.66, 0.98), 0), "twins": (3, 6, 3, (0.66, 0.98), 2),
+    "small": (4, 6, 3, (0.45, 0.65), 2), "crowd": (7, 10, 4, (0.7, 0.98), 0)}
 SFT_MIX = [("colour", "normal", 3), ("shape", "normal", 2), ("count", "normal", 2), ("colour", "single", 1), ("shape", "single", 1),
            ("name", "single", 1), ("hop1", "single", 1), ("name", "normal", 2), ("hop1", "normal", 4), ("name", "twins", 1),
            ("hop1", "twins", 2), ("hop2", "normal", 1.2), ("compare", "normal", 0.8)]

@@ -33,7 +33,7 @@ from data import iou
 from model import Cache, CheckpointError, Vocabulary, load, pick
 from tools import ImageIndex, TextIndex, Toolbox
 
-MAX_TURNS, TURN_TOKENS = 8, 48
+MAX_TURNS, TURN_TOKENS = 8, 60
 ACTIONS = ("answer", "search", "glance", "gaze")
 
 # ----------------------------------------------------------------------------------------------------------- trajectory
@@ -183,11 +183,10 @@ def _rollout_batch(policy, env, questions, group, temperature, max_turns, schedu
     glances = [to_array(s, env.side) for s in scenes]
     room = min(room, policy.config.context)
     cache = Cache(policy.config, len(questions), room, policy.device, policy.embed_tokens.weight.dtype)
-    prompts = [env.prompt(q, g) for q, g in zip(questions, glances)]
-    hidden = _feed(policy, env, cache, [p.ids for p in prompts], glances)
+    done = [env.prompt(q, g) for q, g in zip(questions, glances) for _ in range(group)]
+    hidden = _feed(policy, env, cache, [t.ids for t in done[::group]], glances)
     cache.keep(torch.arange(len(questions), device=policy.device), repeat=group)  # the prompt is read once for the whole group
     hidden = hidden.repeat_interleave(group, 0)
-    done = [env.prompt(q, g) for q, g in zip(questions, glances) for _ in range(group)]
     live, scenes = list(done), [s for s in scenes for _ in range(group)]
     for turn in range(max_turns):
         allowed = _allowed(env.v, schedule[min(turn, len(schedule) - 1)] if schedule else ACTIONS, policy.device)
@@ -265,8 +264,11 @@ def expert(q, rng, wrong_gaze=0.0, glance_first=0.0):
 
     wrong_gaze: chance to begin at an object that does not fit. glance_first: chance of a useless glance at a crowded wall.
     """
+    if q.kind == "count":
+        yield count_aloud(q.scene, q.text.split()[-1].strip("?"))
+        return
     if q.search_free:
-        yield f"<think> {'look at ' + q.phrases[0] if q.phrases else 'look at all'}</think><answer> {q.answers[0]}</answer>"
+        yield f"<think> look at {q.phrases[0]}</think><answer> {q.answers[0]}</answer>"
         return
     names, values, thought = [], [], ""
     for target, phrase in zip(q.targets, q.phrases):
@@ -288,7 +290,7 @@ def expert(q, rng, wrong_gaze=0.0, glance_first=0.0):
             thought = f"want {phrase}, see {seen}: "
             if name:
                 break
-            thought += "no"
+            thought += f"no, look at {phrase}"
         else:
             return  # the tools did not find it: this demonstration is dropped by the check that follows
         names.append(name)
@@ -306,6 +308,12 @@ def expert(q, rng, wrong_gaze=0.0, glance_first=0.0):
         thought = f"{names[0]} {values[0]}, {names[1]} {values[1]}"
         values = [names[int(values[0]) < int(values[1])]]
     yield f"<think> {thought.removesuffix(', ')}</think><answer> {values[-1]}</answer>"
+
+
+def count_aloud(scene, colour):
+    """Name what is to be counted, from left to right, then say how many: a small model counts what it has written."""
+    named = [e.look for _, e in sorted(zip(scene.boxes, scene.entities), key=lambda x: x[0]) if e.look.split()[0] == colour]
+    return f"<think> {', '.join(named)}</think><answer> {len(named)}</answer>"
 
 
 def _try(turn, action, patience=3):
@@ -425,40 +433,6 @@ def evaluate(policy, env, questions, row, seed=0, temperature=0.0, progress=None
         return play(env, questions, [chance(q, rng, words) for q in questions], progress=progress)
     generator = torch.Generator(policy.device).manual_seed(seed)
     return rollout(policy, env, questions, 1, temperature, schedule=SCHEDULES.get(row), generator=generator, progress=progress)
-
-
-# ---------------------------------------------------------------------------------------------------------- GoG-Instruct
-
-def uncertain(policy, env, pool, n=4, seed=0):
-    """The uncertainty filter: the questions that the base model does not answer right, without any tool, in all of n tries."""
-    generator = torch.Generator(policy.device).manual_seed(seed)
-    tries = rollout(policy, env, pool, n, schedule=SCHEDULES["direct"], max_turns=1, generator=generator, rows=512, room=96,
-                        progress=f"uncertainty filter, N={n}")
-    return [q for i, q in enumerate(pool) if not all(t.correct for t in tries[n * i:n * i + n])]
-
-
-def instruct(policy, env, world, n=5750, seed=0, wrong_gaze=0.2, glance_first=0.05):
-    """GoG-Instruct: `n` expert trajectories, 43.5 % of them search-free, of questions that survive the filter; every one is
-    checked: the answer is right, and the last gaze of each search lies on a target."""
-    quota = {True: round(0.435 * n), False: n - round(0.435 * n)}
-    chosen, asked, dropped, rng = {True: [], False: []}, 0, 0, random.Random(f"expert/{seed}")
-    while any(len(chosen[free]) < quota[free] for free in quota):
-        pool = data.questions(world, data.SFT_MIX, n // 2, f"sft/{seed}/{asked}")
-        pool = [q for q in pool if len(chosen[q.search_free]) < quota[q.search_free]]
-        asked += len(pool)
-        kept = uncertain(policy, env, pool, seed=seed)
-        dropped += len(pool) - len(kept)
-        demos = play(env, kept, [expert(q, rng, wrong_gaze, glance_first) for q in kept], progress="expert")
-        for t in demos:
-            if t.correct and (not gazes(t) or gazes(t)[-1][1] > 0.9):
-                chosen[t.question.search_free].append(t)
-        if asked > 20 * n:
-            raise SystemExit("the base model answers nearly every question of one kind without tools: no demonstrations are left")
-    demos = chosen[True][:quota[True]] + chosen[False][:quota[False]]
-    random.Random(f"shuffle/{seed}").shuffle(demos)
-    print(f"GoG-Instruct: {len(demos)} trajectories of {asked} questions asked, {dropped} dropped by the uncertainty filter; "
-          f"{sum(any(wrong for wrong in wrong_gaze_then(t)) for t in demos)} reflective", file=sys.stderr)
-    return demos
 
 
 # ---------------------------------------------------------------------------------------------- one picture, one question

@@ -14,13 +14,15 @@ Here instead, numbered:
 Alphabet: Q questions, G rollouts a question (the group), M trained tokens.
 """
 import random
+import sys
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from gog import rollout
+import data
+import gog
 
 
 def reward(correct, well_formed, lam=0.1):
@@ -134,13 +136,39 @@ def grpo_step(policy, reference, env, batch, advantages, opts, a):
     return totals
 
 
-# ----------------------------------------------------------------------------------------------------------- curriculum
+# ------------------------------------------------------------------------------- what to learn from: GoG-Instruct, curriculum
 
-def pass_rates(policy, env, pool, n=4, temperature=1.0, seed=0):
-    """Share of n sampled trajectories that are right, for every question."""
+def pass_rates(policy, env, pool, n=4, temperature=1.0, seed=0, direct=False):
+    """Share of n sampled trajectories that are right, for every question; `direct`: when no tool may be used."""
     generator = torch.Generator(policy.device).manual_seed(seed)
-    tries = rollout(policy, env, pool, n, temperature, generator=generator, progress=f"pass rates, {n} tries")
+    only = dict(schedule=gog.SCHEDULES["direct"], max_turns=1, rows=512, room=128) if direct else {}
+    tries = gog.rollout(policy, env, pool, n, temperature, generator=generator, progress=f"pass rates, {n} tries", **only)
     return [sum(t.correct for t in tries[n * i:n * i + n]) / n for i in range(len(pool))]
+
+
+def instruct(policy, env, world, n=5750, seed=0, wrong_gaze=0.2, glance_first=0.05):
+    """GoG-Instruct: `n` expert trajectories, 43.5 % of them search-free, of questions that survive the filter; every one is
+    checked: the answer is right, and the last gaze of each search lies on a target."""
+    quota = {True: round(0.435 * n), False: n - round(0.435 * n)}
+    chosen, asked, dropped, rng = {True: [], False: []}, 0, 0, random.Random(f"expert/{seed}")
+    while any(len(chosen[free]) < quota[free] for free in quota):
+        pool = data.questions(world, data.SFT_MIX, n // 2, f"sft/{seed}/{asked}")
+        pool = [q for q in pool if len(chosen[q.search_free]) < quota[q.search_free]]
+        asked += len(pool)
+        rates = pass_rates(policy, env, pool, 4, seed=seed, direct=True)
+        kept = [q for q, p in zip(pool, rates) if p < 1]  # the uncertainty filter, N=4: not always right without a tool
+        dropped += len(pool) - len(kept)
+        demos = gog.play(env, kept, [gog.expert(q, rng, wrong_gaze, glance_first) for q in kept], progress="expert")
+        for t in demos:
+            if t.correct and (not gog.gazes(t) or gog.gazes(t)[-1][1] > 0.9):
+                chosen[t.question.search_free].append(t)
+        if asked > 20 * n:
+            raise SystemExit("the base model answers nearly every question of one kind without tools: no demonstrations are left")
+    demos = chosen[True][:quota[True]] + chosen[False][:quota[False]]
+    random.Random(f"shuffle/{seed}").shuffle(demos)
+    print(f"GoG-Instruct: {len(demos)} trajectories of {asked} questions asked, {dropped} dropped by the uncertainty filter; "
+          f"{sum(any(wrong for wrong in gog.wrong_gaze_then(t)) for t in demos)} reflective", file=sys.stderr)
+    return demos
 
 
 def level(p):

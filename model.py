@@ -18,8 +18,10 @@ import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -29,11 +31,11 @@ from torch import nn
 @dataclass
 class ModelConfig:
     vocab: int = 1536
-    width: int = 160  # D
-    layers: int = 6
-    heads: int = 5  # H
-    kv_heads: int = 5  # K
-    mlp: int = 384
+    width: int = 192  # D
+    layers: int = 4
+    heads: int = 6  # H
+    kv_heads: int = 1  # K
+    mlp: int = 512
     context: int = 1024  # longest trajectory, in tokens
     rope_base: float = 10000.0
     picture: int = 128  # S, pixels: every picture is shrunk to S x S before it is seen
@@ -42,6 +44,7 @@ class ModelConfig:
     vit_layers: int = 4
     vit_heads: int = 4
     shuffle: int = 2  # pixel shuffle: shuffle^2 patches become one image token
+    smear: bool = True  # every position also sees the embedding before it (False: pure Llama)
     stem: bool = True  # convolutions before the ViT (False: one linear patch embedding, as SigLIP has)
 
     @property
@@ -137,6 +140,7 @@ class Cache:
         c = config
         self.kv = torch.zeros(c.layers, 2, rows, c.kv_heads, room, c.width // c.heads, device=device, dtype=dtype)
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
+        self.last = torch.zeros(rows, c.width, device=device, dtype=dtype)  # embedding of each row's last token, for `smear`
 
     @property
     def room(self):
@@ -158,7 +162,7 @@ class Cache:
         used = int(self.lengths.max())  # the rest is garbage: not worth copying
         kept = self.kv.new_zeros(layers, two, len(rows), heads, room, width)
         kept[:, :, :, :, :used] = self.kv[:, :, rows, :, :used]
-        self.kv, self.lengths = kept, self.lengths[rows]
+        self.kv, self.lengths, self.last = kept, self.lengths[rows], self.last[rows]
 
 
 class Attention(nn.Module):
@@ -178,7 +182,10 @@ class Attention(nn.Module):
         v = split(self.v_proj(x), self.kv_heads)
         if cache is not None:
             k, v = cache.append(layer, k, v, positions, mask.shape[-1])
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+            q = q.reshape(B, self.kv_heads, -1, self.c)  # (B, H, T, C) -> (B, K, H/K*T, C): heads that share keys read them once
+            mask = mask.repeat(1, 1, self.heads // self.kv_heads, 1)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=cache is None)
+        out = out.reshape(B, self.heads, T, self.c)
         return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))  # (B, H, T, C) -> (B, T, D)
 
 
@@ -216,6 +223,15 @@ class VisionBlock(nn.Module):
         return x + self.fc2(F.gelu(self.fc1(self.layer_norm2(x)), approximate="tanh"))
 
 
+def position_map(grid, width):
+    """Where each patch is, (grid * grid, width): waves along x, then along y. A start for learning, so that 'further left' need not be
+    discovered: edges are told"""
+    x, f = (torch.arange(grid)[:, None] + 0.5) / grid, torch.arange(1, width // 4 + 1)[None]
+    waves = torch.cat([(torch.pi * x * f).sin() / f, (torch.pi * x * f).cos() / f], 1)  # (grid, width / 2)
+    both = torch.cat([waves[None].expand(grid, -1, -1), waves[:, None].expand(-1, grid, -1)], -1)  # (grid, grid, width)
+    return both.reshape(grid**2, width) / both.std()
+
+
 class Vision(nn.Module):
     """Pictures (B, 3, S, S), uint8 -> image tokens (B, N, D)."""
 
@@ -225,10 +241,10 @@ class Vision(nn.Module):
         w = c.vit_width
         if c.stem:  # three strided convolutions reach the same grid as one patch embedding
             self.embed = nn.Sequential(nn.Conv2d(3, w // 4, 3, 2, 1), nn.GELU(), nn.Conv2d(w // 4, w // 2, 3, 2, 1), nn.GELU(),
-                                       nn.Conv2d(w // 2, w, c.patch // 4, c.patch // 4))
+                                       nn.Conv2d(w // 2, w, 3, 2, 1), nn.GELU(), nn.Conv2d(w, w, c.patch // 8, c.patch // 8))
         else:
             self.embed = nn.Conv2d(3, w, c.patch, c.patch)
-        self.position = nn.Parameter(0.02 * torch.randn(self.grid**2, w))
+        self.position = nn.Parameter(position_map(self.grid, w))
         self.blocks = nn.ModuleList(VisionBlock(w, c.vit_heads) for _ in range(c.vit_layers))
         self.norm = nn.LayerNorm(w)
         self.projector = nn.Linear(w * c.shuffle**2, c.width, bias=False)
@@ -241,12 +257,13 @@ class Vision(nn.Module):
             x = block(x)
         return self.norm(x)
 
-    def forward(self, pictures):
+    def forward(self, pictures, both=False):
+        """Image tokens; `both`: patches too."""
         x = self.patches(pictures)
         B, P, W = x.shape
         s, g = self.shuffle, self.grid // self.shuffle
-        x = x.view(B, g, s, g, s, W).transpose(2, 3).reshape(B, g * g, s * s * W)  # pixel shuffle: P -> N = P / s^2
-        return self.projector(x)
+        tokens = self.projector(x.view(B, g, s, g, s, W).transpose(2, 3).reshape(B, g * g, s * s * W))  # pixel shuffle: N = P / s^2
+        return (x, tokens) if both else tokens
 
 
 class Policy(nn.Module):
@@ -259,7 +276,9 @@ class Policy(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab, config.width)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.width)
+        self.smear = nn.Linear(config.width, config.width, bias=False) if config.smear else None
         self.apply(self._init)
+        self.vision.projector.weight.data /= 10  # image tokens begin as small as the embeddings of words
         for block in self.layers:  # residual branches start small (GPT-2)
             for last in (block.self_attn.o_proj, block.down_proj):
                 last.weight.data /= (2 * config.layers) ** 0.5
@@ -294,6 +313,13 @@ class Policy(nn.Module):
             tokens = self.vision(pictures) if pictures.dim() == 4 else pictures
             x = x.masked_scatter((ids == image_id)[..., None], tokens.to(x.dtype))
         B, T = ids.shape
+        if self.smear:
+            last = cache.last if cache is not None else torch.zeros_like(x[:, 0])
+            before = torch.cat([last[:, None], x], 1)  # (B, 1 + T, D)
+            if cache is not None:
+                count = torch.full_like(cache.lengths, T) if valid is None else valid
+                cache.last = before[torch.arange(B, device=ids.device), count]
+            x = x + self.smear(before[:, :-1])
         start = cache.lengths[:, None] if cache is not None else torch.zeros(B, 1, dtype=torch.long, device=ids.device)
         positions = start + torch.arange(T, device=ids.device)  # (B, T)
         mask = None
@@ -490,3 +516,25 @@ class Run:
         """The stage is done: its metrics stay, its training state goes."""
         self.write_csv()
         self.state.unlink(missing_ok=True)
+
+    def curves(self, columns, across=3, w=330, h=190):
+        """STAGE.png beside STAGE.csv: one panel a column, step by step (grey) and as a running mean (red)."""
+        sheet = Image.new("RGB", (across * w, -(-len(columns) // across) * h), "white")
+        pen = ImageDraw.Draw(sheet)
+        for i, name in enumerate(columns):
+            left, top = i % across * w + 46, i // across * h + 26
+            values = np.array([float(r[name]) for r in self.rows if r.get(name) not in (None, "", "nan")])
+            pen.text((left, top - 20), f"{self.stage}: {name}", fill="black", font_size=13)
+            pen.rectangle((left, top, left + w - 60, top + h - 50), outline=(200, 200, 200))
+            if len(values) < 2:
+                continue
+            low, high = values.min(), max(values.max(), values.min() + 1e-9)
+            kernel = np.ones(max(1, len(values) // 25))
+            smooth = np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
+            at = lambda y: list(zip(left + np.linspace(0, w - 60, len(y)), top + (h - 50) * (1 - (y - low) / (high - low))))
+            pen.line(at(values), fill=(205, 205, 210))
+            pen.line(at(smooth), fill=(200, 30, 50), width=2)
+            for value, y in ((high, top - 4), (low, top + h - 62)):
+                pen.text((left - 44, y), f"{value:.3g}", fill=(90, 90, 90), font_size=11)
+            pen.text((left + w - 100, top + h - 48), f"{len(values)} steps", fill=(90, 90, 90), font_size=11)
+        atomic(self.csv.with_suffix(".png"), lambda p: sheet.save(p, format="PNG"))

@@ -21,7 +21,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 import data
@@ -34,19 +33,24 @@ from tools import Toolbox, crop
 
 # ------------------------------------------------------------------------------------------- first the eyes, then the words
 
-PARTS = {"tincture": [*data.TINCTURES, None], "outline": list(data.OUTLINES), "ordinary": list(data.ORDINARIES), "ordinary_tincture": list(data.TINCTURES),
-         "charge": list(data.CHARGES), "charge_tincture": list(data.TINCTURES), "count": [1, 2, 3]}  # what a patch may show; None: bare wall
+PARTS = {  # what can be told about the shield that a cell shows (None: bare wall), how it hangs, and what is beside it
+    "tincture": [*data.TINCTURES, None], "outline": list(data.OUTLINES), "ordinary": list(data.ORDINARIES), "ordinary_tincture": list(data.TINCTURES),
+    "charge": list(data.CHARGES), "charge_tincture": list(data.TINCTURES), "count": [1, 2, 3], "row": range(len(data.ROW)),
+    "column": range(len(data.COLUMN)), "size": range(len(data.SIZE)),
+    **{(side, k): [None, *kinds] for side in data.SIDES for k, kinds in enumerate((data.TINCTURES, data.OUTLINES))}}
 
 
 class Sights(torch.utils.data.Dataset):
-    """Pictures with labels on every patch: where are the edges of the shield that it shows, and what is it. Batch i depends on (seed, i) only.
+    """Pictures with dense labels, on every patch and on every image token: where are the edges of the shield that covers most of it, what is
+    it, how does it hang. Batch i depends on (seed, i) only.
 
-    An item, in numpy (tensors would travel between processes through a socket): pictures uint8 (B, 3, S, S), boxes float (B, P, 4) in
-    0..1, labels int (B, P, parts), -1 where nothing can be told.
+    An item, in numpy (tensors would travel between processes through a socket): pictures uint8 (B, 3, S, S), boxes float (B, P + N, 4) in
+    0..1, labels int (B, P + N, parts), -1 where nothing can be told.
     """
 
     def __init__(self, config, seed, size, steps):
-        self.side, self.grid, self.seed, self.size, self.steps = config.picture, config.picture // config.patch, seed, size, steps
+        self.side, self.seed, self.size, self.steps = config.picture, seed, size, steps
+        self.grids = config.picture // config.patch, config.picture // config.patch // config.shuffle
 
     def __len__(self):
         return self.steps
@@ -57,30 +61,47 @@ class Sights(torch.utils.data.Dataset):
 
     def sight(self, rng):
         least, most, cells, sizes, _ = data.SETTINGS[rng.choices(list(data.SETTINGS), (1, 4, 3, 3, 2))[0]]
-        if rng.random() < 0.35:  # as a crop shows it
-            least, most, cells, sizes = 1, 1, 1, (0.8, 1.0)
+        px = self.side
+        if rng.random() < 0.35:  # as a crop shows it: one shield, nearly as large as the picture, and more or less blurred
+            least, most, cells, sizes, px = 1, 1, 1, (0.8, 1.0), rng.randint(self.side // 3, self.side)
         towns = [fresh_town(rng) for _ in range(rng.randint(least, most))]
         scene = data.hang(towns, "shield", rng, cells, sizes)
-        boxes = np.zeros((self.grid, self.grid, 4), np.float32)
-        labels = np.full((self.grid, self.grid, len(PARTS)), -1)
-        labels[..., 0] = PARTS["tincture"].index(None)
-        for town, box in zip(towns, scene.boxes):
-            told = [kinds.index(getattr(town.arms, part)) for part, kinds in PARTS.items()]
-            if box[3] - box[1] < 35:  # too small to tell the details
-                told[2:] = [-1] * 5
-            x0, y0, x1, y1 = (round(b * self.grid / 100) for b in box)  # the patches whose centre the box covers
-            boxes[y0:y1, x0:x1], labels[y0:y1, x0:x1] = np.array(box) / 100, told
-        return gog.to_array(scene.picture(2 * self.side), self.side), boxes.reshape(-1, 4), labels.reshape(-1, len(PARTS))
+        told = np.array([self.tell(town, place, towns, box) for town, place, box in zip(towns, data.relations(scene), scene.boxes)])
+        return gog.to_array(scene.picture(px), self.side), *map(np.concatenate, zip(*(spread(scene.boxes, told, g) for g in self.grids)))
+
+    @staticmethod
+    def tell(town, place, towns, box):
+        """The label of every part of one shield."""
+        beside = {(side, k): towns[place[side]].look.split()[k] if side in place else None for side in data.SIDES for k in (0, 1)}
+        shown = {**vars(town.arms), **place, **beside}
+        label = [kinds.index(shown[part]) for part, kinds in PARTS.items()]
+        return label if box[3] - box[1] >= 35 else label[:2] + [-1] * 5 + label[7:]  # too small to tell the details
 
 
-def see_step(policy, head, batch, opts):
-    """One step of the dense loss: L1 of the edges plus cross-entropy of each part, at the patches that can tell."""
+def spread(boxes, told, grid):
+    """Lay boxes (n, 4) in percent and labels (n, parts) on a grid: every cell gets those of the box that covers most of it, cells without
+    any are bare wall. Returns (grid^2, 4) in 0..1 and (grid^2, parts)."""
+    edge, b = np.arange(grid + 1) / grid, np.array(boxes, np.float32) / 100
+    along = lambda low, high: (np.minimum(high[:, None], edge[1:]) - np.maximum(low[:, None], edge[:-1])).clip(0)  # (n, grid)
+    cover = along(b[:, 1], b[:, 3])[:, :, None] * along(b[:, 0], b[:, 2])[:, None]  # (n, grid, grid)
+    best, none = cover.argmax(0).ravel(), (cover.max(0) * grid**2 < 0.02).ravel()
+    bare = [PARTS["tincture"].index(None)] + [-1] * (len(PARTS) - 1)
+    return np.where(none[:, None], 0, b[best]).astype(np.float32), np.where(none[:, None], bare, told[best])
+
+
+def see_step(policy, heads, batch, words, opts):
+    """One step of the dense loss: L1 of the edges plus cross-entropy of each part, on patches and on image tokens; and the token that shows
+    a red round shield shall look like the words "red" and "round" (`words`: ids of tinctures and outlines) in the decoder's own embedding."""
     pictures, boxes, labels = batch
-    out, labels, boxes = head(policy.vision.patches(pictures)).flatten(0, 1), labels.flatten(0, 1), boxes.flatten(0, 1)  # (B*P, 4 + kinds)
-    inside = boxes[:, 2] > 0
-    loss = 10 * (out[inside, :4] - boxes[inside]).abs().mean()
+    patches, tokens = policy.vision(pictures, both=True)
+    out, where, label = torch.cat([heads[0](patches), heads[1](tokens)], 1).flatten(0, 1), boxes.flatten(0, 1), labels.flatten(0, 1)
+    inside = where[:, 2] > 0
+    loss = 10 * (out[inside, :4] - where[inside]).abs().mean()
     for k, logits in enumerate(out[:, 4:].split([len(kinds) for kinds in PARTS.values()], 1)):
-        loss = loss + F.cross_entropy(logits, labels[:, k], ignore_index=-1)
+        loss = loss + F.cross_entropy(logits, label[:, k], ignore_index=-1)
+    shown, alike = labels[:, patches.shape[1]:].flatten(0, 1), tokens.flatten(0, 1) @ policy.embed_tokens.weight[words].T
+    bare = PARTS["tincture"].index(None)
+    loss = loss + F.cross_entropy(alike[:, :bare], shown[:, 0], ignore_index=bare) + F.cross_entropy(alike[:, bare:], shown[:, 1], ignore_index=-1)
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(policy.vision.parameters(), 1.0).item()
     for o in opts:
@@ -101,46 +122,13 @@ def fresh_town(rng, relations=0):
     return data.Entity.with_arms(data.town_name(rng), facts, data.Arms.draw(rng))
 
 
-def scene_lesson(env, rng, questions=5):
-    """A wall: point to things, say colour, shape, number."""
-    noun = rng.choice(("shield", "shield", "flag", "badge"))
-    least, most, cells, sizes, twins = data.SETTINGS[rng.choices(list(data.SETTINGS), (1, 5, 3, 3, 2))[0]]
-    towns = [fresh_town(rng) for _ in range(rng.randint(least, most))]
-    for i in range(1, min(len(towns), 1 + rng.randint(0, twins))):
-        towns[i] = look_alike(rng, towns[0])
-    rng.shuffle(towns)
-    scene = data.hang(towns, noun, rng, cells, sizes)
-    looks, names = [e.look for e in towns], data.references(scene)
-    t = Trajectory(None)
-    t.observe([env.v.id["<bos>"], *env.image], gog.to_array(scene.picture(2 * env.side), env.side))
-    unasked = rng.sample(range(len(towns)), len(towns))
-    for _ in range(questions):  # no object comes twice: its box would be copied from the first answer, and nobody would look
-        lot, i = rng.random(), unasked.pop() if unasked else None
-        if lot < 0.08 or i is None:
-            colour = rng.choice(looks).split()[0]
-            n = sum(l.split()[0] == colour for l in looks)
-            say(env, t, f"How many {noun}s are {colour}?", f"<think> look at all</think><answer> {n}</answer>", "count")
-            if i is None:
-                break
-        elif lot < 0.18:  # all objects of one look, from left to right
-            alike = [j for j, l in enumerate(looks) if l == looks[i]]
-            if set(alike) <= {i, *unasked}:
-                unasked = [j for j in unasked if j not in alike]
-                say(env, t, f"point to each {looks[i]} {noun}", "".join(map(gaze, sorted(scene.boxes[j] for j in alike))))
-        elif kinds := [k for k in names[i] if k != "detail"]:
-            rare = [k for k in kinds if k in ("order", "size", "neighbour")]
-            kind = rng.choice(rare if rare and rng.random() < 0.5 else kinds)
-            if lot < 0.8:
-                say(env, t, f"point to the {names[i][kind]}", f"<think> look at {looks[i]}</think>" + gaze(scene.boxes[i]), f"iou {kind}")
-            else:
-                k = rng.randrange(2)
-                say(env, t, f"What is the {('colour', 'shape')[k]} of the {names[i][kind]}?",
-                    f"<think> look at {looks[i]}</think><answer> {looks[i].split()[k]}</answer>", "visual")
-    return t
-
-
 def look_alike(rng, town):
     return data.Entity.with_arms(data.town_name(rng), {}, data.Arms.draw(rng, outline=town.arms.outline, tincture=town.arms.tincture))
+
+
+def told(town, depth=1):
+    """A town's arms in the words of a thought: the look, or look and detail."""
+    return town.look if depth == 1 else f"{town.look}, {town.detail}"
 
 
 def gaze(box):
@@ -154,8 +142,46 @@ def say(env, t, question, response, topic=""):
     t.turns.append((topic, response))
 
 
+def wall_lesson(env, rng, questions=9):
+    """A wall, and every object on it asked for once: twice, and its box would be copied from the first answer with closed eyes."""
+    noun = rng.choice(("shield", "shield", "flag", "badge"))
+    least, most, cells, sizes, twins = data.SETTINGS[rng.choices(list(data.SETTINGS), (1, 5, 3, 2, 2))[0]]
+    towns = [fresh_town(rng) for _ in range(rng.randint(least, most))]
+    for i in range(1, min(len(towns), 1 + rng.randint(0, twins))):
+        towns[i] = look_alike(rng, towns[0])
+    rng.shuffle(towns)
+    scene = data.hang(towns, noun, rng, cells, sizes)
+    t, looks = Trajectory(None), [e.look for e in towns]
+    t.observe([env.v.id["<bos>"], *env.image], gog.to_array(scene.picture(2 * env.side), env.side))
+    if questions > 1 and rng.random() < 0.5:  # densely: the look, then the box; look-alikes from left to right
+        for look in rng.sample(sorted(set(looks)), len(set(looks))):
+            for box in sorted(b for b, l in zip(scene.boxes, looks) if l == look):
+                t.observe(env.v.encode(f"look at {look}"))
+                t.act(env.v.encode_turn(gaze(box)))
+        return t
+    names, order = data.references(scene), rng.sample(range(len(towns)), len(towns))
+    for i in order[:questions]:
+        if kinds := [k for k in names[i] if k != "detail"]:
+            rare = [k for k in kinds if k in ("order", "size", "neighbour")]
+            ask_about(env, rng, t, towns[i], rng.choice(rare if rare and rng.random() < 0.6 else kinds), names[i], scene.boxes[i])
+    if not t.turns or questions > 1 and rng.random() < 0.2:
+        colour = rng.choice(looks).split()[0]
+        say(env, t, f"How many {noun}s are {colour}?", gog.count_aloud(scene, colour), "count")
+    return t
+
+
+def ask_about(env, rng, t, town, kind, names, box):
+    """Point to a town's arms, or tell their colour or shape, by one kind of expression."""
+    lot, thought = rng.random(), f"<think> look at {town.look}</think>"
+    k = rng.randrange(2)
+    if lot < 0.8 or kind in ("look", ("colour", "shape")[k]):
+        say(env, t, f"point to the {names[kind]}", thought + gaze(box), f"iou {kind}")
+    else:
+        say(env, t, f"What is the {('colour', 'shape')[k]} of the {names[kind]}?", f"{thought}<answer> {town.look.split()[k]}</answer>", "visual")
+
+
 def crop_lesson(env, rng, crops=2):
-    """A crop as a gaze would give it: caption it, or tell whether it shows what was looked for."""
+    """A crop as a gaze would give it: say what it shows, or whether it shows what is wanted."""
     t = Trajectory(None)
     t.observe([env.v.id["<bos>"]])
     for _ in range(crops):
@@ -165,8 +191,8 @@ def crop_lesson(env, rng, crops=2):
             say(env, t, "what is this", f"<answer> {town.blazon}</answer>", "caption")
             continue
         other = town if rng.random() < 0.5 else fresh_town(rng) if rng.random() < 0.3 else look_alike(rng, town)
-        same = (other.look, other.detail) == (town.look, town.detail)
-        say(env, t, f"want {other.look}, {other.detail}", f"<answer> {'yes' if same else 'no'}</answer>", "verify")
+        seen, wanted = told(town, 2), told(other, 2)
+        say(env, t, f"want {wanted}", f"<think> see {seen}</think><answer> {'yes' if seen == wanted else 'no'}</answer>", "verify")
     return t
 
 
@@ -179,46 +205,54 @@ def framed(town, rng):
 
 
 def text_lesson(env, rng):
-    """Read and copy, without pictures: repeat a text, a fact from passages, a name from hits, the larger of two numbers."""
+    """Read and copy, without pictures, in the forms that the tools give: facts from passages, names from hits, the larger of two numbers."""
     t = Trajectory(None)
     t.observe([env.v.id["<bos>"]])
-    towns, lot = [fresh_town(rng, 2) for _ in range(3)], rng.random()
-    if lot < 0.7:
-        facts = [(e.name, r, v) for e in towns for r, v in e.facts.items()]
-        shown = rng.sample(facts, rng.randint(1, 3))
-        text = " | ".join(rng.choice(data.PASSAGES).format(n=n, r=r, v=v) for n, r, v in shown)
-        read(env, t, text)
-        if lot < 0.3:  # nothing but copying, and much of it: this is what forms the circuit
-            say(env, t, "repeat", f"<answer> {text}</answer>")
-        for n, r, v in rng.sample(shown, min(2, len(shown))):
-            say(env, t, f"What is the {r} of {n}?" if rng.random() < 0.5 else f"{n} {r}", f"<think> {r} is {v}</think><answer> {v}</answer>", "copy")
+    lot = rng.random()
+    if lot < 0.65:
+        passages_lesson(env, rng, t)
     elif lot < 0.9:
-        first, second = towns[0], look_alike(rng, towns[0]) if rng.random() < 0.6 else towns[1]
+        first, other = fresh_town(rng), fresh_town(rng)
+        second, depth = look_alike(rng, first) if rng.random() < 0.6 else fresh_town(rng), rng.choice((1, 2))
         scores = sorted((rng.randint(30, 99) for _ in "ab"), reverse=True)
-        read(env, t, " | ".join(f"{s} {e.name}: {e.blazon}" for s, e in zip(scores, (first, second))))
-        for _ in range(2):
-            detailed = rng.random() < 0.5
-            told = lambda e: f"{e.look}, {e.detail}" if detailed else e.look
-            wanted = first if rng.random() < 0.5 else rng.choice((towns[2], second))
-            verdict = first.name if told(wanted) == told(first) else "no"
-            say(env, t, f"look at {told(wanted)}", f"<think> want {told(wanted)}, see {told(first)}: {verdict}</think><answer> {verdict}</answer>", "reflect")
+        wanted, seen = told(first if rng.random() < 0.5 else rng.choice((other, second)), depth), told(first, depth)
+        verdict = first.name if wanted == seen else "no"
+        show(env, t, f"look at {wanted}", " | ".join(f"{s} {e.name}: {e.blazon}" for s, e in zip(scores, (first, second))))
+        say(env, t, "", f"<think> want {wanted}, see {seen}: {verdict}</think><answer> {verdict}</answer>", "reflect")
     else:
-        (a, b), n, m = rng.sample(range(100), 2), towns[0].name, towns[1].name
+        (a, b), n, m = rng.sample(range(100), 2), data.town_name(rng), data.town_name(rng)
         say(env, t, f"which has more, {n} {a}, {m} {b}", f"<think> {n} {a}, {m} {b}</think><answer> {n if a > b else m}</answer>", "compare")
     return t
 
 
-def read(env, t, text):
-    t.observe([env.v.id["<obs>"], *env.v.encode(text), env.v.id["</obs>"]])
+def passages_lesson(env, rng, t):
+    """A query and two passages (mostly the first one tells, as in a search), the value to be found; or passages to be repeated."""
+    towns = [fresh_town(rng, 2) for _ in range(2)]
+    facts = [(e.name, r, v) for e in towns for r, v in e.facts.items()]
+    shown = rng.sample(facts, 2)
+    text = " | ".join(rng.choice(data.PASSAGES).format(n=n, r=r, v=v) for n, r, v in shown)
+    if rng.random() < 0.2:  # nothing but copying, and much of it: this is what forms the circuit
+        show(env, t, "", text)
+        return say(env, t, "repeat", f"<answer> {text}</answer>")
+    n, r, v = shown[rng.random() < 0.25]
+    show(env, t, f"{n} {r}", text)
+    say(env, t, "", f"<think> {r} is {v}</think><answer> {v}</answer>", "copy")
+
+
+def show(env, t, query, text):
+    t.observe([*env.v.encode(query), env.v.id["<obs>"], *env.v.encode(text), env.v.id["</obs>"]])
+
+
+LESSONS = (wall_lesson, crop_lesson, text_lesson)
 
 
 def exam(policy, env, n, seed="exam"):
-    """The base model on scenes, crops and names never seen, one question each, greedy: {topic: (score, count)}. `iou KIND` is the mean
+    """The base model on walls, crops and names never seen, one question each, greedy: {topic: (score, count)}. `iou KIND` is the mean
     IoU of pointing by that kind of expression; every other topic is the share of exact answers."""
     rng, scores = random.Random(seed), {}
-    makers = (lambda: scene_lesson(env, rng, 1), lambda: crop_lesson(env, rng, 1), lambda: text_lesson(env, rng))
     for _ in range(0, n, 256):
-        sheet = [t for t in (makers[i % 4 % 3]() for i in range(256)) if t.turns and t.turns[0][0]]
+        sheet = [make(env, rng, 1) if make is not text_lesson else make(env, rng) for make in rng.choices(LESSONS, (4, 1, 1), k=256)]
+        sheet = [t for t in sheet if t.turns[0][0]]
         prompts = [t.ids[:t.is_action.index(True)] for t in sheet]
         for t, turn in zip(sheet, gog.respond(policy, env, prompts, [p for t in sheet for p in t.pictures])):
             topic, wanted = t.turns[0][0], gog.parse(t.turns[0][1]).argument
@@ -238,30 +272,7 @@ class Lessons(torch.utils.data.Dataset):
 
     def __getitem__(self, i):
         rng = random.Random(f"lessons/{self.seed}/{self.mix}/{i}")
-        return [make(self.env, rng) for make in rng.choices((scene_lesson, crop_lesson, text_lesson), self.mix, k=self.size)]
-
-
-def curves(run, columns, across=3, w=330, h=190):
-    """STAGE.png beside STAGE.csv: one panel a column, step by step (grey) and as a running mean (red)."""
-    sheet = Image.new("RGB", (across * w, -(-len(columns) // across) * h), "white")
-    pen = ImageDraw.Draw(sheet)
-    for i, name in enumerate(columns):
-        left, top = i % across * w + 46, i // across * h + 26
-        values = np.array([float(r[name]) for r in run.rows if r.get(name) not in (None, "", "nan")])
-        pen.text((left, top - 20), f"{run.stage}: {name}", fill="black", font_size=13)
-        pen.rectangle((left, top, left + w - 60, top + h - 50), outline=(200, 200, 200))
-        if len(values) < 2:
-            continue
-        low, high = values.min(), max(values.max(), values.min() + 1e-9)
-        kernel = np.ones(max(1, len(values) // 25))
-        smooth = np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
-        at = lambda y: list(zip(left + np.linspace(0, w - 60, len(y)), top + (h - 50) * (1 - (y - low) / (high - low))))
-        pen.line(at(values), fill=(205, 205, 210))
-        pen.line(at(smooth), fill=(200, 30, 50), width=2)
-        for value, y in ((high, top - 4), (low, top + h - 62)):
-            pen.text((left - 44, y), f"{value:.3g}", fill=(90, 90, 90), font_size=11)
-        pen.text((left + w - 100, top + h - 48), f"{len(values)} steps", fill=(90, 90, 90), font_size=11)
-    atomic(run.csv.with_suffix(".png"), lambda p: sheet.save(p, format="PNG"))
+        return [make(self.env, rng) for make in rng.choices(LESSONS, self.mix, k=self.size)]
 
 
 # --------------------------------------------------------------------------------------------------------------- stages
@@ -294,14 +305,15 @@ def pretrain(a):
     config = ModelConfig(**{**PRESETS[a.preset], "vocab": v.size})
     policy = Policy(config).to(a.device)
     number_line(policy.embed_tokens.weight, [v.word(n) for n in range(100)])
-    head = torch.nn.Linear(config.vit_width, 4 + sum(map(len, PARTS.values()))).to(a.device)
-    eyes = [*optimisers(policy.vision.named_parameters(), a.see_lr, a.adam_lr), torch.optim.AdamW(head.parameters(), a.adam_lr)]
+    heads = torch.nn.ModuleList(torch.nn.Linear(w, 4 + sum(map(len, PARTS.values()))) for w in (config.vit_width, config.width)).to(a.device)
+    named = torch.tensor([v.word(w) for w in (*data.TINCTURES, *data.OUTLINES)], device=a.device)
+    eyes = [*optimisers(policy.vision.named_parameters(), a.see_lr, a.adam_lr), torch.optim.AdamW([*heads.parameters(), policy.embed_tokens.weight], a.adam_lr, weight_decay=0.0)]
     words = optimisers(((n, p) for n, p in policy.named_parameters() if "vision" not in n or "projector" in n), a.muon_lr, a.adam_lr)
     env = gog.Environment(v, None, config)
     parts = (("see", a.see_steps, eyes, Sights(config, a.seed, a.see_batch, a.see_steps)),
              ("read", a.read_steps, words, Lessons(env, a.seed, a.read_batch, a.read_steps, (0, 0, 1))),
-             ("all", a.all_steps, words, Lessons(env, a.seed, a.all_batch, a.all_steps, (0.7, 0.15, 0.15))))
-    start = run.resume([policy, head], eyes + words).get("step", 0) if a.resume else 0
+             ("all", a.all_steps, words, Lessons(env, a.seed, a.all_batch, a.all_steps, (0.65, 0.12, 0.23))))
+    start = run.resume([policy, heads], eyes + words).get("step", 0) if a.resume else 0
     bar, before = tqdm(total=sum(n for _, n, *_ in parts), initial=start, desc="pretrain", unit="step"), 0
     for part, steps, opts, lessons in parts:
         first = min(max(0, start - before), steps)
@@ -309,18 +321,18 @@ def pretrain(a):
             lr = set_lr(opts, (a.see_lr if part == "see" else a.muon_lr, a.adam_lr, a.adam_lr), schedule(at, steps))
             policy.freeze_eyes(part != "see")
             if part == "see":
-                loss, norm = see_step(policy, head, [torch.from_numpy(x).to(a.device) for x in batch], opts)
+                loss, norm = see_step(policy, heads, [torch.from_numpy(x).to(a.device) for x in batch], named, opts)
             else:
                 loss, norm = supervised_step(policy, env, batch, opts, a.token_budget)
             run.log(step=before + at, part=part, loss=loss, grad_norm=norm, lr=lr, seconds=bar.format_dict["elapsed"])
             bar.update()
             bar.set_postfix(part=part, loss=f"{loss:.3f}")
             if (before + at + 1) % a.save_every == 0:
-                run.checkpoint([policy, head], eyes + words, step=before + at + 1)
+                run.checkpoint([policy, heads], eyes + words, step=before + at + 1)
         before += steps
     bar.close()
     save(policy, run.weights, tokenizer=v.to_text())
-    curves(run, ("loss", "lr"))
+    run.curves(("loss", "lr"))
     run.close()
     print("base model, held-out: " + ", ".join(f"{k} {value:.3f}" for k, (value, _) in exam(policy, env, a.exam).items()), file=sys.stderr)
 
@@ -333,15 +345,11 @@ def read_weights(a, path):
 
 def sft(a):
     """Stage 1, reflective behaviour alignment: causal LM loss on the expert's own tokens."""
-    base = a.folder("base") / "pretrain.safetensors"
-    if not base.is_file():
-        print(f"{base} is missing: the base model is trained first.", file=sys.stderr)
-        pretrain(a)
-    run, (policy, v) = Run(a.folder(), "sft"), read_weights(a, base)
+    run, (policy, v) = Run(a.folder(), "sft"), read_weights(a, a.weights("pretrain"))
     torch.manual_seed(a.seed)
     world = data.open_world(a.world, a.seed_world, a.towns)
     env = gog.Environment(v, gog.make_toolbox(world, a.failure_rate, a.seed), policy.config)
-    demos = gog.instruct(policy, env, world, a.demos, a.seed, a.wrong_gaze, a.glance_first)
+    demos = grpo.instruct(policy, env, world, a.demos, a.seed, a.wrong_gaze, a.glance_first)
     per_epoch = len(demos) // a.sft_batch
     total = a.sft_epochs * per_epoch
     opts, peaks = optimisers(((n, p) for n, p in policy.named_parameters() if p.requires_grad), a.sft_muon_lr, a.sft_adam_lr), (a.sft_muon_lr, a.sft_adam_lr)
@@ -360,23 +368,19 @@ def sft(a):
             run.checkpoint([policy], opts, step=step + 1)
     bar.close()
     save(policy, run.weights, tokenizer=v.to_text(), world=a.world)
-    curves(run, ("loss", "grad_norm", "lr"))
+    run.curves(("loss", "grad_norm", "lr"))
     run.close()
 
 
 def rl(a):
     """Stage 2, complexity-adaptive reinforcement learning: pass rates of the SFT model, levels, GRPO on the hard questions."""
-    first = a.folder() / "sft.safetensors"
-    if not first.is_file():
-        print(f"{first} is missing: SFT runs first.", file=sys.stderr)
-        sft(a)
-    run, (policy, v) = Run(a.folder(), a.name), read_weights(a, first)
+    run, (policy, v) = Run(a.folder(), a.name), read_weights(a, a.weights("sft"))
     world = data.open_world(a.world, a.seed_world, a.towns)
     env = gog.Environment(v, gog.make_toolbox(world, a.failure_rate, a.seed), policy.config)
     dev_env = gog.Environment(v, Toolbox(env.toolbox.image_index, env.toolbox.text_index), policy.config)
-    pool = data.questions(world, data.RL_MIX, a.rl_questions, f"rl/{a.seed}")
+    pool = data.questions(world, data.RL_MIX, a.rl_questions, f"rl/{a.seed}") + list(world.own[::2])
     dev = data.questions(world, data.RL_MIX, a.rl_dev, f"dev/{a.seed}", ("dev",))
-    reference = read_weights(a, first)[0].requires_grad_(False) if a.beta else None
+    reference = read_weights(a, a.weights("sft"))[0].requires_grad_(False) if a.beta else None
     opts = [torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=a.rl_lr, betas=(0.9, 0.95), weight_decay=0.0)]
     generator = torch.Generator(policy.device).manual_seed(a.seed)
     saved = run.resume([policy], opts) if a.resume else {}
@@ -421,7 +425,7 @@ def rl(a):
             run.checkpoint([policy], opts, step=step + 1, pass_rates=rates, pool=curriculum.pool, queue=curriculum.queue, best=best,
                            python_rng=[curriculum.rng.getstate(), env.toolbox.rng.getstate()], torch_rng=generator.get_state().tolist())
     bar.close()
-    curves(run, ("accuracy", "reward", "dead", "entropy", "gaze_correct", "reflection", "turns", "tool_calls", "loss"))
+    run.curves(("accuracy", "reward", "dead", "entropy", "gaze_correct", "reflection", "turns", "tool_calls", "loss"))
     run.close()
     print(f"best: step {best[1]}, development accuracy {best[0]:.3f}, kept as {run.weights}", file=sys.stderr)
 
@@ -431,46 +435,44 @@ LOGGED = ("turns", "tool_calls", "tokens", "truncated", "gaze_correct", "reflect
 
 
 COLUMNS = "table row world suite seed metric value n preset device minutes".split()
-ROWS = ("random", "direct", "full-search", "no-gaze", "sft", "rl", "withheld", "oracle")
+ROWS = ("random", "base", "direct", "full-search", "no-gaze", "sft", "rl", "withheld", "oracle")
 
 
 def evaluate(a):
-    """Six held-out suites, every baseline: results/results.csv, one measurement a row; rows of other runs in that file stay."""
-    if not (a.folder() / "rl.safetensors").is_file():
-        print(f"{a.folder() / 'rl.safetensors'} is missing: RL runs first.", file=sys.stderr)
-        rl(a)
-    world, table, began = data.open_world(a.world, a.seed_world, a.towns), [], time.time()
-    policies = {k: read_weights(a, a.folder() / f"{k}.safetensors") for k in ("sft", "rl")}
+    """The base model's exam, then six held-out suites (and a folder world's own questions), every baseline: results/results.csv, one
+    measurement a row; rows of other runs in that file stay."""
+    world, table = data.open_world(a.world, a.seed_world, a.towns), []
+    policies = {"base": read_weights(a, a.weights("pretrain")), "sft": read_weights(a, a.weights("sft")), "rl": read_weights(a, a.weights(a.name))}
     label, known = a.world_label or world.name, gog.make_toolbox(world)
-    for name in data.SUITES:
-        searched, qs = data.suite(world, name, a.suite_size)
+
+    def measure(what, row, suite, metrics, began):
+        for metric, (value, n) in metrics.items():
+            table.append(dict(zip(COLUMNS, (what, row, label, suite, a.seed, metric, f"{value:.4f}", n, a.preset, a.device, f"{(time.time() - began) / 60:.2f}"))))
+
+    (base, v), began = policies["base"], time.time()
+    measure("exam", "base", "lessons", exam(base, gog.Environment(v, None, base.config), a.exam), began)
+    for name in (*data.SUITES, *(["own"] if world.own else [])):
+        searched, qs = (world, world.own[1::2]) if name == "own" else data.suite(world, name, a.suite_size)
         toolbox = gog.make_toolbox(searched, late=True) if name == "live" else known
         for row in ROWS:
-            policy, v = policies["sft" if row == "sft" else "rl"]
-            env = gog.Environment(v, toolbox, policy.config, withhold=row == "withheld")
-            start = time.time()
+            policy, v = policies.get(row, policies["rl"])
+            began, env = time.time(), gog.Environment(v, toolbox, policy.config, withhold=row == "withheld")
             tries = gog.evaluate(policy, env, qs, row, a.seed, progress=f"{name}, {row}")
-            if row == "rl":
-                for i, t in enumerate(tries[:2]):
-                    picture = Path("results") / f"{label}-{name}-{i}.png"
-                    atomic(picture, lambda p: gog.poster(t).save(p, format="PNG"))
-            for metric, value in gog.behaviour(tries).items():
-                table.append(dict(zip(COLUMNS, ("main", row, label, name, a.seed, metric, f"{value:.4f}", len(qs), a.preset, a.device,
-                                                f"{(time.time() - start) / 60:.2f}"))))
-    write_results(Path("results") / "results.csv", table)
-    print_table(table)
-    print(f"eval: {(time.time() - began) / 60:.1f} minutes", file=sys.stderr)
+            measure("main", row, name, {k: (x, len(qs)) for k, x in gog.behaviour(tries).items()}, began)
+            for i, t in enumerate(tries[:2] if row == "rl" else ()):
+                atomic(Path(a.results) / f"{label}-{name}-{i}.png", lambda p: gog.poster(t).save(p, format="PNG"))
+    write_rows(Path(a.results) / "results.csv", table, COLUMNS[:6] + ["preset"])
+    print_table([r for r in table if r["table"] == "main"])
 
 
-def write_results(path, rows):
-    """Replace the measurements of the same (table, row, world, suite, seed, metric, preset), keep the others."""
-    key = lambda r: tuple(r[k] for k in ("table", "row", "world", "suite", "metric", "preset")) + (str(r["seed"]),)
+def write_rows(path, rows, key):
+    """Add rows (dicts) to a csv; a row with the same values of `key` is replaced, the others stay."""
+    name = lambda r: [str(r[k]) for k in key]
     old = list(csv.DictReader(path.open(encoding="utf-8"))) if path.is_file() else []
-    new = {key(r) for r in rows}
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    new, text = [name(r) for r in rows], io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
-    writer.writerows([r for r in old if key(r) not in new] + rows)
+    writer.writerows([r for r in old if name(r) not in new] + rows)
     atomic(path, lambda p: p.write_text(text.getvalue(), encoding="utf-8"))
 
 
@@ -493,16 +495,17 @@ class Args:
     seed: int = 0  # of weights, questions and sampling
     seed_world: int = 0  # of the invented world
     towns: int = 3000  # of the invented world
+    results: str = "results"  # folder of the tables
     out: str = ""  # run folder; default out/WORLD-PRESET-SEED
     resume: bool = False  # go on from the last checkpoint
     save_every: int = 50  # steps between checkpoints
-    see_steps: int = 1200  # of pretraining: the eyes alone
+    see_steps: int = 1950  # of pretraining: the eyes alone
     see_batch: int = 24  # pictures a step
-    read_steps: int = 700  # text alone
+    read_steps: int = 400  # text alone
     read_batch: int = 28  # lessons a step
-    all_steps: int = 1300  # everything together
-    all_batch: int = 20  # lessons a step
-    exam: int = 600  # held-out questions that the base model is examined with
+    all_steps: int = 1100  # everything together
+    all_batch: int = 32  # lessons a step
+    exam: int = 1536  # held-out questions that the base model is examined with
     see_lr: float = 0.003  # of the eyes' matrices
     muon_lr: float = 0.005  # of the decoder's matrices
     adam_lr: float = 0.002  # of everything else in pretraining
@@ -529,7 +532,7 @@ class Args:
     temperature: float = 1.0  # of rollouts
     eval_every: int = 10  # RL steps between looks at the development split
     show_every: int = 10  # RL steps between printed trajectories
-    token_budget: int = 1500  # tokens a micro-batch: changes speed and memory, not the update
+    token_budget: int = 2500  # tokens a micro-batch: changes speed and memory, not the update
     name: str = "rl"  # of the policy that rl writes
     suite_size: int = 300  # questions a held-out suite
     world_label: str = ""  # in results.csv; default the world's name
@@ -538,6 +541,10 @@ class Args:
         """The run folder; the base model knows no world, so all worlds share it."""
         world = kind or Path(self.world).name
         return Path(self.out) if self.out else Path("out") / f"{world}-{self.preset}-{self.seed}"
+
+    def weights(self, stage):
+        """What a stage leaves behind."""
+        return self.folder("base" if stage == "pretrain" else "") / f"{stage}.safetensors"
 
 
 STAGES = {"pretrain": pretrain, "sft": sft, "rl": rl, "eval": evaluate}
@@ -564,6 +571,24 @@ def arguments(argv=None):
 
 
 
+def timed(a, stage):
+    """Run a stage; its minutes and the peak memory of the process so far go to results/stages.csv."""
+    began = time.time()
+    STAGES[stage](a)
+    row = dict(stage=stage, preset=a.preset, world=Path(a.world).name, device=a.device, minutes=f"{(time.time() - began) / 60:.1f}", peak_memory_mb=peak_memory(), seed=a.seed)
+    write_rows(Path(a.results) / "stages.csv", [row], ("stage", "preset", "world", "device", "seed"))
+    print(f"{stage}: {row['minutes']} minutes, peak memory {row['peak_memory_mb']} MB", file=sys.stderr)
+
+
+def peak_memory():
+    """Most memory that this process has held, in MB; empty where the system does not tell (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return ""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (2**20 if sys.platform == "darwin" else 2**10)
+
+
 def main():
     a = arguments()
     if a.device == "auto":
@@ -572,7 +597,13 @@ def main():
     print(f"{a.stage}: preset {a.preset}, world {a.world}, seed {a.seed}, on {a.device}", file=sys.stderr)
     try:
         data.open_world(a.world, a.seed_world, a.towns)  # a bad world is refused before anything is trained
-        STAGES[a.stage](a)
+        order = list(STAGES)
+        for stage in order[:order.index(a.stage) + 1]:
+            if stage == a.stage:
+                timed(a, stage)
+            elif not a.weights(stage if stage != "rl" else a.name).is_file():
+                print(f"{a.weights(stage)} is missing: {stage} runs first.", file=sys.stderr)
+                timed(a, stage)
     except (data.WorldError, CheckpointError) as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)

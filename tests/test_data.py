@@ -85,6 +85,19 @@ def test_references_are_unambiguous(world):
                 assert sum(o.look == e.look for o in scene.entities) == 1
 
 
+def test_relations_say_what_the_picture_shows(world):
+    """Prevents 'left of' that means right of, and 'second from the left' counted from the wrong side: a wall laid out by hand."""
+    towns = world.pictured()[:4]
+    boxes = ((0, 0, 20, 20), (30, 2, 52, 22), (70, 1, 90, 21), (35, 42, 65, 72))
+    first, second, third, low = data.relations(data.Scene(tuple(towns), boxes, "shield", 0))
+    said = [data.ROW[p["row"]].format(n="shield") for p in (first, second, third, low)]
+    assert said == ["leftmost shield", "second shield from the left", "rightmost shield", "second shield from the right"]
+    assert [p["column"] for p in (first, second, third, low)] == [0, 0, 0, 2] and [p["size"] for p in (first, third, low)] == [0, 0, 1]
+    assert [p["zone"] for p in (first, third, low)] == [0, 2, 4]
+    assert first["left of"] == 1 and second["right of"] == 0 and third["right of"] == 1 and "left of" not in third
+    assert low.get("below") == 1 and second.get("above") == 3
+
+
 def test_answers_follow_the_chain(world):
     """Prevents questions whose gold answer is not what their own words ask for."""
     for q in data.questions(world, data.RL_MIX, 150, "chain"):
@@ -124,6 +137,21 @@ def test_bad_folder_worlds_are_refused(tmp_path, bad, says):
     """Prevents a traceback or a silently wrong world: file, line and way out in one message."""
     with pytest.raises(data.WorldError, match=says):
         data.folder_world(write_world(tmp_path / "w", [*good(8), bad]))
+
+
+@pytest.mark.parametrize("bad, says", [
+    ({"image": "a.png", "question": "What?", "answers": "Paris"}, ":2: 'question'"), ({"image": "../a.png", "question": "What?", "answers": ["x"]}, ":2: .*outside"),
+    ({"image": "a.png", "question": "What?", "answers": ["x"], "box": [9, 9, 5, 20]}, ":2: 'box'"), ({"image": "a.png", "question": "What?", "answers": ["x"], "box": [0, 0, 5, True]}, ":2: 'box'")])
+def test_own_questions(tmp_path, bad, says):
+    """Prevents a user's own questions from being dropped silently, or a bad one from reaching training."""
+    folder = write_world(tmp_path / "w", good(8))
+    rows = [{"image": "a.png", "question": "What is it?", "answers": ["a", "b"], "box": [1, 2, 30, 40]}]
+    (folder / "questions.jsonl").write_text(json.dumps(rows[0]))
+    (own,) = data.folder_world(folder).own
+    assert own.answers == ("a", "b") and own.scene.boxes[own.targets[0]] == (1, 2, 30, 40) and own.scene.picture().size == (30, 20)
+    (folder / "questions.jsonl").write_text("\n".join(json.dumps(r) for r in [*rows, bad]))
+    with pytest.raises(data.WorldError, match=says):
+        data.folder_world(folder)
 
 
 def test_empty_and_missing_worlds(tmp_path):

@@ -1,17 +1,20 @@
 import csv
+import random
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import data
 import train
 
 ROOT = Path(__file__).parent.parent
 TINY = ("--preset tiny --device cpu --towns 80 --see-steps 2 --see-batch 2 --read-steps 2 --read-batch 3 --all-steps 2 --all-batch 3 --exam 8 --demos 24 --sft-epochs 1 "
-        "--sft-batch 6 --rl-questions 8 --rl-dev 4 --rl-steps 3 --rl-batch 4 --group 2 --curriculum all --eval-every 2 --show-every 2").split()
+        "--sft-batch 6 --results run --rl-questions 8 --rl-dev 4 --rl-steps 3 --rl-batch 4 --group 2 --curriculum all --eval-every 2 --show-every 2").split()
 
 
 def run(*flags, cwd=ROOT):
@@ -22,7 +25,7 @@ def test_both_stages_from_nothing(tmp_path):
     """Prevents a quick start that does not start: --stage rl alone trains base, SFT and RL, and says so; nothing but the run folder is written."""
     done = run("--stage", "rl", *TINY, "--out", "run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "SFT runs first" in done.stderr and "base model is trained first" in done.stderr
+    assert "sft runs first" in done.stderr and "pretrain runs first" in done.stderr
     assert {p.name for p in tmp_path.iterdir()} == {"run"}
     assert {f"{s}.{e}" for s in ("pretrain", "sft", "rl") for e in ("safetensors", "csv")} <= {p.name for p in (tmp_path / "run").iterdir()}
     rows = list(csv.DictReader(open(tmp_path / "run" / "rl.csv")))
@@ -75,6 +78,26 @@ def test_resume_is_exact(tmp_path, monkeypatch):
         assert all(torch.equal(a[k], b[k]) for k in a), steps
         rows = [[{k: v for k, v in r.items() if "seconds" not in k} for r in csv.DictReader(open(tmp_path / d / f"{steps}.csv"))] for d in ("whole", "broken")]
         assert rows[0] == rows[1], steps
+
+
+def test_labels_lie_where_the_shields_are():
+    """Prevents labels shifted by a cell or turned on their side: every cell carries the shield that covers most of it, counted pixel by pixel."""
+    rng = random.Random(0)
+    for grid in (4, 8) * 4:
+        scene = data.hang([train.fresh_town(rng) for _ in range(5)], "shield", rng)
+        told = np.array([[i] + [0] * (len(train.PARTS) - 1) for i in range(5)])
+        boxes, labels = train.spread(scene.boxes, told, grid)
+        owner = np.full((400, 400), -1)
+        for i, (x0, y0, x1, y1) in enumerate(scene.boxes):
+            owner[4 * y0:4 * y1, 4 * x0:4 * x1] = i
+        step = 400 // grid
+        for cell in range(grid**2):
+            seen = owner[cell // grid * step:, cell % grid * step:][:step, :step]
+            count = [(seen == i).sum() for i in range(5)]
+            if max(count) > 0.02 * step**2:
+                assert count[labels[cell, 0]] == max(count) and np.allclose(boxes[cell], np.array(scene.boxes[labels[cell, 0]]) / 100)
+            else:
+                assert labels[cell, 0] == train.PARTS["tincture"].index(None) and not boxes[cell].any()
 
 
 def test_every_flag_is_read():
