@@ -73,9 +73,9 @@ OUTLINES = {  # polygons in the unit square
     "heater": [(0, 0), (1, 0), (1, .5), (.86, .76), (.5, 1), (.14, .76), (0, .5)], "square": [(0, 0), (1, 0), (1, 1), (0, 1)],
     "diamond": [(.5, 0), (1, .5), (.5, 1), (0, .5)], "banner": [(0, 0), (1, 0), (1, 1), (0, 1)], "round": arc(.5, .5, .5, .5)}
 ASPECT = {"heater": 0.86, "diamond": 0.9, "banner": 1.5}  # width / height, 1 where not named
-ORDINARIES = {"": None, "chief": [(0, 0), (1, 0), (1, .2), (0, .2)], "base": [(0, .8), (1, .8), (1, 1), (0, 1)], "bordure": None,
-              "pale": [(.38, 0), (.62, 0), (.62, 1), (.38, 1)], "fess": [(0, .38), (1, .38), (1, .62), (0, .62)],
-              "bend": [(0, 0), (.22, 0), (1, .78), (1, 1), (.78, 1), (0, .22)]}
+ORDINARIES = {"": None, "chief": [(0, 0), (1, 0), (1, .17), (0, .17)], "base": [(0, .83), (1, .83), (1, 1), (0, 1)], "bordure": None,
+              "pale": [(.42, 0), (.58, 0), (.58, 1), (.42, 1)], "fess": [(0, .42), (1, .42), (1, .58), (0, .58)],
+              "bend": [(0, 0), (.16, 0), (1, .84), (1, 1), (.84, 1), (0, .16)]}  # narrow, so that the tincture can be told from afar
 CHARGES = {  # polygons in [-1, 1]^2, y down
     "star": [(0, -1), (.25, -.32), (.95, -.3), (.4, .13), (.6, .85), (0, .43), (-.6, .85), (-.4, .13), (-.95, -.3), (-.25, -.32)],
     "cross": [(-.3, -1), (.3, -1), (.3, -.3), (1, -.3), (1, .3), (.3, .3), (.3, 1), (-.3, 1), (-.3, .3), (-1, .3), (-1, -.3), (-.3, -.3)],
@@ -85,7 +85,7 @@ CHARGES = {  # polygons in [-1, 1]^2, y down
     "fish": [(-1, -.6), (-.5, -.1), (.1, -.55), (.7, -.35), (1, 0), (.7, .35), (.1, .55), (-.5, .1), (-1, .6)],
     "crown": [(-1, -.7), (-.5, 0), (0, -.9), (.5, 0), (1, -.7), (.85, .8), (-.85, .8)],
     "ring": arc(0, 0, 1, 1) + arc(0, 0, .5, .5, 360, 0), "crescent": arc(0, 0, 1, 1, -35, 215) + arc(0, -.4, .82, .7, 190, -10)}
-PLACES = {1: [(.5, .5, .34)], 2: [(.27, .5, .2), (.73, .5, .2)], 3: [(.28, .32, .18), (.72, .32, .18), (.5, .72, .18)]}
+PLACES = {1: [(.5, .5, .28)], 2: [(.28, .5, .18), (.72, .5, .18)], 3: [(.29, .32, .16), (.71, .32, .16), (.5, .72, .16)]}
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class Arms:
         ImageDraw.Draw(mask).polygon(outline, fill=255)
         pen = ImageDraw.Draw(art)
         if self.ordinary == "bordure":
-            pen.line(outline + outline[:2], fill=TINCTURES[self.ordinary_tincture], width=round(.18 * min(w, h)), joint="curve")
+            pen.line(outline + outline[:2], fill=TINCTURES[self.ordinary_tincture], width=round(.14 * min(w, h)), joint="curve")
         elif self.ordinary:
             pen.polygon([(x * w, y * h) for x, y in ORDINARIES[self.ordinary]], fill=TINCTURES[self.ordinary_tincture])
         squeeze = 0.72 if self.outline in ("diamond", "heater") else 0.9
@@ -158,12 +158,7 @@ class Entity:
     def picture(self, height):
         if self.arms:
             return self.arms.picture(height)
-        return _load(self.path).resize((max(1, round(height * self.aspect)), height), Image.BILINEAR)
-
-
-@lru_cache(maxsize=512)
-def _load(path):
-    return Image.open(path).convert("RGBA")
+        return check_image(self.path).resize((max(1, round(height * self.aspect)), height), Image.BILINEAR)
 
 
 @dataclass
@@ -265,10 +260,10 @@ def folder_world(path, seed=0):
 def own_questions(root):
     """The optional `questions.jsonl` of a folder world: {"image", "question", "answers": [..], "box": [x0, y0, x1, y1] of the target or left out}."""
     for where, row in read_jsonl(root / "questions.jsonl") if (root / "questions.jsonl").is_file() else ():
-        text, answers, box = row.get("question"), row.get("answers"), row.get("box")
+        text, answers, box = row.get("question"), row.get("answers"), row.get("box", [])
         if not isinstance(text, str) or not isinstance(answers, list) or not answers or not all(isinstance(a, str) and a.strip() for a in answers):
             raise WorldError(f"{where}: 'question' must be text and 'answers' a list of texts, e.g. [\"Paris\"]")
-        if box is not None and not (isinstance(box, list) and len(box) == 4 and all(type(x) is int and 0 <= x <= 99 for x in box) and box[0] < box[2] and box[1] < box[3]):
+        if box and not (len(box) == 4 and all(type(x) is int and 0 <= x <= 99 for x in box) and box[0] < box[2] and box[1] < box[3]):
             raise WorldError(f"{where}: 'box' must be four whole numbers 0 to 99, left < right and top < bottom (percent of the picture), not {box!r}")
         path = image_path(root, row.get("image"), where)
         check_image(path, where)
@@ -311,10 +306,11 @@ def image_path(root, image, where):
     return path
 
 
+@lru_cache(maxsize=512)
 def check_image(path, where="command line"):
     """The picture at `path`, RGBA; WorldError if it cannot be read."""
     try:
-        return _load(Path(path))
+        return Image.open(path).convert("RGBA")
     except (OSError, ValueError, Image.DecompressionBombError) as e:
         raise WorldError(f"{where}: image {path} cannot be read ({e}). Replace it with a PNG or JPEG") from None
 
@@ -345,7 +341,7 @@ class Scene:
     def picture(self, px=SCENE_PX):
         """RGB, px square (a photo keeps its own size)."""
         if self.photo:
-            return _load(self.photo).convert("RGB")
+            return check_image(self.photo).convert("RGB")
         rng = random.Random(self.seed)
         light, hue = rng.randint(110, 200), rng.choice(PLASTERS)
         plaster = tuple(light + h for h in hue)

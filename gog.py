@@ -15,6 +15,8 @@ Provenance is known at birth: `Trajectory.act` appends what the policy sampled (
 wrote (never trained). Token ids are never decoded and encoded again, so training sees exactly what was sampled.
 """
 import argparse
+import csv
+import io
 import random
 import re
 import sys
@@ -30,7 +32,7 @@ from tqdm import tqdm
 
 import data
 from data import iou
-from model import Cache, CheckpointError, Vocabulary, load, pick
+from model import Cache, CheckpointError, Vocabulary, atomic, load, pick
 from tools import ImageIndex, TextIndex, Toolbox
 
 MAX_TURNS, TURN_TOKENS = 8, 60
@@ -294,7 +296,7 @@ def expert(q, rng, wrong_gaze=0.0, glance_first=0.0):
         else:
             return  # the tools did not find it: this demonstration is dropped by the check that follows
         names.append(name)
-        thought += name
+        thought += f"yes, {name}"
         for relation in q.chain:
             query = f"<search> {name} {relation}</search>"
             obs = yield from _try(f"<think> {thought}</think>{query}", query)
@@ -305,8 +307,9 @@ def expert(q, rng, wrong_gaze=0.0, glance_first=0.0):
         values.append(name)
         thought += ", "
     if q.kind == "compare":
-        thought = f"{names[0]} {values[0]}, {names[1]} {values[1]}"
-        values = [names[int(values[0]) < int(values[1])]]
+        first = int(values[0]) > int(values[1])
+        thought = f"{names[0]} {values[0]}, {names[1]} {values[1]}, {values[0]} more than {values[1]}: {'yes' if first else 'no'}"
+        values = [names[not first]]
     yield f"<think> {thought.removesuffix(', ')}</think><answer> {values[-1]}</answer>"
 
 
@@ -433,6 +436,26 @@ def evaluate(policy, env, questions, row, seed=0, temperature=0.0, progress=None
         return play(env, questions, [chance(q, rng, words) for q in questions], progress=progress)
     generator = torch.Generator(policy.device).manual_seed(seed)
     return rollout(policy, env, questions, 1, temperature, schedule=SCHEDULES.get(row), generator=generator, progress=progress)
+
+
+def write_rows(path, rows, key):
+    """Add rows (dicts) to a csv; a row with the same values of `key` is replaced, the others stay."""
+    name = lambda r: [str(r[k]) for k in key]
+    old = list(csv.DictReader(path.open(encoding="utf-8"))) if path.is_file() else []
+    new, text = [name(r) for r in rows], io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows([r for r in old if name(r) not in new] + rows)
+    atomic(path, lambda p: p.write_text(text.getvalue(), encoding="utf-8"))
+
+
+def print_table(table):
+    """Accuracy in percent: rows x suites, and their mean."""
+    accuracy = {(r["row"], r["suite"]): float(r["value"]) for r in table if r["metric"] == "accuracy"}
+    print(f"\n{'accuracy %':<12}" + "".join(f"{s:>8}" for s in (*data.SUITES, "mean")))
+    for row in dict.fromkeys(r["row"] for r in table):
+        values = [100 * accuracy[row, s] for s in data.SUITES]
+        print(f"{row:<12}" + "".join(f"{x:8.1f}" for x in (*values, sum(values) / len(values))))
 
 
 # ---------------------------------------------------------------------------------------------- one picture, one question

@@ -15,6 +15,7 @@ Alphabet: Q questions, G rollouts a question (the group), M trained tokens.
 """
 import random
 import sys
+import time
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -91,6 +92,29 @@ def token_logprobs(policy, env, ids, trained, pictures, temperature=1.0):
     return logp.gather(1, ids[:, 1:][wanted][:, None])[:, 0], logp
 
 
+def see_step(policy, heads, batch, sizes, words, opts):
+    """One step of the eyes' dense loss: L1 of the edges plus cross-entropy of each part (`sizes`: of how many kinds), on patches and on image
+    tokens; and the token that shows a red round shield shall look like "red" and like "round" (`words`: their ids, two lists) in the
+    decoder's own embedding, so that the decoder finds what it reads about."""
+    pictures, boxes, labels = batch
+    patches, tokens = policy.vision(pictures, both=True)
+    out, where, label = torch.cat([heads[0](patches), heads[1](tokens)], 1).flatten(0, 1), boxes.flatten(0, 1), labels.flatten(0, 1)
+    inside = where[:, 2] > 0
+    loss = 10 * (out[inside, :4] - where[inside]).abs().mean()
+    for k, logits in enumerate(out[:, 4:].split(sizes, 1)):
+        loss = loss + F.cross_entropy(logits, label[:, k], ignore_index=-1)
+    shown, tokens = labels[:, patches.shape[1]:].flatten(0, 1), tokens.flatten(0, 1)  # (B*N, parts), (B*N, D)
+    for k, ids in enumerate(words):
+        kind = shown[:, k].masked_fill(shown[:, k] >= len(ids), -1)  # the last tincture is no tincture: bare wall
+        loss = loss + F.cross_entropy(tokens @ policy.embed_tokens.weight[ids].T * tokens.shape[1]**0.5, kind, ignore_index=-1)
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(policy.vision.parameters(), 1.0).item()
+    for o in opts:
+        o.step()
+        o.zero_grad(set_to_none=True)
+    return loss.item(), norm
+
+
 def supervised_step(policy, env, batch, opts, budget=12000, clip=1.0):
     """One optimiser step of the causal LM loss on the policy's own tokens; the denominator is the whole batch's, so the
     size of micro-batches does not change the gradient."""
@@ -134,6 +158,26 @@ def grpo_step(policy, reference, env, batch, advantages, opts, a):
             o.step()
             o.zero_grad(set_to_none=True)
     return totals
+
+
+LOGGED = ("turns", "tool_calls", "tokens", "truncated", "gaze_correct", "reflection", "mixed_search", "answer_share", "search_share",
+          "glance_share", "gaze_share")
+
+
+def iteration(policy, reference, env, questions, opts, a, generator):
+    """One iteration on Q questions: rollouts, rewards, advantages, update. Returns the Q*G trajectories, their advantages, the pass rate
+    of each question, and what to log."""
+    began = time.time()
+    batch = gog.rollout(policy, env, questions, a.group, a.temperature, generator=generator)
+    rollout_seconds = time.time() - began
+    by_group = lambda values: torch.tensor(values).view(len(questions), a.group)  # (Q*G,) -> (Q, G)
+    correct, rewards = by_group([t.correct for t in batch]), by_group([reward(t.correct, t.well_formed, a.lam) for t in batch])
+    advantages, alive = group_advantages(rewards, correct, a.advantage)
+    stats = grpo_step(policy, reference, env, batch, advantages.flatten(), opts, a)
+    did = gog.behaviour(batch)
+    stats |= dict(reward=rewards.mean().item(), accuracy=did["accuracy"], dead=1 - alive.float().mean().item(), **{k: did[k] for k in LOGGED},
+                  rollout_seconds=rollout_seconds, seconds=time.time() - began)
+    return batch, advantages.flatten(), correct.float().mean(1).tolist(), stats
 
 
 # ------------------------------------------------------------------------------- what to learn from: GoG-Instruct, curriculum

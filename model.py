@@ -248,6 +248,8 @@ class Vision(nn.Module):
         self.blocks = nn.ModuleList(VisionBlock(w, c.vit_heads) for _ in range(c.vit_layers))
         self.norm = nn.LayerNorm(w)
         self.projector = nn.Linear(w * c.shuffle**2, c.width, bias=False)
+        self.projector_norm = RMSNorm(c.width)  # image tokens as large as the embeddings of words, else they grow and drown what is added
+        nn.init.constant_(self.projector_norm.weight, 0.1)
 
     def patches(self, pictures):
         """Features (B, P, W) of every patch."""
@@ -262,7 +264,7 @@ class Vision(nn.Module):
         x = self.patches(pictures)
         B, P, W = x.shape
         s, g = self.shuffle, self.grid // self.shuffle
-        tokens = self.projector(x.view(B, g, s, g, s, W).transpose(2, 3).reshape(B, g * g, s * s * W))  # pixel shuffle: N = P / s^2
+        tokens = self.projector_norm(self.projector(x.view(B, g, s, g, s, W).transpose(2, 3).reshape(B, g * g, s * s * W)))  # pixel shuffle: N = P / s^2
         return (x, tokens) if both else tokens
 
 
@@ -278,7 +280,6 @@ class Policy(nn.Module):
         self.norm = RMSNorm(config.width)
         self.smear = nn.Linear(config.width, config.width, bias=False) if config.smear else None
         self.apply(self._init)
-        self.vision.projector.weight.data /= 10  # image tokens begin as small as the embeddings of words
         for block in self.layers:  # residual branches start small (GPT-2)
             for last in (block.self_attn.o_proj, block.down_proj):
                 last.weight.data /= (2 * config.layers) ** 0.5
@@ -299,7 +300,8 @@ class Policy(nn.Module):
     def freeze_eyes(self, frozen=True):
         """Hold the vision encoder still (its projector goes on learning); returns the policy. Eyes held still after their own training told
         99 % of tinctures and 82 % of outlines (linear probe); eyes that had gone on under the language model's gradient 84 and 38 %."""
-        self.vision.requires_grad_(not frozen).projector.requires_grad_()
+        self.vision.requires_grad_(not frozen)
+        self.vision.projector.requires_grad_(), self.vision.projector_norm.requires_grad_()
         return self
 
     def forward(self, ids, pictures=None, image_id=None, cache=None, valid=None):

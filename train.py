@@ -7,27 +7,24 @@ Here instead: one stage more. `pretrain` makes the base model that the paper tak
 Reading order: what the eyes learn -> lessons and exam of the base model -> curves -> the four stages -> flags.
 """
 import argparse
-import csv
 import difflib
 import inspect
-import io
 import random
 import re
 import sys
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
 import gog
 import grpo
 from gog import Trajectory
-from grpo import grpo_step, supervised_step
+from grpo import see_step, supervised_step
 from model import PRESETS, CheckpointError, ModelConfig, Policy, Run, Vocabulary, atomic, load, number_line, optimisers, save
 from tools import Toolbox, crop
 
@@ -87,27 +84,6 @@ def spread(boxes, told, grid):
     best, none = cover.argmax(0).ravel(), (cover.max(0) * grid**2 < 0.02).ravel()
     bare = [PARTS["tincture"].index(None)] + [-1] * (len(PARTS) - 1)
     return np.where(none[:, None], 0, b[best]).astype(np.float32), np.where(none[:, None], bare, told[best])
-
-
-def see_step(policy, heads, batch, words, opts):
-    """One step of the dense loss: L1 of the edges plus cross-entropy of each part, on patches and on image tokens; and the token that shows
-    a red round shield shall look like the words "red" and "round" (`words`: ids of tinctures and outlines) in the decoder's own embedding."""
-    pictures, boxes, labels = batch
-    patches, tokens = policy.vision(pictures, both=True)
-    out, where, label = torch.cat([heads[0](patches), heads[1](tokens)], 1).flatten(0, 1), boxes.flatten(0, 1), labels.flatten(0, 1)
-    inside = where[:, 2] > 0
-    loss = 10 * (out[inside, :4] - where[inside]).abs().mean()
-    for k, logits in enumerate(out[:, 4:].split([len(kinds) for kinds in PARTS.values()], 1)):
-        loss = loss + F.cross_entropy(logits, label[:, k], ignore_index=-1)
-    shown, alike = labels[:, patches.shape[1]:].flatten(0, 1), tokens.flatten(0, 1) @ policy.embed_tokens.weight[words].T
-    bare = PARTS["tincture"].index(None)
-    loss = loss + F.cross_entropy(alike[:, :bare], shown[:, 0], ignore_index=bare) + F.cross_entropy(alike[:, bare:], shown[:, 1], ignore_index=-1)
-    loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(policy.vision.parameters(), 1.0).item()
-    for o in opts:
-        o.step()
-        o.zero_grad(set_to_none=True)
-    return loss.item(), norm
 
 
 # ---------------------------------------------------------------------------------------------- lessons of the base model
@@ -189,11 +165,21 @@ def crop_lesson(env, rng, crops=2):
         t.observe(env.image, gog.to_array(crop(*framed(town, rng)), env.side))
         if rng.random() < 0.5:
             say(env, t, "what is this", f"<answer> {town.blazon}</answer>", "caption")
-            continue
-        other = town if rng.random() < 0.5 else fresh_town(rng) if rng.random() < 0.3 else look_alike(rng, town)
-        seen, wanted = told(town, 2), told(other, 2)
-        say(env, t, f"want {wanted}", f"<think> see {seen}</think><answer> {'yes' if seen == wanted else 'no'}</answer>", "verify")
+        else:
+            wanted, seen, verdict = compared(rng, town, 2)
+            say(env, t, f"look at {wanted}", f"<think> want {wanted}, see {seen}: {verdict}</think><answer> {verdict}</answer>", "verify")
     return t
+
+
+def compared(rng, town, depth):
+    """(what is wanted, what is seen of `town`, "yes" or "no"): the same in half of the cases, else all or just one part of it another."""
+    other, lot = town, rng.random()
+    if lot > 0.5:
+        arms = data.Arms.draw(rng)
+        part = rng.choice(("tincture", "outline", "charge", "charge_tincture", "count")[:5 if depth == 2 else 2])
+        arms = arms if lot > 0.9 else replace(town.arms, **{part: getattr(arms, part)})
+        other = data.Entity.with_arms("", {}, arms)
+    return told(other, depth), told(town, depth), "yes" if told(other, depth) == told(town, depth) else "no"
 
 
 def framed(town, rng):
@@ -205,38 +191,39 @@ def framed(town, rng):
 
 
 def text_lesson(env, rng):
-    """Read and copy, without pictures, in the forms that the tools give: facts from passages, names from hits, the larger of two numbers."""
-    t = Trajectory(None)
+    """Read, copy and decide, without pictures, in the forms that tools and thoughts have: facts, hits, is it the same, is it more."""
+    t, lot = Trajectory(None), rng.random()
     t.observe([env.v.id["<bos>"]])
-    lot = rng.random()
-    if lot < 0.65:
+    if lot < 0.45:
         passages_lesson(env, rng, t)
-    elif lot < 0.9:
-        first, other = fresh_town(rng), fresh_town(rng)
-        second, depth = look_alike(rng, first) if rng.random() < 0.6 else fresh_town(rng), rng.choice((1, 2))
+    elif lot < 0.7:
+        first, second, depth = fresh_town(rng), fresh_town(rng), rng.choice((1, 2))
+        wanted, seen, verdict = compared(rng, first, depth)
         scores = sorted((rng.randint(30, 99) for _ in "ab"), reverse=True)
-        wanted, seen = told(first if rng.random() < 0.5 else rng.choice((other, second)), depth), told(first, depth)
-        verdict = first.name if wanted == seen else "no"
         show(env, t, f"look at {wanted}", " | ".join(f"{s} {e.name}: {e.blazon}" for s, e in zip(scores, (first, second))))
-        say(env, t, "", f"<think> want {wanted}, see {seen}: {verdict}</think><answer> {verdict}</answer>", "reflect")
-    else:
-        (a, b), n, m = rng.sample(range(100), 2), data.town_name(rng), data.town_name(rng)
-        say(env, t, f"which has more, {n} {a}, {m} {b}", f"<think> {n} {a}, {m} {b}</think><answer> {n if a > b else m}</answer>", "compare")
+        found = f"{verdict}, {first.name}" if verdict == "yes" else verdict
+        say(env, t, "", f"<think> want {wanted}, see {seen}: {found}</think><answer> {first.name if verdict == 'yes' else verdict}</answer>", "reflect")
+    else:  # nothing but decisions, many of them
+        for _ in range(8):
+            wanted, seen, verdict = compared(rng, fresh_town(rng), rng.choice((1, 2)))
+            a, b = rng.sample(range(100), 2)
+            same = rng.random() < 0.6
+            t.observe(env.v.encode(f"want {wanted}, see {seen}:" if same else f"{a} more than {b}:"))
+            t.act(env.v.encode_turn(f" {verdict}" if same else " yes" if a > b else " no"))
     return t
 
 
 def passages_lesson(env, rng, t):
-    """A query and two passages (mostly the first one tells, as in a search), the value to be found; or passages to be repeated."""
-    towns = [fresh_town(rng, 2) for _ in range(2)]
-    facts = [(e.name, r, v) for e in towns for r, v in e.facts.items()]
-    shown = rng.sample(facts, 2)
-    text = " | ".join(rng.choice(data.PASSAGES).format(n=n, r=r, v=v) for n, r, v in shown)
-    if rng.random() < 0.2:  # nothing but copying, and much of it: this is what forms the circuit
-        show(env, t, "", text)
+    """Values to be found in passages: one, for a query that stands before them as in a search, or two that are asked for afterwards."""
+    facts = [(e.name, r, v) for e in (fresh_town(rng, 2), fresh_town(rng, 2)) for r, v in e.facts.items()]
+    shown = rng.sample(facts, rng.randint(2, 3))
+    text, search = " | ".join(rng.choice(data.PASSAGES).format(n=n, r=r, v=v) for n, r, v in shown), rng.random() < 0.5
+    asked = [shown[rng.random() < 0.35]] if search else rng.sample(shown, 2)
+    show(env, t, "{} {}".format(*asked[0]) if search else "", text)
+    if rng.random() < 0.15:  # nothing but copying, and much of it: this is what forms the circuit
         return say(env, t, "repeat", f"<answer> {text}</answer>")
-    n, r, v = shown[rng.random() < 0.25]
-    show(env, t, f"{n} {r}", text)
-    say(env, t, "", f"<think> {r} is {v}</think><answer> {v}</answer>", "copy")
+    for n, r, v in asked:
+        say(env, t, "" if search else f"{n} {r}", f"<think> {r} is {v}</think><answer> {v}</answer>", "copy")
 
 
 def show(env, t, query, text):
@@ -252,7 +239,7 @@ def exam(policy, env, n, seed="exam"):
     rng, scores = random.Random(seed), {}
     for _ in range(0, n, 256):
         sheet = [make(env, rng, 1) if make is not text_lesson else make(env, rng) for make in rng.choices(LESSONS, (4, 1, 1), k=256)]
-        sheet = [t for t in sheet if t.turns[0][0]]
+        sheet = [t for t in sheet if t.turns and t.turns[0][0]]
         prompts = [t.ids[:t.is_action.index(True)] for t in sheet]
         for t, turn in zip(sheet, gog.respond(policy, env, prompts, [p for t in sheet for p in t.pictures])):
             topic, wanted = t.turns[0][0], gog.parse(t.turns[0][1]).argument
@@ -305,14 +292,14 @@ def pretrain(a):
     config = ModelConfig(**{**PRESETS[a.preset], "vocab": v.size})
     policy = Policy(config).to(a.device)
     number_line(policy.embed_tokens.weight, [v.word(n) for n in range(100)])
-    heads = torch.nn.ModuleList(torch.nn.Linear(w, 4 + sum(map(len, PARTS.values()))) for w in (config.vit_width, config.width)).to(a.device)
-    named = torch.tensor([v.word(w) for w in (*data.TINCTURES, *data.OUTLINES)], device=a.device)
+    sizes, named = [*map(len, PARTS.values())], [[v.word(w) for w in words] for words in (data.TINCTURES, data.OUTLINES)]
+    heads = torch.nn.ModuleList(torch.nn.Linear(w, 4 + sum(sizes)) for w in (config.vit_width, config.width)).to(a.device)
     eyes = [*optimisers(policy.vision.named_parameters(), a.see_lr, a.adam_lr), torch.optim.AdamW([*heads.parameters(), policy.embed_tokens.weight], a.adam_lr, weight_decay=0.0)]
     words = optimisers(((n, p) for n, p in policy.named_parameters() if "vision" not in n or "projector" in n), a.muon_lr, a.adam_lr)
     env = gog.Environment(v, None, config)
     parts = (("see", a.see_steps, eyes, Sights(config, a.seed, a.see_batch, a.see_steps)),
              ("read", a.read_steps, words, Lessons(env, a.seed, a.read_batch, a.read_steps, (0, 0, 1))),
-             ("all", a.all_steps, words, Lessons(env, a.seed, a.all_batch, a.all_steps, (0.65, 0.12, 0.23))))
+             ("all", a.all_steps, words, Lessons(env, a.seed, a.all_batch, a.all_steps, (0.6, 0.1, 0.3))))
     start = run.resume([policy, heads], eyes + words).get("step", 0) if a.resume else 0
     bar, before = tqdm(total=sum(n for _, n, *_ in parts), initial=start, desc="pretrain", unit="step"), 0
     for part, steps, opts, lessons in parts:
@@ -321,7 +308,7 @@ def pretrain(a):
             lr = set_lr(opts, (a.see_lr if part == "see" else a.muon_lr, a.adam_lr, a.adam_lr), schedule(at, steps))
             policy.freeze_eyes(part != "see")
             if part == "see":
-                loss, norm = see_step(policy, heads, [torch.from_numpy(x).to(a.device) for x in batch], named, opts)
+                loss, norm = see_step(policy, heads, [torch.from_numpy(x).to(a.device) for x in batch], sizes, named, opts)
             else:
                 loss, norm = supervised_step(policy, env, batch, opts, a.token_budget)
             run.log(step=before + at, part=part, loss=loss, grad_norm=norm, lr=lr, seconds=bar.format_dict["elapsed"])
@@ -370,6 +357,16 @@ def sft(a):
     save(policy, run.weights, tokenizer=v.to_text(), world=a.world)
     run.curves(("loss", "grad_norm", "lr"))
     run.close()
+    score, tries = development(policy, env, world, a)
+    print("\n".join([*map(gog.tell, tries[:3]), f"sft: development accuracy {score:.3f}"]), file=sys.stderr)
+
+
+def development(policy, env, world, a):
+    """Greedy accuracy on the development split, and the trajectories: what is tuned is tuned here, never on a suite."""
+    toolbox = Toolbox(env.toolbox.image_index, env.toolbox.text_index)  # tools that do not fail
+    asked = data.questions(world, data.RL_MIX, a.rl_dev, f"dev/{a.seed}", ("dev",))
+    tries = gog.evaluate(policy, gog.Environment(env.v, toolbox, policy.config), asked, "rl")
+    return gog.behaviour(tries)["accuracy"], tries
 
 
 def rl(a):
@@ -377,9 +374,7 @@ def rl(a):
     run, (policy, v) = Run(a.folder(), a.name), read_weights(a, a.weights("sft"))
     world = data.open_world(a.world, a.seed_world, a.towns)
     env = gog.Environment(v, gog.make_toolbox(world, a.failure_rate, a.seed), policy.config)
-    dev_env = gog.Environment(v, Toolbox(env.toolbox.image_index, env.toolbox.text_index), policy.config)
     pool = data.questions(world, data.RL_MIX, a.rl_questions, f"rl/{a.seed}") + list(world.own[::2])
-    dev = data.questions(world, data.RL_MIX, a.rl_dev, f"dev/{a.seed}", ("dev",))
     reference = read_weights(a, a.weights("sft"))[0].requires_grad_(False) if a.beta else None
     opts = [torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=a.rl_lr, betas=(0.9, 0.95), weight_decay=0.0)]
     generator = torch.Generator(policy.device).manual_seed(a.seed)
@@ -397,28 +392,20 @@ def rl(a):
     bar = tqdm(total=a.rl_steps, initial=saved.get("step", 0), desc="rl", unit="step")
     for step in range(saved.get("step", 0), a.rl_steps + 1):
         if step % a.eval_every == 0 or step == a.rl_steps:  # keep the best by validation, not the last
-            score = gog.behaviour(gog.evaluate(policy, dev_env, dev, "rl"))["accuracy"]
+            score, _ = development(policy, env, world, a)
             print(f"\nstep {step}: development accuracy {score:.3f}", file=sys.stderr)
             if score > best[0]:
                 best = [score, step]
                 save(policy, run.weights, tokenizer=v.to_text(), world=a.world, step=str(step))
         if step == a.rl_steps:
             break
-        began = time.time()
         lr = set_lr(opts, (a.rl_lr,), min(1, (step + 1) / 5))
         chosen = curriculum.draw(a.rl_batch)
-        batch = gog.rollout(policy, env, [pool[i] for i in chosen], a.group, a.temperature, generator=generator)
-        rollout_seconds = time.time() - began
-        correct = torch.tensor([t.correct for t in batch]).view(a.rl_batch, a.group)
-        rewards = torch.tensor([grpo.reward(t.correct, t.well_formed, a.lam) for t in batch]).view(a.rl_batch, a.group)
-        advantages, alive = grpo.group_advantages(rewards, correct, a.advantage)
-        curriculum.seen(chosen, correct.float().mean(1).tolist())
-        stats = grpo_step(policy, reference, env, batch, advantages.flatten(), opts, a)
-        did = gog.behaviour(batch)
-        run.log(step=step, reward=rewards.mean().item(), accuracy=did["accuracy"], dead=1 - alive.float().mean().item(), **stats, lr=lr,
-                **{k: did[k] for k in LOGGED}, rollout_seconds=rollout_seconds, seconds=time.time() - began)
+        batch, advantages, solved, stats = grpo.iteration(policy, reference, env, [pool[i] for i in chosen], opts, a, generator)
+        curriculum.seen(chosen, solved)
+        run.log(step=step, **stats, lr=lr)
         bar.update()
-        bar.set_postfix(acc=f"{did['accuracy']:.2f}", dead=run.rows[-1]["dead"], entropy=run.rows[-1]["entropy"])
+        bar.set_postfix(acc=f"{stats['accuracy']:.2f}", dead=f"{stats['dead']:.2f}", entropy=f"{stats['entropy']:.2f}")
         if step % a.show_every == 0:
             print("\n" + gog.tell(batch[int(advantages.argmax())]), file=sys.stderr)
         if (step + 1) % a.save_every == 0:
@@ -428,10 +415,6 @@ def rl(a):
     run.curves(("accuracy", "reward", "dead", "entropy", "gaze_correct", "reflection", "turns", "tool_calls", "loss"))
     run.close()
     print(f"best: step {best[1]}, development accuracy {best[0]:.3f}, kept as {run.weights}", file=sys.stderr)
-
-
-LOGGED = ("turns", "tool_calls", "tokens", "truncated", "gaze_correct", "reflection", "mixed_search", "answer_share", "search_share",
-          "glance_share", "gaze_share")
 
 
 COLUMNS = "table row world suite seed metric value n preset device minutes".split()
@@ -461,28 +444,8 @@ def evaluate(a):
             measure("main", row, name, {k: (x, len(qs)) for k, x in gog.behaviour(tries).items()}, began)
             for i, t in enumerate(tries[:2] if row == "rl" else ()):
                 atomic(Path(a.results) / f"{label}-{name}-{i}.png", lambda p: gog.poster(t).save(p, format="PNG"))
-    write_rows(Path(a.results) / "results.csv", table, COLUMNS[:6] + ["preset"])
-    print_table([r for r in table if r["table"] == "main"])
-
-
-def write_rows(path, rows, key):
-    """Add rows (dicts) to a csv; a row with the same values of `key` is replaced, the others stay."""
-    name = lambda r: [str(r[k]) for k in key]
-    old = list(csv.DictReader(path.open(encoding="utf-8"))) if path.is_file() else []
-    new, text = [name(r) for r in rows], io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows([r for r in old if name(r) not in new] + rows)
-    atomic(path, lambda p: p.write_text(text.getvalue(), encoding="utf-8"))
-
-
-def print_table(table):
-    """Accuracy in percent: rows x suites, and their mean."""
-    accuracy = {(r["row"], r["suite"]): float(r["value"]) for r in table if r["metric"] == "accuracy"}
-    print(f"\n{'accuracy %':<12}" + "".join(f"{s:>8}" for s in (*data.SUITES, "mean")))
-    for row in dict.fromkeys(r["row"] for r in table):
-        values = [100 * accuracy[row, s] for s in data.SUITES]
-        print(f"{row:<12}" + "".join(f"{x:8.1f}" for x in (*values, sum(values) / len(values))))
+    gog.write_rows(Path(a.results) / "results.csv", table, COLUMNS[:6] + ["preset"])
+    gog.print_table([r for r in table if r["table"] == "main"])
 
 
 @dataclass
@@ -503,8 +466,8 @@ class Args:
     see_batch: int = 24  # pictures a step
     read_steps: int = 400  # text alone
     read_batch: int = 28  # lessons a step
-    all_steps: int = 1100  # everything together
-    all_batch: int = 32  # lessons a step
+    all_steps: int = 1500  # everything together
+    all_batch: int = 24  # lessons a step
     exam: int = 1536  # held-out questions that the base model is examined with
     see_lr: float = 0.003  # of the eyes' matrices
     muon_lr: float = 0.005  # of the decoder's matrices
@@ -576,7 +539,7 @@ def timed(a, stage):
     began = time.time()
     STAGES[stage](a)
     row = dict(stage=stage, preset=a.preset, world=Path(a.world).name, device=a.device, minutes=f"{(time.time() - began) / 60:.1f}", peak_memory_mb=peak_memory(), seed=a.seed)
-    write_rows(Path(a.results) / "stages.csv", [row], ("stage", "preset", "world", "device", "seed"))
+    gog.write_rows(Path(a.results) / "stages.csv", [row], ("stage", "preset", "world", "device", "seed"))
     print(f"{stage}: {row['minutes']} minutes, peak memory {row['peak_memory_mb']} MB", file=sys.stderr)
 
 
