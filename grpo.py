@@ -1,4 +1,4 @@
-"""Complexity-adaptive reinforcement learning: reward, group advantage, clipped loss, pass-rate levels.
+"""How it learns: one step of each stage's loss, and, at the heart, complexity-adaptive reinforcement learning.
 
 From the paper: GRPO with r = (1 - lambda) r_acc + lambda r_fmt; the SFT model's pass rate sorts the questions; Level 1 is about
     50 %, Level 2 below 50 %; the final model trains on Level 2 only.
@@ -10,6 +10,8 @@ Here instead, numbered:
   3. One update a batch, so the ratio is 1 and the clip never binds, unless `epochs` > 1 (the loss is the general one).
   4. The loss hovers at 0 however well it goes: advantages of a group sum to 0. Watch accuracy and entropy instead.
   5. `adaptive`: questions are drawn by their current pass rate p, with weight p(1-p): re-scored while the policy changes.
+
+Reading order: reward and advantage -> loss -> batches and steps -> what to learn from: GoG-Instruct, levels, curriculum.
 
 Alphabet: Q questions, G rollouts a question (the group), M trained tokens.
 """

@@ -1,10 +1,10 @@
 """The command line: python train.py --stage pretrain | sft | rl | eval. Each stage is one loop, top to bottom.
 
 From the paper: SFT on reflective trajectories, then GRPO on the questions that the SFT model mostly fails.
-Here instead: one stage more. `pretrain` makes the base model that the paper takes from the shelf: first the eyes alone, with a label on
-    every patch; then, with the eyes held still, lessons in words. A stage whose input is missing runs the one before it first.
+Here instead: one stage more. `pretrain` makes the base model that the paper takes from the shelf: first the eyes alone, with labels on
+    every patch and image token; then, with the eyes held still, lessons in words. A stage whose input is missing runs the one before it first.
 
-Reading order: what the eyes learn -> lessons and exam of the base model -> curves -> the four stages -> flags.
+Reading order: what the eyes learn -> lessons and exam of the base model -> the four stages -> flags.
 """
 import argparse
 import difflib
@@ -216,7 +216,7 @@ def text_lesson(env, rng):
 def passages_lesson(env, rng, t):
     """Values to be found in passages: one, for a query that stands before them as in a search, or two that are asked for afterwards."""
     facts = [(e.name, r, v) for e in (fresh_town(rng, 2), fresh_town(rng, 2)) for r, v in e.facts.items()]
-    shown = rng.sample(facts, rng.randint(2, 3))
+    shown = rng.sample(facts, min(len(facts), rng.randint(2, 3)))  # a town may have drawn one relation twice
     text, search = " | ".join(rng.choice(data.PASSAGES).format(n=n, r=r, v=v) for n, r, v in shown), rng.random() < 0.5
     asked = [shown[rng.random() < 0.35]] if search else rng.sample(shown, 2)
     show(env, t, "{} {}".format(*asked[0]) if search else "", text)

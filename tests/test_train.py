@@ -1,5 +1,6 @@
 import csv
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -98,6 +99,28 @@ def test_labels_lie_where_the_shields_are():
                 assert count[labels[cell, 0]] == max(count) and np.allclose(boxes[cell], np.array(scene.boxes[labels[cell, 0]]) / 100)
             else:
                 assert labels[cell, 0] == train.PARTS["tincture"].index(None) and not boxes[cell].any()
+
+
+def test_no_shield_is_asked_for_twice(env):
+    """Prevents lessons that are learnt with closed eyes: were a shield asked for twice, its box could be copied from the first answer."""
+    rng = random.Random(0)
+    for _ in range(60):
+        told = env.v.decode(train.wall_lesson(env, rng).ids)
+        boxes = re.findall(r"<gaze>([ 0-9]+)</gaze>", told)
+        assert len(boxes) == len(set(boxes))
+
+
+def test_verdicts_are_true(env):
+    """Prevents teaching that unlike is alike: every 'want X, see Y: yes' has X equal to Y, and both verdicts occur."""
+    rng, seen = random.Random(0), set()
+    for make in (train.text_lesson, train.crop_lesson) * 60:
+        told = env.v.decode(make(env, rng).ids)
+        for wanted, found, verdict in re.findall(r"want ([a-z0-9, ]+?), see ([a-z0-9, ]+?): (yes|no)", told):
+            assert (wanted == found) == (verdict == "yes")
+            seen.add(verdict)
+        for a, b, verdict in re.findall(r"(\d+) more than (\d+): (yes|no)", told):
+            assert (int(a) > int(b)) == (verdict == "yes")
+    assert seen == {"yes", "no"}
 
 
 def test_every_flag_is_read():
