@@ -11,7 +11,7 @@ Here instead, numbered:
   4. The loss hovers at 0 however well it goes: advantages of a group sum to 0. Watch accuracy and entropy instead.
   5. `adaptive`: questions are drawn by their current pass rate p, with weight p(1-p): re-scored while the policy changes.
 
-Reading order: reward and advantage -> loss -> batches and steps -> what to learn from: GoG-Instruct, levels, curriculum.
+Reading order: reward and advantage -> policy loss -> labels and loss of the eyes -> batches and steps -> what to learn from: GoG-Instruct, levels, curriculum.
 
 Alphabet: Q questions, G rollouts a question (the group), M trained tokens.
 """
@@ -62,6 +62,96 @@ def policy_loss(logp, old_logp, advantage, low=0.2, high=0.2, reference=None, be
     return loss + beta * kl, ((ratio - clipped).abs() > 0).sum().item(), kl.item()
 
 
+# ---------------------------------------------------------------------------------- what the eyes learn, before any words
+
+PARTS = {  # what can be told about the shield that a cell shows (None: bare wall), how it hangs, and what is beside it
+    "tincture": [*data.TINCTURES, None], "outline": list(data.OUTLINES), "ordinary": list(data.ORDINARIES), "ordinary_tincture": list(data.TINCTURES),
+    "charge": list(data.CHARGES), "charge_tincture": list(data.TINCTURES), "count": [1, 2, 3], "row": range(len(data.ROW)),
+    "column": range(len(data.COLUMN)), "size": range(len(data.SIZE)),
+    **{(side, k): [None, *kinds] for side in data.SIDES for k, kinds in enumerate((data.TINCTURES, data.OUTLINES))}}
+
+
+class Sights(torch.utils.data.Dataset):
+    """Pictures with dense labels, on every patch and on every image token: where are the edges of the shield that covers most of it, what is
+    it, how does it hang. Batch i depends on (seed, i) only.
+
+    An item, in numpy (tensors would travel between processes through a socket): pictures uint8 (B, 3, S, S), boxes float (B, P + N, 4) in
+    0..1, labels int (B, P + N, parts), -1 where nothing can be told.
+    """
+
+    def __init__(self, config, seed, size, steps):
+        self.side, self.seed, self.size, self.steps = config.picture, seed, size, steps
+        self.grids = config.picture // config.patch, config.picture // config.patch // config.shuffle
+
+    def __len__(self):
+        return self.steps
+
+    def __getitem__(self, i):
+        rng = random.Random(f"sights/{self.seed}/{i}")
+        return [np.stack(x) for x in zip(*(self.sight(rng) for _ in range(self.size)))]
+
+    def sight(self, rng):
+        least, most, cells, sizes, _ = data.SETTINGS[rng.choices(list(data.SETTINGS), (1, 4, 3, 3, 2))[0]]
+        px = self.side
+        if rng.random() < 0.35:  # as a crop shows it: one shield, nearly as large as the picture, and more or less blurred
+            least, most, cells, sizes, px = 1, 1, 1, (0.8, 1.0), rng.randint(self.side // 3, self.side)
+        towns = [fresh_town(rng) for _ in range(rng.randint(least, most))]
+        scene = data.hang(towns, "shield", rng, cells, sizes)
+        told = np.array([self.tell(town, place, towns, box) for town, place, box in zip(towns, data.relations(scene), scene.boxes)])
+        return gog.to_array(scene.picture(px), self.side), *map(np.concatenate, zip(*(spread(scene.boxes, told, g) for g in self.grids)))
+
+    @staticmethod
+    def tell(town, place, towns, box):
+        """The label of every part of one shield."""
+        beside = {(side, k): towns[place[side]].look.split()[k] if side in place else None for side in data.SIDES for k in (0, 1)}
+        shown = {**vars(town.arms), **place, **beside}
+        label = [kinds.index(shown[part]) for part, kinds in PARTS.items()]
+        return label if box[3] - box[1] >= 35 else label[:2] + [-1] * 5 + label[7:]  # too small to tell the details
+
+
+def spread(boxes, told, grid):
+    """Lay boxes (n, 4) in percent and labels (n, parts) on a grid: every cell gets those of the box that covers most of it, cells without
+    any are bare wall. Returns (grid^2, 4) in 0..1 and (grid^2, parts)."""
+    edge, b = np.arange(grid + 1) / grid, np.array(boxes, np.float32) / 100
+    along = lambda low, high: (np.minimum(high[:, None], edge[1:]) - np.maximum(low[:, None], edge[:-1])).clip(0)  # (n, grid)
+    cover = along(b[:, 1], b[:, 3])[:, :, None] * along(b[:, 0], b[:, 2])[:, None]  # (n, grid, grid)
+    best, none = cover.argmax(0).ravel(), (cover.max(0) * grid**2 < 0.02).ravel()
+    bare = [PARTS["tincture"].index(None)] + [-1] * (len(PARTS) - 1)
+    return np.where(none[:, None], 0, b[best]).astype(np.float32), np.where(none[:, None], bare, told[best])
+
+
+def fresh_town(rng, relations=0):
+    """A town that exists for one lesson only, so that nothing about it can be learnt by heart."""
+    facts = {}
+    for _ in range(relations):
+        known = rng.choice(list(data.VALUES))
+        facts[known if rng.random() < 0.5 else data.word(rng).lower()] = data.VALUES[known](rng)
+    return data.Entity.with_arms(data.town_name(rng), facts, data.Arms.draw(rng))
+
+
+def see_step(policy, heads, batch, sizes, words, opts):
+    """One step of the eyes' dense loss: L1 of the edges plus cross-entropy of each part (`sizes`: of how many kinds), on patches and on image
+    tokens; and the token that shows a red round shield shall look like "red" and like "round" (`words`: their ids, two lists) in the
+    decoder's own embedding, so that the decoder finds what it reads about."""
+    pictures, boxes, labels = batch
+    patches, tokens = policy.vision(pictures, both=True)
+    out, where, label = torch.cat([heads[0](patches), heads[1](tokens)], 1).flatten(0, 1), boxes.flatten(0, 1), labels.flatten(0, 1)
+    inside = where[:, 2] > 0
+    loss = 10 * (out[inside, :4] - where[inside]).abs().mean()
+    for k, logits in enumerate(out[:, 4:].split(sizes, 1)):
+        loss = loss + F.cross_entropy(logits, label[:, k], ignore_index=-1)
+    shown, tokens = labels[:, patches.shape[1]:].flatten(0, 1), tokens.flatten(0, 1)  # (B*N, parts), (B*N, D)
+    for k, ids in enumerate(words):
+        kind = shown[:, k].masked_fill(shown[:, k] >= len(ids), -1)  # the last tincture is no tincture: bare wall
+        loss = loss + F.cross_entropy(tokens @ policy.embed_tokens.weight[ids].T * tokens.shape[1]**0.5, kind, ignore_index=-1)
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(policy.vision.parameters(), 1.0).item()
+    for o in opts:
+        o.step()
+        o.zero_grad(set_to_none=True)
+    return loss.item(), norm
+
+
 # ----------------------------------------------------------------------------------------------------- batches of tokens
 
 def micro_batches(trajectories, budget, pad):
@@ -92,29 +182,6 @@ def token_logprobs(policy, env, ids, trained, pictures, temperature=1.0):
     logits = logits.masked_fill(~torch.tensor(env.v.sampleable, device=device), float("-inf")) / temperature
     logp = F.log_softmax(logits.float(), -1)
     return logp.gather(1, ids[:, 1:][wanted][:, None])[:, 0], logp
-
-
-def see_step(policy, heads, batch, sizes, words, opts):
-    """One step of the eyes' dense loss: L1 of the edges plus cross-entropy of each part (`sizes`: of how many kinds), on patches and on image
-    tokens; and the token that shows a red round shield shall look like "red" and like "round" (`words`: their ids, two lists) in the
-    decoder's own embedding, so that the decoder finds what it reads about."""
-    pictures, boxes, labels = batch
-    patches, tokens = policy.vision(pictures, both=True)
-    out, where, label = torch.cat([heads[0](patches), heads[1](tokens)], 1).flatten(0, 1), boxes.flatten(0, 1), labels.flatten(0, 1)
-    inside = where[:, 2] > 0
-    loss = 10 * (out[inside, :4] - where[inside]).abs().mean()
-    for k, logits in enumerate(out[:, 4:].split(sizes, 1)):
-        loss = loss + F.cross_entropy(logits, label[:, k], ignore_index=-1)
-    shown, tokens = labels[:, patches.shape[1]:].flatten(0, 1), tokens.flatten(0, 1)  # (B*N, parts), (B*N, D)
-    for k, ids in enumerate(words):
-        kind = shown[:, k].masked_fill(shown[:, k] >= len(ids), -1)  # the last tincture is no tincture: bare wall
-        loss = loss + F.cross_entropy(tokens @ policy.embed_tokens.weight[ids].T * tokens.shape[1]**0.5, kind, ignore_index=-1)
-    loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(policy.vision.parameters(), 1.0).item()
-    for o in opts:
-        o.step()
-        o.zero_grad(set_to_none=True)
-    return loss.item(), norm
 
 
 def supervised_step(policy, env, batch, opts, budget=12000, clip=1.0):

@@ -4,7 +4,7 @@ From the paper: SFT on reflective trajectories, then GRPO on the questions that 
 Here instead: one stage more. `pretrain` makes the base model that the paper takes from the shelf: first the eyes alone, with labels on
     every patch and image token; then, with the eyes held still, lessons in words. A stage whose input is missing runs the one before it first.
 
-Reading order: what the eyes learn -> lessons and exam of the base model -> the four stages -> flags.
+Reading order: lessons and exam of the base model -> the four stages -> flags.
 """
 import argparse
 import difflib
@@ -16,7 +16,6 @@ import time
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -24,78 +23,11 @@ import data
 import gog
 import grpo
 from gog import Trajectory
-from grpo import see_step, supervised_step
+from grpo import PARTS, Sights, fresh_town, see_step, supervised_step
 from model import PRESETS, CheckpointError, ModelConfig, Policy, Run, Vocabulary, atomic, load, number_line, optimisers, save
 from tools import Toolbox, crop
 
-# ------------------------------------------------------------------------------------------- first the eyes, then the words
-
-PARTS = {  # what can be told about the shield that a cell shows (None: bare wall), how it hangs, and what is beside it
-    "tincture": [*data.TINCTURES, None], "outline": list(data.OUTLINES), "ordinary": list(data.ORDINARIES), "ordinary_tincture": list(data.TINCTURES),
-    "charge": list(data.CHARGES), "charge_tincture": list(data.TINCTURES), "count": [1, 2, 3], "row": range(len(data.ROW)),
-    "column": range(len(data.COLUMN)), "size": range(len(data.SIZE)),
-    **{(side, k): [None, *kinds] for side in data.SIDES for k, kinds in enumerate((data.TINCTURES, data.OUTLINES))}}
-
-
-class Sights(torch.utils.data.Dataset):
-    """Pictures with dense labels, on every patch and on every image token: where are the edges of the shield that covers most of it, what is
-    it, how does it hang. Batch i depends on (seed, i) only.
-
-    An item, in numpy (tensors would travel between processes through a socket): pictures uint8 (B, 3, S, S), boxes float (B, P + N, 4) in
-    0..1, labels int (B, P + N, parts), -1 where nothing can be told.
-    """
-
-    def __init__(self, config, seed, size, steps):
-        self.side, self.seed, self.size, self.steps = config.picture, seed, size, steps
-        self.grids = config.picture // config.patch, config.picture // config.patch // config.shuffle
-
-    def __len__(self):
-        return self.steps
-
-    def __getitem__(self, i):
-        rng = random.Random(f"sights/{self.seed}/{i}")
-        return [np.stack(x) for x in zip(*(self.sight(rng) for _ in range(self.size)))]
-
-    def sight(self, rng):
-        least, most, cells, sizes, _ = data.SETTINGS[rng.choices(list(data.SETTINGS), (1, 4, 3, 3, 2))[0]]
-        px = self.side
-        if rng.random() < 0.35:  # as a crop shows it: one shield, nearly as large as the picture, and more or less blurred
-            least, most, cells, sizes, px = 1, 1, 1, (0.8, 1.0), rng.randint(self.side // 3, self.side)
-        towns = [fresh_town(rng) for _ in range(rng.randint(least, most))]
-        scene = data.hang(towns, "shield", rng, cells, sizes)
-        told = np.array([self.tell(town, place, towns, box) for town, place, box in zip(towns, data.relations(scene), scene.boxes)])
-        return gog.to_array(scene.picture(px), self.side), *map(np.concatenate, zip(*(spread(scene.boxes, told, g) for g in self.grids)))
-
-    @staticmethod
-    def tell(town, place, towns, box):
-        """The label of every part of one shield."""
-        beside = {(side, k): towns[place[side]].look.split()[k] if side in place else None for side in data.SIDES for k in (0, 1)}
-        shown = {**vars(town.arms), **place, **beside}
-        label = [kinds.index(shown[part]) for part, kinds in PARTS.items()]
-        return label if box[3] - box[1] >= 35 else label[:2] + [-1] * 5 + label[7:]  # too small to tell the details
-
-
-def spread(boxes, told, grid):
-    """Lay boxes (n, 4) in percent and labels (n, parts) on a grid: every cell gets those of the box that covers most of it, cells without
-    any are bare wall. Returns (grid^2, 4) in 0..1 and (grid^2, parts)."""
-    edge, b = np.arange(grid + 1) / grid, np.array(boxes, np.float32) / 100
-    along = lambda low, high: (np.minimum(high[:, None], edge[1:]) - np.maximum(low[:, None], edge[:-1])).clip(0)  # (n, grid)
-    cover = along(b[:, 1], b[:, 3])[:, :, None] * along(b[:, 0], b[:, 2])[:, None]  # (n, grid, grid)
-    best, none = cover.argmax(0).ravel(), (cover.max(0) * grid**2 < 0.02).ravel()
-    bare = [PARTS["tincture"].index(None)] + [-1] * (len(PARTS) - 1)
-    return np.where(none[:, None], 0, b[best]).astype(np.float32), np.where(none[:, None], bare, told[best])
-
-
 # ---------------------------------------------------------------------------------------------- lessons of the base model
-
-
-def fresh_town(rng, relations=0):
-    """A town that exists for one lesson only, so that nothing about it can be learnt by heart."""
-    facts = {}
-    for _ in range(relations):
-        known = rng.choice(list(data.VALUES))
-        facts[known if rng.random() < 0.5 else data.word(rng).lower()] = data.VALUES[known](rng)
-    return data.Entity.with_arms(data.town_name(rng), facts, data.Arms.draw(rng))
 
 
 def look_alike(rng, town):

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import data
+import grpo
 import train
 
 ROOT = Path(__file__).parent.parent
@@ -85,9 +86,9 @@ def test_labels_lie_where_the_shields_are():
     """Prevents labels shifted by a cell or turned on their side: every cell carries the shield that covers most of it, counted pixel by pixel."""
     rng = random.Random(0)
     for grid in (4, 8) * 4:
-        scene = data.hang([train.fresh_town(rng) for _ in range(5)], "shield", rng)
-        told = np.array([[i] + [0] * (len(train.PARTS) - 1) for i in range(5)])
-        boxes, labels = train.spread(scene.boxes, told, grid)
+        scene = data.hang([grpo.fresh_town(rng) for _ in range(5)], "shield", rng)
+        told = np.array([[i] + [0] * (len(grpo.PARTS) - 1) for i in range(5)])
+        boxes, labels = grpo.spread(scene.boxes, told, grid)
         owner = np.full((400, 400), -1)
         for i, (x0, y0, x1, y1) in enumerate(scene.boxes):
             owner[4 * y0:4 * y1, 4 * x0:4 * x1] = i
@@ -98,7 +99,7 @@ def test_labels_lie_where_the_shields_are():
             if max(count) > 0.02 * step**2:
                 assert count[labels[cell, 0]] == max(count) and np.allclose(boxes[cell], np.array(scene.boxes[labels[cell, 0]]) / 100)
             else:
-                assert labels[cell, 0] == train.PARTS["tincture"].index(None) and not boxes[cell].any()
+                assert labels[cell, 0] == grpo.PARTS["tincture"].index(None) and not boxes[cell].any()
 
 
 def test_no_shield_is_asked_for_twice(env):
