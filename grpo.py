@@ -143,7 +143,7 @@ def see_step(policy, heads, batch, sizes, words, opts):
     shown, tokens = labels[:, patches.shape[1]:].flatten(0, 1), tokens.flatten(0, 1)  # (B*N, parts), (B*N, D)
     for k, ids in enumerate(words):
         kind = shown[:, k].masked_fill(shown[:, k] >= len(ids), -1)  # the last tincture is no tincture: bare wall
-        loss = loss + F.cross_entropy(tokens @ policy.embed_tokens.weight[ids].T * tokens.shape[1]**0.5, kind, ignore_index=-1)
+        loss = loss + F.cross_entropy(tokens @ policy.embed_tokens.weight[ids].T, kind, ignore_index=-1)
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(policy.vision.parameters(), 1.0).item()
     for o in opts:

@@ -250,8 +250,7 @@ class Vision(nn.Module):
         self.blocks = nn.ModuleList(VisionBlock(w, c.vit_heads) for _ in range(c.vit_layers))
         self.norm = nn.LayerNorm(w)
         self.projector = nn.Linear(w * c.shuffle**2, c.width, bias=False)
-        self.projector_norm = RMSNorm(c.width)  # image tokens as large as the embeddings of words, else they grow and drown what is added
-        nn.init.constant_(self.projector_norm.weight, 0.1)
+        self.projector_norm = RMSNorm(c.width)  # else image tokens grow without end (to 40 times a word's embedding, in a trial)
 
     def patches(self, pictures):
         """Features (B, P, W) of every patch."""

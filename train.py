@@ -50,31 +50,39 @@ def say(env, t, question, response, topic=""):
     t.turns.append((topic, response))
 
 
-def wall_lesson(env, rng, questions=9):
-    """A wall, and every object on it asked for once: twice, and its box would be copied from the first answer with closed eyes."""
-    noun = rng.choice(("shield", "shield", "flag", "badge"))
+def wall(env, rng):
+    """A wall to look at, some of its arms look-alikes: (trajectory that shows it, scene)."""
     least, most, cells, sizes, twins = data.SETTINGS[rng.choices(list(data.SETTINGS), (1, 5, 3, 2, 2))[0]]
     towns = [fresh_town(rng) for _ in range(rng.randint(least, most))]
     for i in range(1, min(len(towns), 1 + rng.randint(0, twins))):
         towns[i] = look_alike(rng, towns[0])
-    rng.shuffle(towns)
-    scene = data.hang(towns, noun, rng, cells, sizes)
-    t, looks = Trajectory(None), [e.look for e in towns]
+    scene, t = data.hang(rng.sample(towns, len(towns)), rng.choice(("shield", "shield", "flag", "badge")), rng, cells, sizes), Trajectory(None)
     t.observe([env.v.id["<bos>"], *env.image], gog.to_array(scene.picture(2 * env.side), env.side))
-    if questions > 1 and rng.random() < 0.5:  # densely: the look, then the box; look-alikes from left to right
-        for look in rng.sample(sorted(set(looks)), len(set(looks))):
-            for box in sorted(b for b, l in zip(scene.boxes, looks) if l == look):
-                t.observe(env.v.encode(f"look at {look}"))
-                t.act(env.v.encode_turn(gaze(box)))
-        return t
-    names, order = data.references(scene), rng.sample(range(len(towns)), len(towns))
-    for i in order[:questions]:
+    return t, scene
+
+
+def point_lesson(env, rng):
+    """Densely, every object on a wall: its look is said, its box is to be found; look-alikes from left to right."""
+    t, scene = wall(env, rng)
+    looks = [e.look for e in scene.entities]
+    for look in rng.sample(sorted(set(looks)), len(set(looks))):
+        for box in sorted(b for b, l in zip(scene.boxes, looks) if l == look):
+            t.observe(env.v.encode(f"look at {look}"))
+            t.act(env.v.encode_turn(gaze(box)))
+    return t
+
+
+def wall_lesson(env, rng, questions=9):
+    """Every object on a wall asked for once, by an expression: twice, and its box would be copied from the first answer with closed eyes."""
+    t, scene = wall(env, rng)
+    names = data.references(scene)
+    for i in rng.sample(range(len(names)), len(names))[:questions]:
         if kinds := [k for k in names[i] if k != "detail"]:
             rare = [k for k in kinds if k in ("order", "size", "neighbour")]
-            ask_about(env, rng, t, towns[i], rng.choice(rare if rare and rng.random() < 0.6 else kinds), names[i], scene.boxes[i])
-    if not t.turns or questions > 1 and rng.random() < 0.2:
-        colour = rng.choice(looks).split()[0]
-        say(env, t, f"How many {noun}s are {colour}?", gog.count_aloud(scene, colour), "count")
+            ask_about(env, rng, t, scene.entities[i], rng.choice(rare if rare and rng.random() < 0.6 else kinds), names[i], scene.boxes[i])
+    if not t.turns or questions > 1 and rng.random() < 0.4:
+        colour = rng.choice(scene.entities).look.split()[0]
+        say(env, t, f"How many {scene.noun}s are {colour}?", gog.count_aloud(scene, colour), "count")
     return t
 
 
@@ -162,7 +170,7 @@ def show(env, t, query, text):
     t.observe([*env.v.encode(query), env.v.id["<obs>"], *env.v.encode(text), env.v.id["</obs>"]])
 
 
-LESSONS = (wall_lesson, crop_lesson, text_lesson)
+LESSONS = (point_lesson, wall_lesson, crop_lesson, text_lesson)
 
 
 def exam(policy, env, n, seed="exam"):
@@ -170,7 +178,7 @@ def exam(policy, env, n, seed="exam"):
     IoU of pointing by that kind of expression; every other topic is the share of exact answers."""
     rng, scores = random.Random(seed), {}
     for _ in range(0, n, 256):
-        sheet = [make(env, rng, 1) if make is not text_lesson else make(env, rng) for make in rng.choices(LESSONS, (4, 1, 1), k=256)]
+        sheet = [make(env, rng, 1) if make is not text_lesson else make(env, rng) for make in rng.choices(LESSONS[1:], (4, 1, 1), k=256)]
         sheet = [t for t in sheet if t.turns and t.turns[0][0]]
         prompts = [t.ids[:t.is_action.index(True)] for t in sheet]
         for t, turn in zip(sheet, gog.respond(policy, env, prompts, [p for t in sheet for p in t.pictures])):
@@ -216,8 +224,8 @@ def stream(dataset, start):
 
 
 def pretrain(a):
-    """Base model, in three parts: see (what does each patch show?), read (text only: copying is a circuit that forms sooner alone), all
-    (grounding, captions, reading together). Stands in for Qwen-VL."""
+    """Base model, in four parts: see (what does each patch show?), point (from a look to a box), read (text only), all together. Pointing and
+    copying are circuits that form sooner alone. Stands in for Qwen-VL."""
     run = Run(a.folder("base"), "pretrain")
     torch.manual_seed(a.seed)
     v = Vocabulary.learn(data.corpus())
@@ -230,8 +238,9 @@ def pretrain(a):
     words = optimisers(((n, p) for n, p in policy.named_parameters() if "vision" not in n or "projector" in n), a.muon_lr, a.adam_lr)
     env = gog.Environment(v, None, config)
     parts = (("see", a.see_steps, eyes, Sights(config, a.seed, a.see_batch, a.see_steps)),
-             ("read", a.read_steps, words, Lessons(env, a.seed, a.read_batch, a.read_steps, (0, 0, 1))),
-             ("all", a.all_steps, words, Lessons(env, a.seed, a.all_batch, a.all_steps, (0.6, 0.1, 0.3))))
+             ("point", a.point_steps, words, Lessons(env, a.seed, a.all_batch, a.point_steps, (1, 0, 0, 0))),
+             ("read", a.read_steps, words, Lessons(env, a.seed, a.read_batch, a.read_steps, (0, 0, 0, 1))),
+             ("all", a.all_steps, words, Lessons(env, a.seed, a.all_batch, a.all_steps, (0.25, 0.35, 0.1, 0.3))))
     start = run.resume([policy, heads], eyes + words).get("step", 0) if a.resume else 0
     bar, before = tqdm(total=sum(n for _, n, *_ in parts), initial=start, desc="pretrain", unit="step"), 0
     for part, steps, opts, lessons in parts:
@@ -253,13 +262,14 @@ def pretrain(a):
     save(policy, run.weights, tokenizer=v.to_text())
     run.curves(("loss", "lr"))
     run.close()
-    print("base model, held-out: " + ", ".join(f"{k} {value:.3f}" for k, (value, _) in exam(policy, env, a.exam).items()), file=sys.stderr)
+    began, told = time.time(), exam(policy, env, a.exam)
+    write_results(a, measure(a, "exam", "base", "lessons", "held-out", told, began))
+    print("base model, held-out: " + ", ".join(f"{k} {value:.3f} ({n})" for k, (value, n) in told.items()), file=sys.stderr)
 
 
 def read_weights(a, path):
     policy, meta = load(path, a.device)
-    policy.freeze_eyes()
-    return policy, Vocabulary.from_text(meta["tokenizer"])
+    return policy.freeze_eyes(), Vocabulary.from_text(meta["tokenizer"])
 
 
 def sft(a):
@@ -353,19 +363,22 @@ COLUMNS = "table row world suite seed metric value n preset device minutes".spli
 ROWS = ("random", "base", "direct", "full-search", "no-gaze", "sft", "rl", "withheld", "oracle")
 
 
+def measure(a, table, row, world, suite, metrics, began):
+    """Rows of results.csv from {metric: (value, number of questions)}."""
+    minutes = f"{(time.time() - began) / 60:.2f}"
+    return [dict(zip(COLUMNS, (table, row, world, suite, a.seed, metric, f"{value:.4f}", n, a.preset, a.device, minutes))) for metric, (value, n) in metrics.items()]
+
+
+def write_results(a, rows):
+    gog.write_rows(Path(a.results) / "results.csv", rows, COLUMNS[:6] + ["preset"])
+
+
 def evaluate(a):
-    """The base model's exam, then six held-out suites (and a folder world's own questions), every baseline: results/results.csv, one
-    measurement a row; rows of other runs in that file stay."""
+    """Six held-out suites (and a folder world's own questions), every baseline: results/results.csv, one measurement a
+    row; rows of other runs in that file stay."""
     world, table = data.open_world(a.world, a.seed_world, a.towns), []
     policies = {"base": read_weights(a, a.weights("pretrain")), "sft": read_weights(a, a.weights("sft")), "rl": read_weights(a, a.weights(a.name))}
     label, known = a.world_label or world.name, gog.make_toolbox(world)
-
-    def measure(what, row, suite, metrics, began):
-        for metric, (value, n) in metrics.items():
-            table.append(dict(zip(COLUMNS, (what, row, label, suite, a.seed, metric, f"{value:.4f}", n, a.preset, a.device, f"{(time.time() - began) / 60:.2f}"))))
-
-    (base, v), began = policies["base"], time.time()
-    measure("exam", "base", "lessons", exam(base, gog.Environment(v, None, base.config), a.exam), began)
     for name in (*data.SUITES, *(["own"] if world.own else [])):
         searched, qs = (world, world.own[1::2]) if name == "own" else data.suite(world, name, a.suite_size)
         toolbox = gog.make_toolbox(searched, late=True) if name == "live" else known
@@ -373,11 +386,11 @@ def evaluate(a):
             policy, v = policies.get(row, policies["rl"])
             began, env = time.time(), gog.Environment(v, toolbox, policy.config, withhold=row == "withheld")
             tries = gog.evaluate(policy, env, qs, row, a.seed, progress=f"{name}, {row}")
-            measure("main", row, name, {k: (x, len(qs)) for k, x in gog.behaviour(tries).items()}, began)
+            table += measure(a, "main", row, label, name, {k: (x, len(qs)) for k, x in gog.behaviour(tries).items()}, began)
             for i, t in enumerate(tries[:2] if row == "rl" else ()):
                 atomic(Path(a.results) / f"{label}-{name}-{i}.png", lambda p: gog.poster(t).save(p, format="PNG"))
-    gog.write_rows(Path(a.results) / "results.csv", table, COLUMNS[:6] + ["preset"])
-    gog.print_table([r for r in table if r["table"] == "main"])
+    write_results(a, table)
+    gog.print_table(table)
 
 
 @dataclass
@@ -396,9 +409,10 @@ class Args:
     save_every: int = 50  # steps between checkpoints
     see_steps: int = 1950  # of pretraining: the eyes alone
     see_batch: int = 24  # pictures a step
+    point_steps: int = 300  # grounding alone
     read_steps: int = 400  # text alone
     read_batch: int = 28  # lessons a step
-    all_steps: int = 1500  # everything together
+    all_steps: int = 1300  # everything together
     all_batch: int = 24  # lessons a step
     exam: int = 1536  # held-out questions that the base model is examined with
     see_lr: float = 0.003  # of the eyes' matrices

@@ -15,7 +15,7 @@ import grpo
 import train
 
 ROOT = Path(__file__).parent.parent
-TINY = ("--preset tiny --device cpu --towns 80 --see-steps 2 --see-batch 2 --read-steps 2 --read-batch 3 --all-steps 2 --all-batch 3 --exam 8 --demos 24 --sft-epochs 1 "
+TINY = ("--preset tiny --device cpu --towns 80 --see-steps 2 --see-batch 2 --point-steps 1 --read-steps 2 --read-batch 3 --all-steps 2 --all-batch 3 --exam 8 --demos 24 --sft-epochs 1 "
         "--sft-batch 6 --results run --rl-questions 8 --rl-dev 4 --rl-steps 3 --rl-batch 4 --group 2 --curriculum all --eval-every 2 --show-every 2").split()
 
 
@@ -106,7 +106,7 @@ def test_no_shield_is_asked_for_twice(env):
     """Prevents lessons that are learnt with closed eyes: were a shield asked for twice, its box could be copied from the first answer."""
     rng = random.Random(0)
     for _ in range(60):
-        told = env.v.decode(train.wall_lesson(env, rng).ids)
+        told = env.v.decode(rng.choice((train.wall_lesson, train.point_lesson))(env, rng).ids)
         boxes = re.findall(r"<gaze>([ 0-9]+)</gaze>", told)
         assert len(boxes) == len(set(boxes))
 
