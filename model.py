@@ -9,7 +9,7 @@ Here instead: 3 M parameters (`nano`) or 30 M (`small`), same shapes and paramet
 Three additions that a small model on a small budget is glad of; the first two can be switched off in the configuration:
   1. A convolutional stem: edges are cheaper to convolve than to discover (two minutes of dense labels: IoU of the patches' boxes 0.66
      with a stem of two convolutions, 0.61 without).
-  2. `smear`: every position also sees the embedding before it, which is half of what a copying circuit needs.
+  2. `smear`, a short causal convolution: every position also sees the embeddings before it, which is half of what a copying circuit needs.
   3. Smooth starts: patch positions and the embeddings of 0..99 begin on waves, so that nearby places and numbers begin alike.
 
 Reading order: configuration -> vocabulary -> layers -> cache -> vision -> policy -> sampling -> optimiser -> save and load.
@@ -47,7 +47,7 @@ class ModelConfig:
     vit_layers: int = 4
     vit_heads: int = 4
     shuffle: int = 2  # pixel shuffle: shuffle^2 patches become one image token
-    smear: bool = True  # every position also sees the embedding before it (False: pure Llama)
+    smear: int = 3  # every position also sees so many embeddings before it (0: pure Llama)
     stem: bool = True  # convolutions before the ViT (False: one linear patch embedding, as SigLIP has)
 
     @property
@@ -143,7 +143,7 @@ class Cache:
         c = config
         self.kv = torch.zeros(c.layers, 2, rows, c.kv_heads, room, c.width // c.heads, device=device, dtype=dtype)
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
-        self.last = torch.zeros(rows, c.width, device=device, dtype=dtype)  # embedding of each row's last token, for `smear`
+        self.last = torch.zeros(rows, c.smear, c.width, device=device, dtype=dtype)  # embeddings of each row's last tokens, for `smear`
 
     @property
     def room(self):
@@ -279,7 +279,7 @@ class Policy(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab, config.width)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.width)
-        self.smear = nn.Linear(config.width, config.width, bias=False) if config.smear else None
+        self.smear = nn.Linear(config.smear * config.width, config.width, bias=False) if config.smear else None
         self.apply(self._init)
         for block in self.layers:  # residual branches start small (GPT-2)
             for last in (block.self_attn.o_proj, block.down_proj):
@@ -312,17 +312,12 @@ class Policy(nn.Module):
         cache: None (a whole sequence, causal) or a Cache (ids continue its rows). valid: (B,) how many of T are real, default all.
         """
         x = self.embed_tokens(ids)
+        if self.smear:  # among words only: image tokens are put in afterwards, unmixed
+            x = x + self.smear(self._before(x, cache, valid))
         if pictures is not None and len(pictures):
             tokens = self.vision(pictures) if pictures.dim() == 4 else pictures
             x = x.masked_scatter((ids == image_id)[..., None], tokens.to(x.dtype))
         B, T = ids.shape
-        if self.smear:
-            last = cache.last if cache is not None else torch.zeros_like(x[:, 0])
-            before = torch.cat([last[:, None], x], 1)  # (B, 1 + T, D)
-            if cache is not None:
-                count = torch.full_like(cache.lengths, T) if valid is None else valid
-                cache.last = before[torch.arange(B, device=ids.device), count]
-            x = x + self.smear(before[:, :-1])
         start = cache.lengths[:, None] if cache is not None else torch.zeros(B, 1, dtype=torch.long, device=ids.device)
         positions = start + torch.arange(T, device=ids.device)  # (B, T)
         mask = None
@@ -336,6 +331,15 @@ class Policy(nn.Module):
         if cache is not None:
             cache.lengths += T if valid is None else valid
         return self.norm(x)
+
+    def _before(self, x, cache, valid):
+        """The embeddings before each position of x (B, T, D), nearest last: (B, T, smear * D). The cache remembers those of the last call."""
+        (B, T, D), n = x.shape, self.config.smear
+        row = torch.cat([x.new_zeros(B, n, D) if cache is None else cache.last, x], 1)  # (B, n + T, D): position t stands at n + t
+        if cache is not None:
+            count = torch.full_like(cache.lengths, T) if valid is None else valid
+            cache.last = row[torch.arange(B, device=x.device)[:, None], count[:, None] + torch.arange(n, device=x.device)]
+        return torch.cat([row[:, k:k + T] for k in range(n)], -1)
 
     def logits(self, hidden):
         return hidden @ self.embed_tokens.weight.T  # tied: (..., D) -> (..., vocab)
