@@ -9,7 +9,9 @@ Here instead: 3 M parameters (`nano`) or 30 M (`small`), same shapes and paramet
 Three additions that a small model on a small budget is glad of; the first two can be switched off in the configuration:
   1. A convolutional stem: edges are cheaper to convolve than to discover (two minutes of dense labels: IoU of the patches' boxes 0.66
      with a stem of two convolutions, 0.61 without).
-  2. `smear`, a short causal convolution: every position also sees the embeddings before it, which is half of what a copying circuit needs.
+  2. `smear`, a short causal convolution over words: every position also sees the three embeddings before it, which is half of what a
+     copying circuit needs, and lets <gaze> see both words of "red round" (grounding alone, 70 s from a fresh decoder: the right shield
+     97 % of the time; 65 % with one embedding; 43 % with three when image tokens, too, were mixed with their neighbours).
   3. Smooth starts: patch positions and the embeddings of 0..99 begin on waves, so that nearby places and numbers begin alike.
 
 Reading order: configuration -> vocabulary -> layers -> cache -> vision -> policy -> sampling -> optimiser -> save and load.

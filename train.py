@@ -409,10 +409,10 @@ class Args:
     save_every: int = 50  # steps between checkpoints
     see_steps: int = 1950  # of pretraining: the eyes alone
     see_batch: int = 24  # pictures a step
-    point_steps: int = 300  # grounding alone
-    read_steps: int = 400  # text alone
+    point_steps: int = 150  # grounding alone
+    read_steps: int = 500  # text alone
     read_batch: int = 28  # lessons a step
-    all_steps: int = 1300  # everything together
+    all_steps: int = 600  # everything together
     all_batch: int = 24  # lessons a step
     exam: int = 1536  # held-out questions that the base model is examined with
     see_lr: float = 0.003  # of the eyes' matrices
