@@ -158,7 +158,7 @@ class Entity:
     def picture(self, height):
         if self.arms:
             return self.arms.picture(height)
-        return check_image(self.path).resize((max(1, round(height * self.aspect)), height), Image.BILINEAR)
+        return _load(self.path).resize((max(1, round(height * self.aspect)), height), Image.BILINEAR)
 
 
 @dataclass
@@ -307,10 +307,14 @@ def image_path(root, image, where):
 
 
 @lru_cache(maxsize=512)
+def _load(path):
+    return Image.open(path).convert("RGBA")
+
+
 def check_image(path, where="command line"):
     """The picture at `path`, RGBA; WorldError if it cannot be read."""
     try:
-        return Image.open(path).convert("RGBA")
+        return _load(Path(path))
     except (OSError, ValueError, Image.DecompressionBombError) as e:
         raise WorldError(f"{where}: image {path} cannot be read ({e}). Replace it with a PNG or JPEG") from None
 
@@ -341,7 +345,7 @@ class Scene:
     def picture(self, px=SCENE_PX):
         """RGB, px square (a photo keeps its own size)."""
         if self.photo:
-            return check_image(self.photo).convert("RGB")
+            return _load(self.photo).convert("RGB")
         rng = random.Random(self.seed)
         light, hue = rng.randint(110, 200), rng.choice(PLASTERS)
         plaster = tuple(light + h for h in hue)

@@ -129,27 +129,31 @@ def fresh_town(rng, relations=0):
     return data.Entity.with_arms(data.town_name(rng), facts, data.Arms.draw(rng))
 
 
-def see_step(policy, heads, batch, sizes, words, opts):
-    """One step of the eyes' dense loss: L1 of the edges plus cross-entropy of each part (`sizes`: of how many kinds), on patches and on image
-    tokens; and the token that shows a red round shield shall look like "red" and like "round" (`words`: their ids, two lists) in the
+def update(module, opts, clip=1.0):
+    """One step of the optimisers on the gradients at hand, those of `module` clipped to norm `clip`; returns the norm before that."""
+    norm = torch.nn.utils.clip_grad_norm_(module.parameters(), clip).item()
+    for o in opts:
+        o.step()
+        o.zero_grad(set_to_none=True)
+    return norm
+
+
+def see_step(policy, heads, batch, words, opts):
+    """One step of the eyes' dense loss: L1 of the edges plus cross-entropy of each part, on patches and on image tokens; and the token that shows a red round shield shall look like "red" and like "round" (`words`: their ids, two lists) in the
     decoder's own embedding, so that the decoder finds what it reads about."""
     pictures, boxes, labels = batch
     patches, tokens = policy.vision(pictures, both=True)
     out, where, label = torch.cat([heads[0](patches), heads[1](tokens)], 1).flatten(0, 1), boxes.flatten(0, 1), labels.flatten(0, 1)
     inside = where[:, 2] > 0
     loss = 10 * (out[inside, :4] - where[inside]).abs().mean()
-    for k, logits in enumerate(out[:, 4:].split(sizes, 1)):
+    for k, logits in enumerate(out[:, 4:].split([*map(len, PARTS.values())], 1)):
         loss = loss + F.cross_entropy(logits, label[:, k], ignore_index=-1)
     shown, tokens = labels[:, patches.shape[1]:].flatten(0, 1), tokens.flatten(0, 1)  # (B*N, parts), (B*N, D)
     for k, ids in enumerate(words):
         kind = shown[:, k].masked_fill(shown[:, k] >= len(ids), -1)  # the last tincture is no tincture: bare wall
         loss = loss + F.cross_entropy(tokens @ policy.embed_tokens.weight[ids].T, kind, ignore_index=-1)
     loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(policy.vision.parameters(), 1.0).item()
-    for o in opts:
-        o.step()
-        o.zero_grad(set_to_none=True)
-    return loss.item(), norm
+    return loss.item(), update(policy.vision, opts)
 
 
 # ----------------------------------------------------------------------------------------------------- batches of tokens
@@ -194,11 +198,7 @@ def supervised_step(policy, env, batch, opts, budget=12000, clip=1.0):
         part = -logp.sum() / total
         part.backward()
         loss += part.item()
-    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), clip).item()
-    for o in opts:
-        o.step()
-        o.zero_grad(set_to_none=True)
-    return loss, norm
+    return loss, update(policy, opts, clip)
 
 
 def grpo_step(policy, reference, env, batch, advantages, opts, a):
@@ -221,11 +221,7 @@ def grpo_step(policy, reference, env, batch, advantages, opts, a):
         totals["loss"] += loss.item() / tokens
         totals["kl"] += kl / tokens
         totals["clipped"] += clipped / tokens
-    totals["grad_norm"] = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0).item()
-    if alive:
-        for o in opts:
-            o.step()
-            o.zero_grad(set_to_none=True)
+    totals["grad_norm"] = update(policy, opts)  # nobody alive, no gradient: nothing moves
     return totals
 
 

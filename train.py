@@ -232,8 +232,8 @@ def pretrain(a):
     config = ModelConfig(**{**PRESETS[a.preset], "vocab": v.size})
     policy = Policy(config).to(a.device)
     number_line(policy.embed_tokens.weight, [v.word(n) for n in range(100)])
-    sizes, named = [*map(len, PARTS.values())], [[v.word(w) for w in words] for words in (data.TINCTURES, data.OUTLINES)]
-    heads = torch.nn.ModuleList(torch.nn.Linear(w, 4 + sum(sizes)) for w in (config.vit_width, config.width)).to(a.device)
+    named = [[v.word(w) for w in words] for words in (data.TINCTURES, data.OUTLINES)]
+    heads = torch.nn.ModuleList(torch.nn.Linear(w, 4 + sum(map(len, PARTS.values()))) for w in (config.vit_width, config.width)).to(a.device)
     eyes = [*optimisers(policy.vision.named_parameters(), a.see_lr, a.adam_lr), torch.optim.AdamW([*heads.parameters(), policy.embed_tokens.weight], a.adam_lr, weight_decay=0.0)]
     words = optimisers(((n, p) for n, p in policy.named_parameters() if "vision" not in n or "projector" in n), a.muon_lr, a.adam_lr)
     env = gog.Environment(v, None, config)
@@ -249,7 +249,7 @@ def pretrain(a):
             lr = set_lr(opts, (a.see_lr if part == "see" else a.muon_lr, a.adam_lr, a.adam_lr), schedule(at, steps))
             policy.freeze_eyes(part != "see")
             if part == "see":
-                loss, norm = see_step(policy, heads, [torch.from_numpy(x).to(a.device) for x in batch], sizes, named, opts)
+                loss, norm = see_step(policy, heads, [torch.from_numpy(x).to(a.device) for x in batch], named, opts)
             else:
                 loss, norm = supervised_step(policy, env, batch, opts, a.token_budget)
             run.log(step=before + at, part=part, loss=loss, grad_norm=norm, lr=lr, seconds=bar.format_dict["elapsed"])
@@ -299,16 +299,20 @@ def sft(a):
     save(policy, run.weights, tokenizer=v.to_text(), world=a.world)
     run.curves(("loss", "grad_norm", "lr"))
     run.close()
-    score, tries = development(policy, env, world, a)
+    score, tries = development(env, world, a)(policy)
     print("\n".join([*map(gog.tell, tries[:3]), f"sft: development accuracy {score:.3f}"]), file=sys.stderr)
 
 
-def development(policy, env, world, a):
-    """Greedy accuracy on the development split, and the trajectories: what is tuned is tuned here, never on a suite."""
+def development(env, world, a):
+    """A function of the policy: greedy accuracy on the development split, and the trajectories. What is tuned is tuned here, never on a suite."""
     toolbox = Toolbox(env.toolbox.image_index, env.toolbox.text_index)  # tools that do not fail
     asked = data.questions(world, data.RL_MIX, a.rl_dev, f"dev/{a.seed}", ("dev",))
-    tries = gog.evaluate(policy, gog.Environment(env.v, toolbox, policy.config), asked, "rl")
-    return gog.behaviour(tries)["accuracy"], tries
+
+    def score(policy):
+        tries = gog.evaluate(policy, gog.Environment(env.v, toolbox, policy.config), asked, "rl")
+        return gog.behaviour(tries)["accuracy"], tries
+
+    return score
 
 
 def rl(a):
@@ -316,6 +320,7 @@ def rl(a):
     run, (policy, v) = Run(a.folder(), a.name), read_weights(a, a.weights("sft"))
     world = data.open_world(a.world, a.seed_world, a.towns)
     env = gog.Environment(v, gog.make_toolbox(world, a.failure_rate, a.seed), policy.config)
+    validate = development(env, world, a)
     pool = data.questions(world, data.RL_MIX, a.rl_questions, f"rl/{a.seed}") + list(world.own[::2])
     reference = read_weights(a, a.weights("sft"))[0].requires_grad_(False) if a.beta else None
     opts = [torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=a.rl_lr, betas=(0.9, 0.95), weight_decay=0.0)]
@@ -334,7 +339,7 @@ def rl(a):
     bar = tqdm(total=a.rl_steps, initial=saved.get("step", 0), desc="rl", unit="step")
     for step in range(saved.get("step", 0), a.rl_steps + 1):
         if step % a.eval_every == 0 or step == a.rl_steps:  # keep the best by validation, not the last
-            score, _ = development(policy, env, world, a)
+            score, _ = validate(policy)
             print(f"\nstep {step}: development accuracy {score:.3f}", file=sys.stderr)
             if score > best[0]:
                 best = [score, step]
@@ -377,7 +382,7 @@ def evaluate(a):
     """Six held-out suites (and a folder world's own questions), every baseline: results/results.csv, one measurement a
     row; rows of other runs in that file stay."""
     world, table = data.open_world(a.world, a.seed_world, a.towns), []
-    policies = {"base": read_weights(a, a.weights("pretrain")), "sft": read_weights(a, a.weights("sft")), "rl": read_weights(a, a.weights(a.name))}
+    policies = {"base": read_weights(a, a.weights("pretrain")), "sft": read_weights(a, a.weights("sft")), "rl": read_weights(a, a.weights("rl"))}
     label, known = a.world_label or world.name, gog.make_toolbox(world)
     for name in (*data.SUITES, *(["own"] if world.own else [])):
         searched, qs = (world, world.own[1::2]) if name == "own" else data.suite(world, name, a.suite_size)
@@ -453,7 +458,7 @@ class Args:
 
     def weights(self, stage):
         """What a stage leaves behind."""
-        return self.folder("base" if stage == "pretrain" else "") / f"{stage}.safetensors"
+        return self.folder("base" if stage == "pretrain" else "") / f"{self.name if stage == 'rl' else stage}.safetensors"
 
 
 STAGES = {"pretrain": pretrain, "sft": sft, "rl": rl, "eval": evaluate}
@@ -476,8 +481,6 @@ def arguments(argv=None):
         near = difflib.get_close_matches(unknown[0].split("=")[0], ["--" + f.name.replace("_", "-") for f in fields(Args)], 1)
         parser.error(f"unknown flag {unknown[0]!r}" + (f": did you mean {near[0]}?" if near else ". python train.py --help lists them all"))
     return Args(**vars(known))
-
-
 
 
 def timed(a, stage):
@@ -508,11 +511,11 @@ def main():
         data.open_world(a.world, a.seed_world, a.towns)  # a bad world is refused before anything is trained
         order = list(STAGES)
         for stage in order[:order.index(a.stage) + 1]:
-            if stage == a.stage:
-                timed(a, stage)
-            elif not a.weights(stage if stage != "rl" else a.name).is_file():
+            if stage != a.stage and a.weights(stage).is_file():
+                continue
+            if stage != a.stage:
                 print(f"{a.weights(stage)} is missing: {stage} runs first.", file=sys.stderr)
-                timed(a, stage)
+            timed(a, stage)
     except (data.WorldError, CheckpointError) as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
