@@ -392,8 +392,7 @@ def hang(entities, noun, rng, cells=3, sizes=(0.62, 0.95)):
 
 # ------------------------------------------------------------------------------------------------- referring expressions
 
-ROW = ("", "leftmost {n}", "rightmost {n}", "second {n} from the left", "second {n} from the right")
-COLUMN, SIZE = ("", "topmost {n}", "lowest {n}"), ("", "largest {n}", "smallest {n}")
+ROW, COLUMN, SIZE = ("", "leftmost", "rightmost"), ("", "topmost", "lowest"), ("", "largest", "smallest")
 ZONES = ("top left", "top middle", "top right", "middle left", "centre", "middle right", "bottom left", "bottom middle", "bottom right")
 SIDES = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 
@@ -407,14 +406,14 @@ def relations(scene):
 
     def rank(relation, values, places, gap):
         order = sorted(range(n), key=values.__getitem__)
-        for word, k in reversed(list(enumerate((p % n for p in places if p < n), 1))):
+        for word, k in enumerate(places, 1):
             if all(abs(values[order[k]] - values[order[j]]) > gap for j in (k - 1, k + 1) if 0 <= j < n):
                 out[order[k]][relation] = word
 
     if n > 1:
-        rank("row", [x for x, _ in centre], (0, -1, 1, -2), 7)
-        rank("column", [y for _, y in centre], (0, -1), 7)
-        rank("size", [math.log((b[2] - b[0]) * (b[3] - b[1])) for b in boxes], (-1, 0), 0.3)
+        rank("row", [x for x, _ in centre], (0, n - 1), 7)
+        rank("column", [y for _, y in centre], (0, n - 1), 7)
+        rank("size", [math.log((b[2] - b[0]) * (b[3] - b[1])) for b in boxes], (n - 1, 0), 0.4)
     for j in range(n):  # i stands beside j if it is the only one near on that side, and about level with it
         for side, (across, down) in SIDES.items():
             away = [((c[0] - centre[j][0]) * across + (c[1] - centre[j][1]) * down, abs((c[0] - centre[j][0]) * down) + abs((c[1] - centre[j][1]) * across)) for c in centre]
@@ -438,13 +437,27 @@ def references(scene):
                 out[i]["colour" if k == 0 else "shape"] = f"{part} {noun}"
         for kind, words, index in (("order", COLUMN, place["column"]), ("order", ROW, place["row"]), ("size", SIZE, place["size"])):
             if index:
-                out[i][kind] = words[index].format(n=noun)
+                out[i][kind] = f"{words[index]} {noun}"
         if len(looks) > 1 and sum(p["zone"] == place["zone"] for p in places) == 1:
             out[i]["position"] = f"{noun} at the {ZONES[place['zone']]}"
-        for side in SIDES:
-            if side in place and looks.count(looks[place[side]]) == 1:
-                out[i]["neighbour"] = f"{noun} {side} the {looks[place[side]]} {noun}"
+        if near := beside(looks, place):
+            out[i]["neighbour"] = f"{noun} {near[0]} the {looks[near[1]]} {noun}"
     return out
+
+
+def beside(looks, place):
+    """(side, j): an object stands on that side of object j, whose look tells it apart; None if there is no such j."""
+    return next(((side, place[side]) for side in SIDES if side in place and looks.count(looks[place[side]]) == 1), None)
+
+
+def look_thought(scene, i, kind, phrase):
+    """What to think before a look at object i. By its neighbour it is found in two steps: where does that one hang, and what is beside it?"""
+    if kind != "neighbour":
+        return f"look at {phrase}"
+    looks = [e.look for e in scene.entities]
+    side, j = beside(looks, relations(scene)[i])
+    x0, y0, x1, y1 = scene.boxes[j]
+    return f"{looks[j]} at {(x0 + x1) // 2} {(y0 + y1) // 2}, {side} it {phrase}"
 
 
 # ------------------------------------------------------------------------------------------------------------ questions
@@ -461,7 +474,7 @@ class Question:
     targets: tuple = ()
     phrases: tuple = ()
     chain: tuple = ()
-    expression: str = ""  # kind of referring expression
+    expressions: tuple = ()  # kinds of the referring expressions, one a target
 
     @property
     def search_free(self):
@@ -509,7 +522,7 @@ def ask(world, kind, setting, split, rng):
         return None
     found = [scene.entities[i] for i in targets]
     phrases = tuple(f"{e.look}, {e.detail}" if k == "detail" else e.look for e, (k, _) in zip(found, pick))
-    made = lambda text, answer, chain=(): Question(text, (answer,), scene, kind, setting, tuple(targets), phrases, chain, pick[0][0])
+    made = lambda text, answer, chain=(): Question(text, (answer,), scene, kind, setting, tuple(targets), phrases, chain, tuple(k for k, _ in pick))
     if kind in VISUAL:
         usable = not (kind == "shape" and world.noun != "shield") and pick[0][0] not in ("look", kind)
         return made(f"What is the {kind} of the {pick[0][1]}?", target.look.split()[VISUAL.index(kind)]) if usable or len(shown) == 1 else None

@@ -270,10 +270,10 @@ def expert(q, rng, wrong_gaze=0.0, glance_first=0.0):
         yield count_aloud(q.scene, q.text.split()[-1].strip("?"))
         return
     if q.search_free:
-        yield f"<think> look at {q.phrases[0]}</think><answer> {q.answers[0]}</answer>"
+        yield f"<think> {data.look_thought(q.scene, q.targets[0], q.expressions[0], q.phrases[0])}</think><answer> {q.answers[0]}</answer>"
         return
     names, values, thought = [], [], ""
-    for target, phrase in zip(q.targets, q.phrases):
+    for target, phrase, kind in zip(q.targets, q.phrases, q.expressions):
         looks = [e.look for e in q.scene.entities]
         queue = [target]
         if "," in phrase:  # look-alikes: only a gaze can tell, so take them from left to right
@@ -284,7 +284,7 @@ def expert(q, rng, wrong_gaze=0.0, glance_first=0.0):
             queue = ["glance"]
         elif rng.random() < glance_first:
             queue = ["glance", *queue]
-        thought += f"look at {phrase}"
+        thought += data.look_thought(q.scene, target, kind, phrase)
         for place in queue:
             action = "<glance></glance>" if place == "glance" else "<gaze> {} {} {} {}</gaze>".format(*q.scene.boxes[place])
             obs = yield from _try(f"<think> {thought}</think>{action}", action)

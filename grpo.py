@@ -65,10 +65,10 @@ def policy_loss(logp, old_logp, advantage, low=0.2, high=0.2, reference=None, be
 # ---------------------------------------------------------------------------------- what the eyes learn, before any words
 
 PARTS = {  # what can be told about the shield that a cell shows (None: bare wall), how it hangs, and what is beside it
-    "tincture": [*data.TINCTURES, None], "outline": list(data.OUTLINES), "ordinary": list(data.ORDINARIES), "ordinary_tincture": list(data.TINCTURES),
-    "charge": list(data.CHARGES), "charge_tincture": list(data.TINCTURES), "count": [1, 2, 3], "row": range(len(data.ROW)),
-    "column": range(len(data.COLUMN)), "size": range(len(data.SIZE)),
+    "tincture": [None, *data.TINCTURES], "outline": [None, *data.OUTLINES], "ordinary": list(data.ORDINARIES), "ordinary_tincture": list(data.TINCTURES),
+    "charge": list(data.CHARGES), "charge_tincture": list(data.TINCTURES), "count": [1, 2, 3], "row": range(3), "column": range(3), "size": range(3),
     **{(side, k): [None, *kinds] for side in data.SIDES for k, kinds in enumerate((data.TINCTURES, data.OUTLINES))}}
+TIED = {"tincture": list(data.TINCTURES), "outline": list(data.OUTLINES), "row": data.ROW[1:], "column": data.COLUMN[1:], "size": data.SIZE[1:]}  # parts told in one word each
 
 
 class Sights(torch.utils.data.Dataset):
@@ -116,7 +116,7 @@ def spread(boxes, told, grid):
     along = lambda low, high: (np.minimum(high[:, None], edge[1:]) - np.maximum(low[:, None], edge[:-1])).clip(0)  # (n, grid)
     cover = along(b[:, 1], b[:, 3])[:, :, None] * along(b[:, 0], b[:, 2])[:, None]  # (n, grid, grid)
     best, none = cover.argmax(0).ravel(), (cover.max(0) * grid**2 < 0.02).ravel()
-    bare = [PARTS["tincture"].index(None)] + [-1] * (len(PARTS) - 1)
+    bare = [0, 0] + [-1] * (len(PARTS) - 2)
     return np.where(none[:, None], 0, b[best]).astype(np.float32), np.where(none[:, None], bare, told[best])
 
 
@@ -139,19 +139,21 @@ def update(module, opts, clip=1.0):
 
 
 def see_step(policy, heads, batch, words, opts):
-    """One step of the eyes' dense loss: L1 of the edges plus cross-entropy of each part, on patches and on image tokens; and the token that shows a red round shield shall look like "red" and like "round" (`words`: their ids, two lists) in the
-    decoder's own embedding, so that the decoder finds what it reads about."""
+    """One step of the eyes' dense loss: L1 of the edges plus cross-entropy of each part, on patches and on image tokens. And the token that
+    shows the leftmost red round shall look like the words "red", "round" and "leftmost" in the decoder's own embedding, so that the decoder
+    finds what it reads about. `words`: {part: ids of its words}."""
     pictures, boxes, labels = batch
     patches, tokens = policy.vision(pictures, both=True)
     out, where, label = torch.cat([heads[0](patches), heads[1](tokens)], 1).flatten(0, 1), boxes.flatten(0, 1), labels.flatten(0, 1)
     inside = where[:, 2] > 0
-    loss = 10 * (out[inside, :4] - where[inside]).abs().mean()
+    loss = 25 * (out[inside, :4] - where[inside]).abs().mean()
     for k, logits in enumerate(out[:, 4:].split([*map(len, PARTS.values())], 1)):
         loss = loss + F.cross_entropy(logits, label[:, k], ignore_index=-1)
     shown, tokens = labels[:, patches.shape[1]:].flatten(0, 1), tokens.flatten(0, 1)  # (B*N, parts), (B*N, D)
-    for k, ids in enumerate(words):
-        kind = shown[:, k].masked_fill(shown[:, k] >= len(ids), -1)  # the last tincture is no tincture: bare wall
-        loss = loss + F.cross_entropy(tokens @ policy.embed_tokens.weight[ids].T, kind, ignore_index=-1)
+    for part, ids in words.items():
+        alike = tokens @ policy.embed_tokens.weight[ids].T / tokens.shape[-1]**0.5  # (B*N, words)
+        alike = torch.cat([torch.zeros_like(alike[:, :1]), alike], 1)  # none of them: bare wall, or in the middle
+        loss = loss + F.cross_entropy(alike, shown[:, list(PARTS).index(part)], ignore_index=-1)
     loss.backward()
     return loss.item(), update(policy.vision, opts)
 

@@ -35,8 +35,8 @@ def look_alike(rng, town):
 
 
 def told(town, depth=1):
-    """A town's arms in the words of a thought: the look, or look and detail."""
-    return town.look if depth == 1 else f"{town.look}, {town.detail}"
+    """A town's arms in the words of a thought: the tincture, the look, or look and detail."""
+    return (town.arms.tincture, town.look, f"{town.look}, {town.detail}")[depth]
 
 
 def gaze(box):
@@ -45,7 +45,7 @@ def gaze(box):
 
 def say(env, t, question, response, topic=""):
     """A question of the environment and the response to be learnt; `topic` is what the exam files it under."""
-    t.observe(env.v.encode(question) + [env.v.id["<sep>"]])
+    t.observe(env.v.encode(question) + [env.v.id["<sep>"]] if question else [])
     t.act(env.v.encode_turn(response) + [env.v.id["<stop>"]])
     t.turns.append((topic, response))
 
@@ -79,21 +79,21 @@ def wall_lesson(env, rng, questions=9):
     for i in rng.sample(range(len(names)), len(names))[:questions]:
         if kinds := [k for k in names[i] if k != "detail"]:
             rare = [k for k in kinds if k in ("order", "size", "neighbour")]
-            ask_about(env, rng, t, scene.entities[i], rng.choice(rare if rare and rng.random() < 0.6 else kinds), names[i], scene.boxes[i])
+            ask_about(env, rng, t, scene, i, rng.choice(rare if rare and rng.random() < 0.6 else kinds), names[i])
     if not t.turns or questions > 1 and rng.random() < 0.4:
         colour = rng.choice(scene.entities).look.split()[0]
         say(env, t, f"How many {scene.noun}s are {colour}?", gog.count_aloud(scene, colour), "count")
     return t
 
 
-def ask_about(env, rng, t, town, kind, names, box):
-    """Point to a town's arms, or tell their colour or shape, by one kind of expression."""
-    lot, thought = rng.random(), f"<think> look at {town.look}</think>"
-    k = rng.randrange(2)
+def ask_about(env, rng, t, scene, i, kind, names):
+    """Point to object i, or tell its colour or shape, by one kind of expression."""
+    look = scene.entities[i].look
+    lot, thought, k = rng.random(), f"<think> {data.look_thought(scene, i, kind, look)}</think>", rng.randrange(2)
     if lot < 0.8 or kind in ("look", ("colour", "shape")[k]):
-        say(env, t, f"point to the {names[kind]}", thought + gaze(box), f"iou {kind}")
+        say(env, t, f"point to the {names[kind]}", thought + gaze(scene.boxes[i]), f"iou {kind}")
     else:
-        say(env, t, f"What is the {('colour', 'shape')[k]} of the {names[kind]}?", f"{thought}<answer> {town.look.split()[k]}</answer>", "visual")
+        say(env, t, f"What is the {('colour', 'shape')[k]} of the {names[kind]}?", f"{thought}<answer> {look.split()[k]}</answer>", "visual")
 
 
 def crop_lesson(env, rng, crops=2):
@@ -116,8 +116,8 @@ def compared(rng, town, depth):
     other, lot = town, rng.random()
     if lot > 0.5:
         arms = data.Arms.draw(rng)
-        part = rng.choice(("tincture", "outline", "charge", "charge_tincture", "count")[:5 if depth == 2 else 2])
-        arms = arms if lot > 0.9 else replace(town.arms, **{part: getattr(arms, part)})
+        part = rng.choice(("tincture", "outline", "charge", "charge_tincture", "count")[:(1, 2, 5)[depth]])
+        arms = arms if lot > 0.85 else replace(town.arms, **{part: getattr(arms, part)})
         other = data.Entity.with_arms("", {}, arms)
     return told(other, depth), told(town, depth), "yes" if told(other, depth) == told(town, depth) else "no"
 
@@ -130,47 +130,57 @@ def framed(town, rng):
     return scene.picture(), tuple(min(99, max(0, b + o)) for b, o in zip(scene.boxes[0], off))
 
 
-def text_lesson(env, rng):
-    """Read, copy and decide, without pictures, in the forms that tools and thoughts have: facts, hits, is it the same, is it more."""
-    t, lot = Trajectory(None), rng.random()
+def text_lesson(env, rng, searches=2):
+    """Read and copy, without pictures, in the forms that tools and thoughts have: passages or hits."""
+    t, search = Trajectory(None), rng.choice((passages, hits))
     t.observe([env.v.id["<bos>"]])
-    if lot < 0.45:
-        passages_lesson(env, rng, t)
-    elif lot < 0.7:
-        first, second, depth = fresh_town(rng), fresh_town(rng), rng.choice((1, 2))
-        wanted, seen, verdict = compared(rng, first, depth)
-        scores = sorted((rng.randint(30, 99) for _ in "ab"), reverse=True)
-        show(env, t, f"look at {wanted}", " | ".join(f"{s} {e.name}: {e.blazon}" for s, e in zip(scores, (first, second))))
-        found = f"{verdict}, {first.name}" if verdict == "yes" else verdict
-        say(env, t, "", f"<think> want {wanted}, see {seen}: {found}</think><answer> {first.name if verdict == 'yes' else verdict}</answer>", "reflect")
-    else:  # nothing but decisions, many of them
-        for _ in range(8):
-            wanted, seen, verdict = compared(rng, fresh_town(rng), rng.choice((1, 2)))
-            a, b = rng.sample(range(100), 2)
-            same = rng.random() < 0.6
-            t.observe(env.v.encode(f"want {wanted}, see {seen}:" if same else f"{a} more than {b}:"))
-            t.act(env.v.encode_turn(f" {verdict}" if same else " yes" if a > b else " no"))
+    for _ in range(searches):
+        search(env, rng, t)
     return t
 
 
-def passages_lesson(env, rng, t):
-    """Values to be found in passages: one, for a query that stands before them as in a search, or two that are asked for afterwards."""
+def passages(env, rng, t):
+    """A text search: two passages, the wanted one mostly first, as the index finds them; the value is to be copied."""
     facts = [(e.name, r, v) for e in (fresh_town(rng, 2), fresh_town(rng, 2)) for r, v in e.facts.items()]
-    shown = rng.sample(facts, min(len(facts), rng.randint(2, 3)))  # a town may have drawn one relation twice
-    text, search = " | ".join(rng.choice(data.PASSAGES).format(n=n, r=r, v=v) for n, r, v in shown), rng.random() < 0.5
-    asked = [shown[rng.random() < 0.35]] if search else rng.sample(shown, 2)
-    show(env, t, "{} {}".format(*asked[0]) if search else "", text)
-    if rng.random() < 0.15:  # nothing but copying, and much of it: this is what forms the circuit
-        return say(env, t, "repeat", f"<answer> {text}</answer>")
-    for n, r, v in asked:
-        say(env, t, "" if search else f"{n} {r}", f"<think> {r} is {v}</think><answer> {v}</answer>", "copy")
+    shown = rng.sample(facts, 2)
+    n, r, v = shown[rng.random() < 0.2]
+    text = " | ".join(rng.choice(data.PASSAGES).format(n=n, r=r, v=v) for n, r, v in shown)
+    show(env, t, f"{n} {r}", text)
+    if rng.random() < 0.3:  # nothing but copying, and much of it: this is what forms the circuit
+        say(env, t, "repeat", f"<answer> {text}</answer>")
+    else:
+        say(env, t, "", f"<think> {r} is {v}</think><answer> {v}</answer>", "copy")
+
+
+def hits(env, rng, t):
+    """An image search: two hits; does the first fit, and what is it called?"""
+    towns, depth = [fresh_town(rng), fresh_town(rng)], rng.choice((1, 2))
+    wanted, seen, verdict = compared(rng, towns[0], depth)
+    scores = sorted((rng.randint(30, 99) for _ in towns), reverse=True)
+    show(env, t, f"look at {wanted}", " | ".join(f"{s} {e.name}: {e.blazon}" for s, e in zip(scores, towns)))
+    name = towns[0].name
+    found, answer = (f"yes, {name}", name) if verdict == "yes" else ("no", "no")
+    say(env, t, "", f"<think> want {wanted}, see {seen}: {found}</think><answer> {answer}</answer>", "reflect")
+
+
+def decide_lesson(env, rng, decisions=9):
+    """Nothing but decisions: is it the same, is it more? One bit each, so there must be many."""
+    t = Trajectory(None)
+    t.observe([env.v.id["<bos>"]])
+    for _ in range(decisions):
+        wanted, seen, verdict = compared(rng, fresh_town(rng), rng.randrange(3))
+        a, b = rng.sample(range(100), 2)
+        same = rng.random() < 0.7
+        t.observe(env.v.encode(f"want {wanted}, see {seen}:" if same else f"{a} more than {b}:"))
+        t.act(env.v.encode_turn(f" {verdict}" if same else " yes" if a > b else " no"))
+    return t
 
 
 def show(env, t, query, text):
     t.observe([*env.v.encode(query), env.v.id["<obs>"], *env.v.encode(text), env.v.id["</obs>"]])
 
 
-LESSONS = (point_lesson, wall_lesson, crop_lesson, text_lesson)
+LESSONS = {point_lesson: 0.2, wall_lesson: 0.28, crop_lesson: 0.17, text_lesson: 0.22, decide_lesson: 0.13}  # and their shares
 
 
 def exam(policy, env, n, seed="exam"):
@@ -178,7 +188,7 @@ def exam(policy, env, n, seed="exam"):
     IoU of pointing by that kind of expression; every other topic is the share of exact answers."""
     rng, scores = random.Random(seed), {}
     for _ in range(0, n, 256):
-        sheet = [make(env, rng, 1) if make is not text_lesson else make(env, rng) for make in rng.choices(LESSONS[1:], (4, 1, 1), k=256)]
+        sheet = [make(env, rng, 1) for make in rng.choices((wall_lesson, crop_lesson, text_lesson), (3, 1, 1), k=256)]
         sheet = [t for t in sheet if t.turns and t.turns[0][0]]
         prompts = [t.ids[:t.is_action.index(True)] for t in sheet]
         for t, turn in zip(sheet, gog.respond(policy, env, prompts, [p for t in sheet for p in t.pictures])):
@@ -191,15 +201,15 @@ def exam(policy, env, n, seed="exam"):
 class Lessons(torch.utils.data.Dataset):
     """Batch i of the pretraining stream: depends on (seed, i) only, so a resumed run sees what the unbroken one would have seen."""
 
-    def __init__(self, env, seed, size, steps, mix):
-        self.env, self.seed, self.size, self.steps, self.mix = env, seed, size, steps, mix
+    def __init__(self, env, seed, size, steps):
+        self.env, self.seed, self.size, self.steps = env, seed, size, steps
 
     def __len__(self):
         return self.steps
 
     def __getitem__(self, i):
-        rng = random.Random(f"lessons/{self.seed}/{self.mix}/{i}")
-        return [make(self.env, rng) for make in rng.choices(LESSONS, self.mix, k=self.size)]
+        rng = random.Random(f"lessons/{self.seed}/{i}")
+        return [make(self.env, rng) for make in rng.choices(list(LESSONS), LESSONS.values(), k=self.size)]
 
 
 # --------------------------------------------------------------------------------------------------------------- stages
@@ -224,23 +234,20 @@ def stream(dataset, start):
 
 
 def pretrain(a):
-    """Base model, in four parts: see (what does each patch show?), point (from a look to a box), read (text only), all together. Pointing and
-    copying are circuits that form sooner alone. Stands in for Qwen-VL."""
+    """Base model, in two parts: see (what does each patch show?), then words (every lesson at once). Stands in for Qwen-VL."""
     run = Run(a.folder("base"), "pretrain")
     torch.manual_seed(a.seed)
     v = Vocabulary.learn(data.corpus())
     config = ModelConfig(**{**PRESETS[a.preset], "vocab": v.size})
     policy = Policy(config).to(a.device)
     number_line(policy.embed_tokens.weight, [v.word(n) for n in range(100)])
-    named = [[v.word(w) for w in words] for words in (data.TINCTURES, data.OUTLINES)]
+    named = {part: [v.word(w) for w in words] for part, words in grpo.TIED.items()}
     heads = torch.nn.ModuleList(torch.nn.Linear(w, 4 + sum(map(len, PARTS.values()))) for w in (config.vit_width, config.width)).to(a.device)
     eyes = [*optimisers(policy.vision.named_parameters(), a.see_lr, a.adam_lr), torch.optim.AdamW([*heads.parameters(), policy.embed_tokens.weight], a.adam_lr, weight_decay=0.0)]
     words = optimisers(((n, p) for n, p in policy.named_parameters() if "vision" not in n or "projector" in n), a.muon_lr, a.adam_lr)
     env = gog.Environment(v, None, config)
     parts = (("see", a.see_steps, eyes, Sights(config, a.seed, a.see_batch, a.see_steps)),
-             ("point", a.point_steps, words, Lessons(env, a.seed, a.all_batch, a.point_steps, (1, 0, 0, 0))),
-             ("read", a.read_steps, words, Lessons(env, a.seed, a.read_batch, a.read_steps, (0, 0, 0, 1))),
-             ("all", a.all_steps, words, Lessons(env, a.seed, a.all_batch, a.all_steps, (0.25, 0.35, 0.1, 0.3))))
+             ("words", a.word_steps, words, Lessons(env, a.seed, a.word_batch, a.word_steps)))
     start = run.resume([policy, heads], eyes + words).get("step", 0) if a.resume else 0
     bar, before = tqdm(total=sum(n for _, n, *_ in parts), initial=start, desc="pretrain", unit="step"), 0
     for part, steps, opts, lessons in parts:
@@ -414,11 +421,8 @@ class Args:
     save_every: int = 50  # steps between checkpoints
     see_steps: int = 1950  # of pretraining: the eyes alone
     see_batch: int = 24  # pictures a step
-    point_steps: int = 150  # grounding alone
-    read_steps: int = 500  # text alone
-    read_batch: int = 28  # lessons a step
-    all_steps: int = 600  # everything together
-    all_batch: int = 24  # lessons a step
+    word_steps: int = 1700  # every lesson in words
+    word_batch: int = 24  # lessons a step
     exam: int = 1536  # held-out questions that the base model is examined with
     see_lr: float = 0.003  # of the eyes' matrices
     muon_lr: float = 0.005  # of the decoder's matrices
