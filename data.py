@@ -450,16 +450,6 @@ def beside(looks, place):
     return next(((side, place[side]) for side in SIDES if side in place and looks.count(looks[place[side]]) == 1), None)
 
 
-def look_thought(scene, i, kind, phrase):
-    """What to think before a look at object i. By its neighbour it is found in two steps: where does that one hang, and what is beside it?"""
-    if kind != "neighbour":
-        return f"look at {phrase}"
-    looks = [e.look for e in scene.entities]
-    side, j = beside(looks, relations(scene)[i])
-    x0, y0, x1, y1 = scene.boxes[j]
-    return f"{looks[j]} at {(x0 + x1) // 2} {(y0 + y1) // 2}, {side} it {phrase}"
-
-
 # ------------------------------------------------------------------------------------------------------------ questions
 
 @dataclass(frozen=True)

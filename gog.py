@@ -270,7 +270,7 @@ def expert(q, rng, wrong_gaze=0.0, glance_first=0.0):
         yield count_aloud(q.scene, q.text.split()[-1].strip("?"))
         return
     if q.search_free:
-        yield f"<think> {data.look_thought(q.scene, q.targets[0], q.expressions[0], q.phrases[0])}</think><answer> {q.answers[0]}</answer>"
+        yield f"<think> {look_thought(q.scene, q.targets[0], q.expressions[0], q.phrases[0])}</think><answer> {q.answers[0]}</answer>"
         return
     names, values, thought = [], [], ""
     for target, phrase, kind in zip(q.targets, q.phrases, q.expressions):
@@ -284,7 +284,7 @@ def expert(q, rng, wrong_gaze=0.0, glance_first=0.0):
             queue = ["glance"]
         elif rng.random() < glance_first:
             queue = ["glance", *queue]
-        thought += data.look_thought(q.scene, target, kind, phrase)
+        thought += look_thought(q.scene, target, kind, phrase)
         for place in queue:
             action = "<glance></glance>" if place == "glance" else "<gaze> {} {} {} {}</gaze>".format(*q.scene.boxes[place])
             obs = yield from _try(f"<think> {thought}</think>{action}", action)
@@ -311,6 +311,16 @@ def expert(q, rng, wrong_gaze=0.0, glance_first=0.0):
         thought = f"{names[0]} {values[0]}, {names[1]} {values[1]}, {values[0]} more than {values[1]}: {'yes' if first else 'no'}"
         values = [names[not first]]
     yield f"<think> {thought.removesuffix(', ')}</think><answer> {values[-1]}</answer>"
+
+
+def look_thought(scene, i, kind, phrase):
+    """What to think before a look at object i. By its neighbour it is found in two steps: where does that one hang, and what is beside it?"""
+    if kind != "neighbour":
+        return f"look at {phrase}"
+    looks = [e.look for e in scene.entities]
+    side, j = data.beside(looks, data.relations(scene)[i])
+    x0, y0, x1, y1 = scene.boxes[j]
+    return f"{looks[j]} at {(x0 + x1) // 2} {(y0 + y1) // 2}, {side} it {phrase}"
 
 
 def count_aloud(scene, colour):

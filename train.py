@@ -89,7 +89,7 @@ def wall_lesson(env, rng, questions=9):
 def ask_about(env, rng, t, scene, i, kind, names):
     """Point to object i, or tell its colour or shape, by one kind of expression."""
     look = scene.entities[i].look
-    lot, thought, k = rng.random(), f"<think> {data.look_thought(scene, i, kind, look)}</think>", rng.randrange(2)
+    lot, thought, k = rng.random(), f"<think> {gog.look_thought(scene, i, kind, look)}</think>", rng.randrange(2)
     if lot < 0.8 or kind in ("look", ("colour", "shape")[k]):
         say(env, t, f"point to the {names[kind]}", thought + gaze(scene.boxes[i]), f"iou {kind}")
     else:

@@ -1,4 +1,5 @@
 import random
+import re
 
 import pytest
 import torch
@@ -125,3 +126,21 @@ def test_reflection_is_measured_against_the_missed_box(env, world):
     assert gog.wrong_gaze_then(made(wrong, right)) == [True]
     assert gog.wrong_gaze_then(made(wrong, wrong)) == [False, False]
     assert gog.wrong_gaze_then(made(right)) == []
+
+
+def test_a_neighbour_is_found_in_two_true_steps(world):
+    """Prevents demonstrations that reason from a wrong place: the thought names a shield, points into its box, and the target hangs on that side of it."""
+    rng, seen = random.Random(2), 0
+    for _ in range(60):
+        scene = data.hang(rng.sample(world.pictured(), 5), "shield", rng)
+        for i, names in enumerate(data.references(scene)):
+            if "neighbour" in names:
+                look, x, y, side, phrase = re.fullmatch(r"(.+) at (\d+) (\d+), (.+) it (.+)", gog.look_thought(scene, i, "neighbour", scene.entities[i].look)).groups()
+                (j,) = [j for j, e in enumerate(scene.entities) if e.look == look]
+                x0, y0, x1, y1 = scene.boxes[j]
+                assert x0 <= int(x) <= x1 and y0 <= int(y) <= y1 and names["neighbour"] == f"shield {side} the {look} shield"
+                middle = lambda b: (b[0] + b[2], b[1] + b[3])
+                across, down = (a - b for a, b in zip(middle(scene.boxes[i]), middle(scene.boxes[j])))
+                assert {"left of": across < 0, "right of": across > 0, "above": down < 0, "below": down > 0}[side]
+                seen += 1
+    assert seen > 20
