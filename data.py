@@ -4,16 +4,18 @@ From the paper: questions about a picture that need 0..n searches; GoG-Instruct,
     need no search; an uncertainty filter (N=4); six benchmarks, two in-domain and four out of it.
 Here instead: an invented world of *heraldry* (towns with coats of arms drawn by code), because it is unlimited, long-tail by
     construction, offline, and because every box, fact and search need is known exactly; or any *folder world* (real pictures
-    and facts). The expert is a program that knows the boxes but reads every name and fact from the same tools as the policy.
+    and facts). What can be known about a question (its targets, phrases and chain) is kept with it: the expert in gog.py lives on that.
 
-Reading order: names -> arms -> entities and worlds -> scenes -> referring expressions -> questions -> suites -> expert.
+Reading order: names -> arms -> entities and worlds -> scenes -> referring expressions -> questions -> suites.
 Boxes are (x0, y0, x1, y1), integers 0..99: percent of the picture's width and height. There is no other box format.
 """
 import json
 import math
 import random
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 
 from PIL import Image, ImageDraw
@@ -176,11 +178,8 @@ class World:
 
     def passages(self, late=False):
         """Every fact as one sentence, worded by lot, with a little chatter between: what the text index holds."""
-        hidden = set() if late else set(self.splits["late"])
-        out = []
-        for e in self.entities.values():
-            if e.name in hidden:
-                continue
+        hidden, out = set() if late else set(self.splits["late"]), []
+        for e in (e for name, e in self.entities.items() if name not in hidden):
             rng = random.Random(f"{self.seed}/{e.name}")
             out += [rng.choice(PASSAGES).format(n=e.name, r=r, v=v) for r, v in e.facts.items()]
             out.append(rng.choice(CHATTER).format(n=e.name))
@@ -219,9 +218,8 @@ def heraldry(seed=0, towns=3000):
     for group in splits.values():  # a twin is of the same split: no question leads out of its split
         for n in group:
             entities[n].facts["twin town"] = rng.choice([t for t in group if t != n] or [n])
-    open_names = splits["train"] + splits["dev"] + splits["test"]
     for r in regions:
-        entities[r] = Entity(r, {**facts(REGION_FACTS), "capital": rng.choice(open_names)})
+        entities[r] = Entity(r, {**facts(REGION_FACTS), "capital": rng.choice(splits["train"] + splits["dev"] + splits["test"])})
     return World("heraldry", "shield", entities, splits, seed)
 
 
@@ -236,10 +234,8 @@ def folder_world(path, seed=0):
 
     A value that is another entity's name leads on (a hop). What a glance tells (main colour and shape) is read off the picture.
     """
-    root = Path(path)
-    rows = list(read_jsonl(root / "entities.jsonl"))
-    entities = {}
-    for where, row in rows:
+    root, entities = Path(path), {}
+    for where, row in read_jsonl(root / "entities.jsonl"):
         name, facts = row.get("name"), row.get("facts", {})
         if not isinstance(name, str) or not name.strip() or name in entities:
             raise WorldError(f"{where}: 'name' is missing or given twice ({name!r}). Give every entity one name of its own")
@@ -247,10 +243,8 @@ def folder_world(path, seed=0):
             raise WorldError(f"{where}: a fact of {name!r} is not a non-empty string. Write facts as {{\"relation\": \"value\"}}")
         image = image_path(root, row.get("image"), where)
         colours, aspect = _colours(image, where)
-        look = f"{colours[0]} {'banner' if aspect > 1.2 else 'square'}"
-        detail = " and ".join(colours[1:]) or "plain"
-        facts = {k.replace("_", " "): v for k, v in facts.items()}
-        entities[name] = Entity(name, facts, None, image, look, detail, f"{look}, {detail}", aspect)
+        look, detail = f"{colours[0]} {'banner' if aspect > 1.2 else 'square'}", " and ".join(colours[1:]) or "plain"
+        entities[name] = Entity(name, {k.replace("_", " "): v for k, v in facts.items()}, None, image, look, detail, f"{look}, {detail}", aspect)
     if len(entities) < 8:
         raise WorldError(f"{root / 'entities.jsonl'}: {len(entities)} entities, and splits need at least 8. Add more")
     return World(root.resolve().name, "flag" if root.resolve().name == "countries" else "picture", entities,
@@ -322,10 +316,9 @@ def check_image(path, where="command line"):
 def _colours(path, where):
     """The tincture names that cover at least an eighth of a picture, largest first, and its aspect (width / height)."""
     art = check_image(path, where)
-    small = art.resize((24, 24), Image.BOX)
-    names = [min(TINCTURES, key=lambda t: sum((a - b) ** 2 for a, b in zip(rgba, TINCTURES[t]))) for rgba in small.get_flattened_data() if rgba[3] > 127]
-    shares = sorted(((names.count(t), t) for t in TINCTURES), key=lambda x: -x[0])
-    return [t for n, t in shares if n and n >= len(names) / 8] or [shares[0][1]], art.width / art.height
+    nearest = lambda rgba: min(TINCTURES, key=lambda t: sum((a - b) ** 2 for a, b in zip(rgba, TINCTURES[t])))
+    count = Counter(nearest(rgba) for rgba in art.resize((24, 24), Image.BOX).get_flattened_data() if rgba[3] > 127)
+    return [t for t in sorted(TINCTURES, key=lambda t: -count[t]) if count[t] >= max(1, count.total() / 8)] or ["white"], art.width / art.height
 
 
 # --------------------------------------------------------------------------------------------------------------- scenes
@@ -355,8 +348,7 @@ class Scene:
         for y in range(0, px, course):  # stone courses, each stone in a tone of its own
             for x in range(-rng.randint(0, course), px, 2 * course):
                 tone = rng.randint(-9, 9)
-                shade = tuple(c + tone for c in plaster)
-                pen.rectangle((x, y, x + 2 * course, y + course), fill=shade, outline=mortar)
+                pen.rectangle((x, y, x + 2 * course, y + course), fill=tuple(c + tone for c in plaster), outline=mortar)
         for e, box in zip(self.entities, self.boxes):
             x0, y0, x1, y1 = to_pixels(box, wall.size)
             art = e.picture(y1 - y0).resize((x1 - x0, y1 - y0), Image.BILINEAR)
@@ -366,14 +358,13 @@ class Scene:
 
 def to_pixels(box, size):
     """Percent box -> pixel box (x0, y0, x1, y1) inside a picture of `size` (width, height). The only conversion there is."""
-    w, h = size
-    return tuple(round(v * s / 100) for v, s in zip(box, (w, h, w, h)))
+    return tuple(round(v * s / 100) for v, s in zip(box, 2 * tuple(size)))
 
 
 def iou(a, b):
     """Intersection over union of two percent boxes, 0..1."""
     area = lambda box: max(0, box[2] - box[0]) * max(0, box[3] - box[1])
-    both = area((max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3])))
+    both = area((*map(max, a[:2], b[:2]), *map(min, a[2:], b[2:])))
     return both / max(1, area(a) + area(b) - both)
 
 
@@ -542,13 +533,11 @@ def count_relation(world):
 def questions(world, mix, n, seed, split=("train",)):
     """`n` questions drawn from a mix of (kind, setting, weight). Same arguments, same questions."""
     rng = random.Random(f"{world.name}/{world.seed}/{seed}")
-    kinds, out = [(k, s) for k, s, _ in mix], []
+    out = []
     while len(out) < n:
-        kind, setting = rng.choices(kinds, [w for *_, w in mix])[0]
-        for _ in range(50):  # retry the same kind, so that rare luck does not bend the mix
-            if question := ask(world, kind, setting, split, rng):
-                out.append(question)
-                break
+        kind, setting, _ = rng.choices(mix, [w for *_, w in mix])[0]
+        tries = (ask(world, kind, setting, split, rng) for _ in range(50))  # of the same kind, so that rare luck does not bend the mix
+        out += islice(filter(None, tries), 1)
     return out
 
 
@@ -556,14 +545,3 @@ def suite(world, name, n=300):
     """A held-out suite: (world to search in, whether late entities are indexed, questions)."""
     searched = world.aged() if name == "live" else world
     return searched, questions(searched, SUITES[name], n, f"suite/{name}", ("test", "late") if name == "live" else ("test",))
-
-
-def corpus(seed=0):
-    """Texts that the tokenizer learns to spell from: invented names, questions, passages and numbers. No world's own names are in it."""
-    toy, rng = heraldry(f"{seed}/vocabulary", 300), random.Random(f"vocabulary/{seed}")
-    texts = toy.passages(late=True) + [e.blazon for e in toy.pictured()]
-    texts += [q.text for q in questions(toy, SFT_MIX + RL_MIX, 1500, "vocabulary")]
-    texts += [" " + " ".join(str(rng.randint(0, 99)) for _ in range(8)) for _ in range(3000)]
-    texts += [f" {w}" for w in (*TINCTURES, *OUTLINES, *ORDINARIES, *CHARGES)] * 50
-    texts += ["point to the each see look at all want : no not is next yes what this list repeat shows nothing found search failed again bad box more"] * 50
-    return texts + ["What is the capital of the largest neighbour of the flag at the currency calling code internet domain"] * 5

@@ -260,11 +260,15 @@ def _sample_turn(policy, v, cache, hidden, temperature, allowed, generator):
 
 # ------------------------------------------------------------------------------------------ scripts: the expert and chance
 
+class Slip(str):
+    """A turn with a mistake in it: it is acted out, to show how one recovers from it, but its tokens are not trained."""
+
+
 def expert(q, rng, wrong_gaze=0.0, glance_first=0.0):
     """The demonstrator, a generator: yields the text of a turn, is sent the observation. It knows boxes and plan, but reads every
     name and value from the tools. After each look it states what it wants and what it sees, and goes on where they differ.
 
-    wrong_gaze: chance to begin at an object that does not fit. glance_first: chance of a useless glance at a crowded wall.
+    wrong_gaze: chance to begin at an object that does not fit. glance_first: chance of a useless glance at a crowded wall. Both are slips.
     """
     if q.kind == "count":
         yield count_aloud(q.scene, q.text.split()[-1].strip("?"))
@@ -274,20 +278,20 @@ def expert(q, rng, wrong_gaze=0.0, glance_first=0.0):
         return
     names, values, thought = [], [], ""
     for target, phrase, kind in zip(q.targets, q.phrases, q.expressions):
-        looks = [e.look for e in q.scene.entities]
-        queue = [target]
-        if "," in phrase:  # look-alikes: only a gaze can tell, so take them from left to right
-            queue = sorted((i for i, l in enumerate(looks) if l == looks[target]), key=lambda i: q.scene.boxes[i][0])
-        elif rng.random() < wrong_gaze and (others := [i for i, l in enumerate(looks) if l != looks[target]]):
-            queue = [rng.choice(others), target]
+        looks, slips, places = [e.look for e in q.scene.entities], [], [target]
         if len(looks) == 1:
-            queue = ["glance"]
-        elif rng.random() < glance_first:
-            queue = ["glance", *queue]
+            places = ["glance"]
+        elif "," in phrase:  # look-alikes: only a gaze can tell, so take them from left to right
+            places = sorted((i for i, l in enumerate(looks) if l == looks[target]), key=lambda i: q.scene.boxes[i][0])
+        elif rng.random() < wrong_gaze and (others := [i for i, l in enumerate(looks) if l != looks[target]]):
+            slips = [rng.choice(others)]
+        if len(looks) > 1 and rng.random() < glance_first:
+            slips = ["glance", *slips]
         thought += look_thought(q.scene, target, kind, phrase)
-        for place in queue:
+        for k, place in enumerate(slips + places):
             action = "<glance></glance>" if place == "glance" else "<gaze> {} {} {} {}</gaze>".format(*q.scene.boxes[place])
-            obs = yield from _try(f"<think> {thought}</think>{action}", action)
+            turn = f"<think> {thought}</think>{action}"
+            obs = yield from _try(Slip(turn) if k < len(slips) else turn, action)
             name, seen = _best_hit(obs, phrase)
             thought = f"want {phrase}, see {seen}: "
             if name:
@@ -333,7 +337,7 @@ def _try(turn, action, patience=3):
     """Take a turn; while the tool fails, take the action again."""
     obs = yield turn
     while obs == "search failed" and (patience := patience - 1):
-        obs = yield f"<think> failed, again</think>{action}"
+        obs = yield type(turn)(f"<think> failed, again</think>{action}")
     return obs
 
 
@@ -377,7 +381,7 @@ def play(env, questions, scripts, rows=256, progress=None):
         live = [(t, script, scene, next(script)) for t, script, scene in zip(batch, scripts[start:start + rows], scenes)]
         for _ in range(MAX_TURNS):
             for t, _, _, text in live:
-                t.act(env.v.encode_turn(text) + [env.v.id["<stop>"]])
+                (t.observe if isinstance(text, Slip) else t.act)(env.v.encode_turn(text) + [env.v.id["<stop>"]])
             goes_on = env.step([t for t, *_ in live], [parse(text) for *_, text in live], [scene for *_, scene, _ in live])
             live = [(t, script, scene, text) for (t, script, scene, _), go in zip(live, goes_on)
                     if go and (text := _send(script, t.turns[-1].observation))]
@@ -448,11 +452,15 @@ def evaluate(policy, env, questions, row, seed=0, temperature=0.0, progress=None
     return rollout(policy, env, questions, 1, temperature, schedule=SCHEDULES.get(row), generator=generator, progress=progress)
 
 
+def read_rows(path):
+    """Rows of a csv as dicts; none if there is no such file."""
+    return list(csv.DictReader(path.read_text(encoding="utf-8").splitlines())) if path.is_file() else []
+
+
 def write_rows(path, rows, key):
     """Add rows (dicts) to a csv; a row with the same values of `key` is replaced, the others stay."""
     name = lambda r: [str(r[k]) for k in key]
-    old = list(csv.DictReader(path.open(encoding="utf-8"))) if path.is_file() else []
-    new, text = [name(r) for r in rows], io.StringIO()
+    old, new, text = read_rows(path), [name(r) for r in rows], io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows([r for r in old if name(r) not in new] + rows)

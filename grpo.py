@@ -1,4 +1,4 @@
-"""How it learns: one step of each stage's loss, and, at the heart, complexity-adaptive reinforcement learning.
+"""How it learns: complexity-adaptive reinforcement learning, one step of each stage's loss, and the school of the base model.
 
 From the paper: GRPO with r = (1 - lambda) r_acc + lambda r_fmt; the SFT model's pass rate sorts the questions; Level 1 is about
     50 %, Level 2 below 50 %; the final model trains on Level 2 only.
@@ -7,18 +7,20 @@ Here instead, numbered:
   2. A group whose answers are all right or all wrong has no advantage and leaves loss and denominator; it is counted as dead.
      Groups are judged on accuracy, not reward: with division by the standard deviation a group that differs only in format would
      turn lambda = 0.1 into a full +-1.
-  3. One update a batch, so the ratio is 1 and the clip never binds, unless `epochs` > 1 (the loss is the general one).
+  3. One update a batch, so the ratio is 1 and the clip never binds (the loss is the general one).
   4. The loss hovers at 0 however well it goes: advantages of a group sum to 0. Watch accuracy and entropy instead.
   5. `adaptive`: questions are drawn by their current pass rate p, with weight p(1-p): re-scored while the policy changes.
+  6. A base model of our own, where the paper takes one from the shelf: labels for the eyes, lessons in words, an exam.
 
-Reading order: reward and advantage -> policy loss -> labels and loss of the eyes -> batches and steps -> what to learn from: GoG-Instruct, levels, curriculum.
+Reading order: reward and advantage -> policy loss -> batches and steps -> what RL learns from: GoG-Instruct, levels, curriculum -> the base
+    model: what it can spell -> labels for the eyes -> lessons in words -> exam.
 
 Alphabet: Q questions, G rollouts a question (the group), M trained tokens.
 """
 import random
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -26,6 +28,8 @@ import torch.nn.functional as F
 
 import data
 import gog
+from gog import Trajectory
+from tools import crop
 
 
 def reward(correct, well_formed, lam=0.1):
@@ -62,102 +66,6 @@ def policy_loss(logp, old_logp, advantage, low=0.2, high=0.2, reference=None, be
     return loss + beta * kl, ((ratio - clipped).abs() > 0).sum().item(), kl.item()
 
 
-# ---------------------------------------------------------------------------------- what the eyes learn, before any words
-
-PARTS = {  # what can be told about the shield that a cell shows (None: bare wall), how it hangs, and what is beside it
-    "tincture": [None, *data.TINCTURES], "outline": [None, *data.OUTLINES], "ordinary": list(data.ORDINARIES), "ordinary_tincture": list(data.TINCTURES),
-    "charge": list(data.CHARGES), "charge_tincture": list(data.TINCTURES), "count": [1, 2, 3], "row": range(3), "column": range(3), "size": range(3),
-    **{(side, k): [None, *kinds] for side in data.SIDES for k, kinds in enumerate((data.TINCTURES, data.OUTLINES))}}
-TIED = {"tincture": list(data.TINCTURES), "outline": list(data.OUTLINES), "row": data.ROW[1:], "column": data.COLUMN[1:], "size": data.SIZE[1:]}  # parts told in one word each
-
-
-class Sights(torch.utils.data.Dataset):
-    """Pictures with dense labels, on every patch and on every image token: where are the edges of the shield that covers most of it, what is
-    it, how does it hang. Batch i depends on (seed, i) only.
-
-    An item, in numpy (tensors would travel between processes through a socket): pictures uint8 (B, 3, S, S), boxes float (B, P + N, 4) in
-    0..1, labels int (B, P + N, parts), -1 where nothing can be told.
-    """
-
-    def __init__(self, config, seed, size, steps):
-        self.side, self.seed, self.size, self.steps = config.picture, seed, size, steps
-        self.grids = config.picture // config.patch, config.picture // config.patch // config.shuffle
-
-    def __len__(self):
-        return self.steps
-
-    def __getitem__(self, i):
-        rng = random.Random(f"sights/{self.seed}/{i}")
-        return [np.stack(x) for x in zip(*(self.sight(rng) for _ in range(self.size)))]
-
-    def sight(self, rng):
-        least, most, cells, sizes, _ = data.SETTINGS[rng.choices(list(data.SETTINGS), (1, 4, 3, 3, 2))[0]]
-        px = self.side
-        if rng.random() < 0.35:  # as a crop shows it: one shield, nearly as large as the picture, and more or less blurred
-            least, most, cells, sizes, px = 1, 1, 1, (0.8, 1.0), rng.randint(self.side // 3, self.side)
-        towns = [fresh_town(rng) for _ in range(rng.randint(least, most))]
-        scene = data.hang(towns, "shield", rng, cells, sizes)
-        told = np.array([self.tell(town, place, towns, box) for town, place, box in zip(towns, data.relations(scene), scene.boxes)])
-        return gog.to_array(scene.picture(px), self.side), *map(np.concatenate, zip(*(spread(scene.boxes, told, g) for g in self.grids)))
-
-    @staticmethod
-    def tell(town, place, towns, box):
-        """The label of every part of one shield."""
-        beside = {(side, k): towns[place[side]].look.split()[k] if side in place else None for side in data.SIDES for k in (0, 1)}
-        shown = {**vars(town.arms), **place, **beside}
-        label = [kinds.index(shown[part]) for part, kinds in PARTS.items()]
-        return label if box[3] - box[1] >= 35 else label[:2] + [-1] * 5 + label[7:]  # too small to tell the details
-
-
-def spread(boxes, told, grid):
-    """Lay boxes (n, 4) in percent and labels (n, parts) on a grid: every cell gets those of the box that covers most of it, cells without
-    any are bare wall. Returns (grid^2, 4) in 0..1 and (grid^2, parts)."""
-    edge, b = np.arange(grid + 1) / grid, np.array(boxes, np.float32) / 100
-    along = lambda low, high: (np.minimum(high[:, None], edge[1:]) - np.maximum(low[:, None], edge[:-1])).clip(0)  # (n, grid)
-    cover = along(b[:, 1], b[:, 3])[:, :, None] * along(b[:, 0], b[:, 2])[:, None]  # (n, grid, grid)
-    best, none = cover.argmax(0).ravel(), (cover.max(0) * grid**2 < 0.02).ravel()
-    bare = [0, 0] + [-1] * (len(PARTS) - 2)
-    return np.where(none[:, None], 0, b[best]).astype(np.float32), np.where(none[:, None], bare, told[best])
-
-
-def fresh_town(rng, relations=0):
-    """A town that exists for one lesson only, so that nothing about it can be learnt by heart."""
-    facts = {}
-    for _ in range(relations):
-        known = rng.choice(list(data.VALUES))
-        facts[known if rng.random() < 0.5 else data.word(rng).lower()] = data.VALUES[known](rng)
-    return data.Entity.with_arms(data.town_name(rng), facts, data.Arms.draw(rng))
-
-
-def update(module, opts, clip=1.0):
-    """One step of the optimisers on the gradients at hand, those of `module` clipped to norm `clip`; returns the norm before that."""
-    norm = torch.nn.utils.clip_grad_norm_(module.parameters(), clip).item()
-    for o in opts:
-        o.step()
-        o.zero_grad(set_to_none=True)
-    return norm
-
-
-def see_step(policy, heads, batch, words, opts):
-    """One step of the eyes' dense loss: L1 of the edges plus cross-entropy of each part, on patches and on image tokens. And the token that
-    shows the leftmost red round shall look like the words "red", "round" and "leftmost" in the decoder's own embedding, so that the decoder
-    finds what it reads about. `words`: {part: ids of its words}."""
-    pictures, boxes, labels = batch
-    patches, tokens = policy.vision(pictures, both=True)
-    out, where, label = torch.cat([heads[0](patches), heads[1](tokens)], 1).flatten(0, 1), boxes.flatten(0, 1), labels.flatten(0, 1)
-    inside = where[:, 2] > 0
-    loss = 25 * (out[inside, :4] - where[inside]).abs().mean()
-    for k, logits in enumerate(out[:, 4:].split([*map(len, PARTS.values())], 1)):
-        loss = loss + F.cross_entropy(logits, label[:, k], ignore_index=-1)
-    shown, tokens = labels[:, patches.shape[1]:].flatten(0, 1), tokens.flatten(0, 1)  # (B*N, parts), (B*N, D)
-    for part, ids in words.items():
-        alike = tokens @ policy.embed_tokens.weight[ids].T / tokens.shape[-1]**0.5  # (B*N, words)
-        alike = torch.cat([torch.zeros_like(alike[:, :1]), alike], 1)  # none of them: bare wall, or in the middle
-        loss = loss + F.cross_entropy(alike, shown[:, list(PARTS).index(part)], ignore_index=-1)
-    loss.backward()
-    return loss.item(), update(policy.vision, opts)
-
-
 # ----------------------------------------------------------------------------------------------------- batches of tokens
 
 def micro_batches(trajectories, budget, pad):
@@ -188,6 +96,15 @@ def token_logprobs(policy, env, ids, trained, pictures, temperature=1.0):
     logits = logits.masked_fill(~torch.tensor(env.v.sampleable, device=device), float("-inf")) / temperature
     logp = F.log_softmax(logits.float(), -1)
     return logp.gather(1, ids[:, 1:][wanted][:, None])[:, 0], logp
+
+
+def update(module, opts, clip=1.0):
+    """One step of the optimisers on the gradients at hand, those of `module` clipped to norm `clip`; returns the norm before that."""
+    norm = torch.nn.utils.clip_grad_norm_(module.parameters(), clip).item()
+    for o in opts:
+        o.step()
+        o.zero_grad(set_to_none=True)
+    return norm
 
 
 def supervised_step(policy, env, batch, opts, budget=12000, clip=1.0):
@@ -247,7 +164,7 @@ def iteration(policy, reference, env, questions, opts, a, generator):
     return batch, advantages.flatten(), correct.float().mean(1).tolist(), stats
 
 
-# ------------------------------------------------------------------------------- what to learn from: GoG-Instruct, curriculum
+# ------------------------------------------------------------------------------- what RL learns from: GoG-Instruct, levels
 
 def pass_rates(policy, env, pool, n=4, temperature=1.0, seed=0, direct=False):
     """Share of n sampled trajectories that are right, for every question; `direct`: when no tool may be used."""
@@ -317,3 +234,286 @@ class Curriculum:
         """Re-score questions by the rollouts just made: an exponential mean of the pass rate."""
         for i, p in zip(indices, rates):
             self.pass_rates[i] += (1 - momentum) * (p - self.pass_rates[i])
+
+
+# ----------------------------------------------------------------------- base model: what it can spell, labels for the eyes
+
+def corpus(seed=0):
+    """Texts that the tokenizer learns to spell from: invented names, questions, passages and numbers. No world's own names are in it."""
+    toy, rng = data.heraldry(f"{seed}/vocabulary", 300), random.Random(f"vocabulary/{seed}")
+    texts = toy.passages(late=True) + [e.blazon for e in toy.pictured()] + [q.text for q in data.questions(toy, data.SFT_MIX + data.RL_MIX, 1500, "vocabulary")]
+    texts += [" " + " ".join(str(rng.randint(0, 99)) for _ in range(8)) for _ in range(3000)]
+    texts += [f" {w}" for w in (*data.TINCTURES, *data.OUTLINES, *data.ORDINARIES, *data.CHARGES)] * 50
+    texts += ["point to the each see look at all want : no not is next yes what this list repeat shows nothing found search failed again bad box more"] * 50
+    return texts + ["What is the capital of the largest neighbour of the flag at the currency calling code internet domain"] * 5
+
+
+PARTS = {  # what can be told about the shield that a cell shows (None: bare wall), how it hangs, and what is beside it
+    "tincture": [None, *data.TINCTURES], "outline": [None, *data.OUTLINES], "ordinary": list(data.ORDINARIES), "ordinary_tincture": list(data.TINCTURES),
+    "charge": list(data.CHARGES), "charge_tincture": list(data.TINCTURES), "count": [1, 2, 3], "row": range(3), "column": range(3), "size": range(3),
+    **{(side, k): [None, *kinds] for side in data.SIDES for k, kinds in enumerate((data.TINCTURES, data.OUTLINES))}}
+TIED = {  # parts that one word tells
+    "tincture": list(data.TINCTURES), "outline": list(data.OUTLINES), "row": data.ROW[1:], "column": data.COLUMN[1:], "size": data.SIZE[1:]}
+
+
+class Sights(torch.utils.data.Dataset):
+    """Pictures with dense labels, on every patch and on every image token: where are the edges of the shield that covers most of it, what is
+    it, how does it hang. Batch i depends on (seed, i) only.
+
+    An item, in numpy (tensors would travel between processes through a socket): pictures uint8 (B, 3, S, S), boxes float (B, P + N, 4) in
+    0..1, labels int (B, P + N, parts), -1 where nothing can be told.
+    """
+
+    def __init__(self, config, seed, size, steps):
+        self.side, self.seed, self.size, self.steps = config.picture, seed, size, steps
+        self.grids = config.picture // config.patch, config.picture // config.patch // config.shuffle
+
+    def __len__(self):
+        return self.steps
+
+    def __getitem__(self, i):
+        rng = random.Random(f"sights/{self.seed}/{i}")
+        return [np.stack(x) for x in zip(*(self.sight(rng) for _ in range(self.size)))]
+
+    def sight(self, rng):
+        least, most, cells, sizes, _ = data.SETTINGS[rng.choices(list(data.SETTINGS), (1, 4, 3, 3, 2))[0]]
+        px = self.side
+        if rng.random() < 0.35:  # as a crop shows it: one shield, nearly as large as the picture, and more or less blurred
+            least, most, cells, sizes, px = 1, 1, 1, (0.8, 1.0), rng.randint(self.side // 3, self.side)
+        towns = [fresh_town(rng) for _ in range(rng.randint(least, most))]
+        scene = data.hang(towns, "shield", rng, cells, sizes)
+        told = np.array([self.tell(town, place, towns, box) for town, place, box in zip(towns, data.relations(scene), scene.boxes)])
+        return gog.to_array(scene.picture(px), self.side), *map(np.concatenate, zip(*(spread(scene.boxes, told, g) for g in self.grids)))
+
+    @staticmethod
+    def tell(town, place, towns, box):
+        """The label of every part of one shield."""
+        beside = {(side, k): towns[place[side]].look.split()[k] if side in place else None for side in data.SIDES for k in (0, 1)}
+        shown = {**vars(town.arms), **place, **beside}
+        label = [kinds.index(shown[part]) for part, kinds in PARTS.items()]
+        return label if box[3] - box[1] >= 35 else label[:2] + [-1] * 5 + label[7:]  # too small to tell the details
+
+
+def spread(boxes, told, grid):
+    """Lay boxes (n, 4) in percent and labels (n, parts) on a grid: every cell gets those of the box that covers most of it, cells without
+    any are bare wall. Returns (grid^2, 4) in 0..1 and (grid^2, parts)."""
+    edge, b = np.arange(grid + 1) / grid, np.array(boxes, np.float32) / 100
+    along = lambda low, high: (np.minimum(high[:, None], edge[1:]) - np.maximum(low[:, None], edge[:-1])).clip(0)  # (n, grid)
+    cover = along(b[:, 1], b[:, 3])[:, :, None] * along(b[:, 0], b[:, 2])[:, None]  # (n, grid, grid)
+    best, none = cover.argmax(0).ravel(), (cover.max(0) * grid**2 < 0.02).ravel()
+    bare = [0, 0] + [-1] * (len(PARTS) - 2)
+    return np.where(none[:, None], 0, b[best]).astype(np.float32), np.where(none[:, None], bare, told[best])
+
+
+def fresh_town(rng, relations=0):
+    """A town that exists for one lesson only, so that nothing about it can be learnt by heart."""
+    facts = {}
+    for _ in range(relations):
+        known = rng.choice(list(data.VALUES))
+        facts[known if rng.random() < 0.5 else data.word(rng).lower()] = data.VALUES[known](rng)
+    return data.Entity.with_arms(data.town_name(rng), facts, data.Arms.draw(rng))
+
+
+def see_step(policy, heads, batch, words, opts):
+    """One step of the eyes' dense loss: L1 of the edges plus cross-entropy of each part, on patches and on image tokens. And the token that
+    shows the leftmost red round shall look like the words "red", "round" and "leftmost" in the decoder's own embedding, so that the decoder
+    finds what it reads about. `words`: {part: ids of its words}."""
+    pictures, boxes, labels = batch
+    patches, tokens = policy.vision(pictures, both=True)
+    out, where, label = torch.cat([heads[0](patches), heads[1](tokens)], 1).flatten(0, 1), boxes.flatten(0, 1), labels.flatten(0, 1)
+    inside = where[:, 2] > 0
+    loss = 25 * (out[inside, :4] - where[inside]).abs().mean()
+    for k, logits in enumerate(out[:, 4:].split([*map(len, PARTS.values())], 1)):
+        loss = loss + F.cross_entropy(logits, label[:, k], ignore_index=-1)
+    shown, tokens = labels[:, patches.shape[1]:].flatten(0, 1), tokens.flatten(0, 1)  # (B*N, parts), (B*N, D)
+    for part, ids in words.items():
+        alike = tokens @ policy.embed_tokens.weight[ids].T / tokens.shape[-1]**0.5  # (B*N, words)
+        alike = torch.cat([torch.zeros_like(alike[:, :1]), alike], 1)  # none of them: bare wall, or in the middle
+        loss = loss + F.cross_entropy(alike, shown[:, list(PARTS).index(part)], ignore_index=-1)
+    loss.backward()
+    return loss.item(), update(policy.vision, opts)
+
+
+# ---------------------------------------------------------------------------------------- base model: lessons in words
+
+
+def look_alike(rng, town):
+    return data.Entity.with_arms(data.town_name(rng), {}, data.Arms.draw(rng, outline=town.arms.outline, tincture=town.arms.tincture))
+
+
+def told(town, depth=1):
+    """A town's arms in the words of a thought: the tincture, the look, or look and detail."""
+    return (town.arms.tincture, town.look, f"{town.look}, {town.detail}")[depth]
+
+
+def gaze(box):
+    return "<gaze> {} {} {} {}</gaze>".format(*box)
+
+
+def say(env, t, question, response, topic=""):
+    """A question of the environment and the response to be learnt; `topic` is what the exam files it under."""
+    t.observe(env.v.encode(question) + [env.v.id["<sep>"]] if question else [])
+    t.act(env.v.encode_turn(response) + [env.v.id["<stop>"]])
+    t.turns.append((topic, response))
+
+
+def wall(env, rng):
+    """A wall to look at, some of its arms look-alikes: (trajectory that shows it, scene)."""
+    least, most, cells, sizes, twins = data.SETTINGS[rng.choices(list(data.SETTINGS), (1, 5, 3, 2, 2))[0]]
+    towns = [fresh_town(rng) for _ in range(rng.randint(least, most))]
+    for i in range(1, min(len(towns), 1 + rng.randint(0, twins))):
+        towns[i] = look_alike(rng, towns[0])
+    scene, t = data.hang(rng.sample(towns, len(towns)), rng.choice(("shield", "shield", "flag", "badge")), rng, cells, sizes), Trajectory(None)
+    t.observe([env.v.id["<bos>"], *env.image], gog.to_array(scene.picture(2 * env.side), env.side))
+    return t, scene
+
+
+def point_lesson(env, rng):
+    """Densely, every object on a wall: its look is said, its box is to be found; look-alikes from left to right."""
+    t, scene = wall(env, rng)
+    looks = [e.look for e in scene.entities]
+    for look in rng.sample(sorted(set(looks)), len(set(looks))):
+        for box in sorted(b for b, l in zip(scene.boxes, looks) if l == look):
+            t.observe(env.v.encode(f"look at {look}"))
+            t.act(env.v.encode_turn(gaze(box)))
+    return t
+
+
+def wall_lesson(env, rng, questions=9):
+    """Every object on a wall asked for once, by an expression: twice, and its box would be copied from the first answer with closed eyes."""
+    t, scene = wall(env, rng)
+    names = data.references(scene)
+    for i in rng.sample(range(len(names)), len(names))[:questions]:
+        if kinds := [k for k in names[i] if k != "detail"]:
+            rare = [k for k in kinds if k in ("order", "size", "neighbour")]
+            ask_about(env, rng, t, scene, i, rng.choice(rare if rare and rng.random() < 0.6 else kinds), names[i])
+    if not t.turns or questions > 1 and rng.random() < 0.4:
+        colour = rng.choice(scene.entities).look.split()[0]
+        say(env, t, f"How many {scene.noun}s are {colour}?", gog.count_aloud(scene, colour), "count")
+    return t
+
+
+def ask_about(env, rng, t, scene, i, kind, names):
+    """Point to object i, or tell its colour or shape, by one kind of expression."""
+    look = scene.entities[i].look
+    lot, thought, k = rng.random(), f"<think> {gog.look_thought(scene, i, kind, look)}</think>", rng.randrange(2)
+    if lot < 0.8 or kind in ("look", ("colour", "shape")[k]):
+        say(env, t, f"point to the {names[kind]}", thought + gaze(scene.boxes[i]), f"iou {kind}")
+    else:
+        say(env, t, f"What is the {('colour', 'shape')[k]} of the {names[kind]}?", f"{thought}<answer> {look.split()[k]}</answer>", "visual")
+
+
+def crop_lesson(env, rng, crops=2):
+    """A crop as a gaze would give it: say what it shows, or whether it shows what is wanted."""
+    t = Trajectory(None)
+    t.observe([env.v.id["<bos>"]])
+    for _ in range(crops):
+        town = fresh_town(rng)
+        t.observe(env.image, gog.to_array(crop(*framed(town, rng)), env.side))
+        if rng.random() < 0.5:
+            say(env, t, "what is this", f"<answer> {town.blazon}</answer>", "caption")
+        else:
+            wanted, seen, verdict = compared(rng, town, 2)
+            say(env, t, f"look at {wanted}", f"<think> want {wanted}, see {seen}: {verdict}</think><answer> {verdict}</answer>", "verify")
+    return t
+
+
+def compared(rng, town, depth):
+    """(what is wanted, what is seen of `town`, "yes" or "no"): the same in half of the cases, else all or just one part of it another."""
+    other, lot = town, rng.random()
+    if lot > 0.5:
+        arms = data.Arms.draw(rng)
+        part = rng.choice(("tincture", "outline", "charge", "charge_tincture", "count")[:(1, 2, 5)[depth]])
+        arms = arms if lot > 0.85 else replace(town.arms, **{part: getattr(arms, part)})
+        other = data.Entity.with_arms("", {}, arms)
+    return told(other, depth), told(town, depth), "yes" if told(other, depth) == told(town, depth) else "no"
+
+
+def framed(town, rng):
+    """A wall with one town's arms, and a box that frames them about as well as a policy would."""
+    scene = data.hang([town], "shield", rng, rng.choice((2, 3, 4)), (0.5, 0.95))
+    x0, y0, x1, y1 = scene.boxes[0]
+    off = [round(rng.gauss(0, 0.04) * side) for side in (x1 - x0, y1 - y0) * 2]
+    return scene.picture(), tuple(min(99, max(0, b + o)) for b, o in zip(scene.boxes[0], off))
+
+
+def text_lesson(env, rng, searches=2):
+    """Read and copy, without pictures, in the forms that tools and thoughts have: passages or hits."""
+    t, search = Trajectory(None), passages if rng.random() < 0.6 else hits
+    t.observe([env.v.id["<bos>"]])
+    for _ in range(searches):
+        search(env, rng, t)
+    return t
+
+
+def passages(env, rng, t):
+    """A text search: two passages, the wanted one mostly first, as the index finds them; the value is to be copied."""
+    facts = [(e.name, r, v) for e in (fresh_town(rng, 2), fresh_town(rng, 2)) for r, v in e.facts.items()]
+    shown = rng.sample(facts, 2)
+    n, r, v = shown[rng.random() < 0.2]
+    text = " | ".join(rng.choice(data.PASSAGES).format(n=n, r=r, v=v) for n, r, v in shown)
+    show(env, t, f"{n} {r}", text)
+    if rng.random() < 0.3:  # nothing but copying, and much of it: this is what forms the circuit
+        say(env, t, "repeat", f"<answer> {text}</answer>")
+    else:
+        say(env, t, "", f"<think> {r} is {v}</think><answer> {v}</answer>", "copy")
+
+
+def hits(env, rng, t):
+    """An image search: two hits; does the first fit, and what is it called?"""
+    towns, depth = [fresh_town(rng), fresh_town(rng)], rng.choice((1, 2))
+    wanted, seen, verdict = compared(rng, towns[0], depth)
+    scores = sorted((rng.randint(30, 99) for _ in towns), reverse=True)
+    show(env, t, f"look at {wanted}", " | ".join(f"{s} {e.name}: {e.blazon}" for s, e in zip(scores, towns)))
+    name = towns[0].name
+    found, answer = (f"yes, {name}", name) if verdict == "yes" else ("no", "no")
+    say(env, t, "", f"<think> want {wanted}, see {seen}: {found}</think><answer> {answer}</answer>", "reflect")
+
+
+def decide_lesson(env, rng, decisions=9):
+    """Nothing but decisions: is it the same, is it more? One bit each, so there must be many."""
+    t = Trajectory(None)
+    t.observe([env.v.id["<bos>"]])
+    for _ in range(decisions):
+        wanted, seen, verdict = compared(rng, fresh_town(rng), rng.randrange(3))
+        a, b = rng.sample(range(100), 2)
+        same = rng.random() < 0.7
+        t.observe(env.v.encode(f"want {wanted}, see {seen}:" if same else f"{a} more than {b}:"))
+        t.act(env.v.encode_turn(f" {verdict}" if same else " yes" if a > b else " no"))
+    return t
+
+
+def show(env, t, query, text):
+    t.observe([*env.v.encode(query), env.v.id["<obs>"], *env.v.encode(text), env.v.id["</obs>"]])
+
+
+LESSONS = {point_lesson: 0.15, wall_lesson: 0.27, crop_lesson: 0.15, text_lesson: 0.33, decide_lesson: 0.1}  # and their shares
+
+
+def exam(policy, env, n, seed="exam"):
+    """The base model on walls, crops and names never seen, one question each, greedy: {topic: (score, count)}. `iou KIND` is the mean
+    IoU of pointing by that kind of expression; every other topic is the share of exact answers."""
+    rng, scores = random.Random(seed), {}
+    for _ in range(0, n, 256):
+        sheet = [make(env, rng, 1) for make in rng.choices((wall_lesson, crop_lesson, text_lesson), (3, 1, 1), k=256)]
+        sheet = [t for t in sheet if t.turns and t.turns[0][0]]
+        prompts = [t.ids[:t.is_action.index(True)] for t in sheet]
+        for t, turn in zip(sheet, gog.respond(policy, env, prompts, [p for t in sheet for p in t.pictures])):
+            topic, wanted = t.turns[0][0], gog.parse(t.turns[0][1]).argument
+            right = data.iou(turn.argument, wanted) if topic[:3] == "iou" and turn.kind == "gaze" else float(turn.argument == wanted)
+            scores.setdefault(topic, []).append(right)
+    return {k: (sum(v) / len(v), len(v)) for k, v in sorted(scores.items())}
+
+
+class Lessons(torch.utils.data.Dataset):
+    """Batch i of the pretraining stream: depends on (seed, i) only, so a resumed run sees what the unbroken one would have seen."""
+
+    def __init__(self, env, seed, size, steps):
+        self.env, self.seed, self.size, self.steps = env, seed, size, steps
+
+    def __len__(self):
+        return self.steps
+
+    def __getitem__(self, i):
+        rng = random.Random(f"lessons/{self.seed}/{i}")
+        return [make(self.env, rng) for make in rng.choices(list(LESSONS), LESSONS.values(), k=self.size)]

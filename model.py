@@ -39,7 +39,7 @@ class ModelConfig:
     width: int = 192  # D
     layers: int = 4
     heads: int = 6  # H
-    kv_heads: int = 1  # K
+    kv_heads: int = 3  # K
     mlp: int = 512
     context: int = 1024  # longest trajectory, in tokens
     rope_base: float = 10000.0

@@ -4,7 +4,7 @@ From the paper: SFT on reflective trajectories, then GRPO on the questions that 
 Here instead: one stage more. `pretrain` makes the base model that the paper takes from the shelf: first the eyes alone, with labels on
     every patch and image token; then, with the eyes held still, lessons in words. A stage whose input is missing runs the one before it first.
 
-Reading order: lessons and exam of the base model -> the four stages -> flags.
+Reading order: the four stages -> flags.
 """
 import argparse
 import difflib
@@ -13,7 +13,7 @@ import random
 import re
 import sys
 import time
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -22,201 +22,15 @@ from tqdm import tqdm
 import data
 import gog
 import grpo
-from gog import Trajectory
-from grpo import PARTS, Sights, fresh_town, see_step, supervised_step
+from grpo import supervised_step
 from model import PRESETS, CheckpointError, ModelConfig, Policy, Run, Vocabulary, atomic, load, number_line, optimisers, save
-from tools import Toolbox, crop
-
-# ---------------------------------------------------------------------------------------------- lessons of the base model
-
-
-def look_alike(rng, town):
-    return data.Entity.with_arms(data.town_name(rng), {}, data.Arms.draw(rng, outline=town.arms.outline, tincture=town.arms.tincture))
-
-
-def told(town, depth=1):
-    """A town's arms in the words of a thought: the tincture, the look, or look and detail."""
-    return (town.arms.tincture, town.look, f"{town.look}, {town.detail}")[depth]
-
-
-def gaze(box):
-    return "<gaze> {} {} {} {}</gaze>".format(*box)
-
-
-def say(env, t, question, response, topic=""):
-    """A question of the environment and the response to be learnt; `topic` is what the exam files it under."""
-    t.observe(env.v.encode(question) + [env.v.id["<sep>"]] if question else [])
-    t.act(env.v.encode_turn(response) + [env.v.id["<stop>"]])
-    t.turns.append((topic, response))
-
-
-def wall(env, rng):
-    """A wall to look at, some of its arms look-alikes: (trajectory that shows it, scene)."""
-    least, most, cells, sizes, twins = data.SETTINGS[rng.choices(list(data.SETTINGS), (1, 5, 3, 2, 2))[0]]
-    towns = [fresh_town(rng) for _ in range(rng.randint(least, most))]
-    for i in range(1, min(len(towns), 1 + rng.randint(0, twins))):
-        towns[i] = look_alike(rng, towns[0])
-    scene, t = data.hang(rng.sample(towns, len(towns)), rng.choice(("shield", "shield", "flag", "badge")), rng, cells, sizes), Trajectory(None)
-    t.observe([env.v.id["<bos>"], *env.image], gog.to_array(scene.picture(2 * env.side), env.side))
-    return t, scene
-
-
-def point_lesson(env, rng):
-    """Densely, every object on a wall: its look is said, its box is to be found; look-alikes from left to right."""
-    t, scene = wall(env, rng)
-    looks = [e.look for e in scene.entities]
-    for look in rng.sample(sorted(set(looks)), len(set(looks))):
-        for box in sorted(b for b, l in zip(scene.boxes, looks) if l == look):
-            t.observe(env.v.encode(f"look at {look}"))
-            t.act(env.v.encode_turn(gaze(box)))
-    return t
-
-
-def wall_lesson(env, rng, questions=9):
-    """Every object on a wall asked for once, by an expression: twice, and its box would be copied from the first answer with closed eyes."""
-    t, scene = wall(env, rng)
-    names = data.references(scene)
-    for i in rng.sample(range(len(names)), len(names))[:questions]:
-        if kinds := [k for k in names[i] if k != "detail"]:
-            rare = [k for k in kinds if k in ("order", "size", "neighbour")]
-            ask_about(env, rng, t, scene, i, rng.choice(rare if rare and rng.random() < 0.6 else kinds), names[i])
-    if not t.turns or questions > 1 and rng.random() < 0.4:
-        colour = rng.choice(scene.entities).look.split()[0]
-        say(env, t, f"How many {scene.noun}s are {colour}?", gog.count_aloud(scene, colour), "count")
-    return t
-
-
-def ask_about(env, rng, t, scene, i, kind, names):
-    """Point to object i, or tell its colour or shape, by one kind of expression."""
-    look = scene.entities[i].look
-    lot, thought, k = rng.random(), f"<think> {gog.look_thought(scene, i, kind, look)}</think>", rng.randrange(2)
-    if lot < 0.8 or kind in ("look", ("colour", "shape")[k]):
-        say(env, t, f"point to the {names[kind]}", thought + gaze(scene.boxes[i]), f"iou {kind}")
-    else:
-        say(env, t, f"What is the {('colour', 'shape')[k]} of the {names[kind]}?", f"{thought}<answer> {look.split()[k]}</answer>", "visual")
-
-
-def crop_lesson(env, rng, crops=2):
-    """A crop as a gaze would give it: say what it shows, or whether it shows what is wanted."""
-    t = Trajectory(None)
-    t.observe([env.v.id["<bos>"]])
-    for _ in range(crops):
-        town = fresh_town(rng)
-        t.observe(env.image, gog.to_array(crop(*framed(town, rng)), env.side))
-        if rng.random() < 0.5:
-            say(env, t, "what is this", f"<answer> {town.blazon}</answer>", "caption")
-        else:
-            wanted, seen, verdict = compared(rng, town, 2)
-            say(env, t, f"look at {wanted}", f"<think> want {wanted}, see {seen}: {verdict}</think><answer> {verdict}</answer>", "verify")
-    return t
-
-
-def compared(rng, town, depth):
-    """(what is wanted, what is seen of `town`, "yes" or "no"): the same in half of the cases, else all or just one part of it another."""
-    other, lot = town, rng.random()
-    if lot > 0.5:
-        arms = data.Arms.draw(rng)
-        part = rng.choice(("tincture", "outline", "charge", "charge_tincture", "count")[:(1, 2, 5)[depth]])
-        arms = arms if lot > 0.85 else replace(town.arms, **{part: getattr(arms, part)})
-        other = data.Entity.with_arms("", {}, arms)
-    return told(other, depth), told(town, depth), "yes" if told(other, depth) == told(town, depth) else "no"
-
-
-def framed(town, rng):
-    """A wall with one town's arms, and a box that frames them about as well as a policy would."""
-    scene = data.hang([town], "shield", rng, rng.choice((2, 3, 4)), (0.5, 0.95))
-    x0, y0, x1, y1 = scene.boxes[0]
-    off = [round(rng.gauss(0, 0.04) * side) for side in (x1 - x0, y1 - y0) * 2]
-    return scene.picture(), tuple(min(99, max(0, b + o)) for b, o in zip(scene.boxes[0], off))
-
-
-def text_lesson(env, rng, searches=2):
-    """Read and copy, without pictures, in the forms that tools and thoughts have: passages or hits."""
-    t, search = Trajectory(None), rng.choice((passages, hits))
-    t.observe([env.v.id["<bos>"]])
-    for _ in range(searches):
-        search(env, rng, t)
-    return t
-
-
-def passages(env, rng, t):
-    """A text search: two passages, the wanted one mostly first, as the index finds them; the value is to be copied."""
-    facts = [(e.name, r, v) for e in (fresh_town(rng, 2), fresh_town(rng, 2)) for r, v in e.facts.items()]
-    shown = rng.sample(facts, 2)
-    n, r, v = shown[rng.random() < 0.2]
-    text = " | ".join(rng.choice(data.PASSAGES).format(n=n, r=r, v=v) for n, r, v in shown)
-    show(env, t, f"{n} {r}", text)
-    if rng.random() < 0.3:  # nothing but copying, and much of it: this is what forms the circuit
-        say(env, t, "repeat", f"<answer> {text}</answer>")
-    else:
-        say(env, t, "", f"<think> {r} is {v}</think><answer> {v}</answer>", "copy")
-
-
-def hits(env, rng, t):
-    """An image search: two hits; does the first fit, and what is it called?"""
-    towns, depth = [fresh_town(rng), fresh_town(rng)], rng.choice((1, 2))
-    wanted, seen, verdict = compared(rng, towns[0], depth)
-    scores = sorted((rng.randint(30, 99) for _ in towns), reverse=True)
-    show(env, t, f"look at {wanted}", " | ".join(f"{s} {e.name}: {e.blazon}" for s, e in zip(scores, towns)))
-    name = towns[0].name
-    found, answer = (f"yes, {name}", name) if verdict == "yes" else ("no", "no")
-    say(env, t, "", f"<think> want {wanted}, see {seen}: {found}</think><answer> {answer}</answer>", "reflect")
-
-
-def decide_lesson(env, rng, decisions=9):
-    """Nothing but decisions: is it the same, is it more? One bit each, so there must be many."""
-    t = Trajectory(None)
-    t.observe([env.v.id["<bos>"]])
-    for _ in range(decisions):
-        wanted, seen, verdict = compared(rng, fresh_town(rng), rng.randrange(3))
-        a, b = rng.sample(range(100), 2)
-        same = rng.random() < 0.7
-        t.observe(env.v.encode(f"want {wanted}, see {seen}:" if same else f"{a} more than {b}:"))
-        t.act(env.v.encode_turn(f" {verdict}" if same else " yes" if a > b else " no"))
-    return t
-
-
-def show(env, t, query, text):
-    t.observe([*env.v.encode(query), env.v.id["<obs>"], *env.v.encode(text), env.v.id["</obs>"]])
-
-
-LESSONS = {point_lesson: 0.2, wall_lesson: 0.28, crop_lesson: 0.17, text_lesson: 0.22, decide_lesson: 0.13}  # and their shares
-
-
-def exam(policy, env, n, seed="exam"):
-    """The base model on walls, crops and names never seen, one question each, greedy: {topic: (score, count)}. `iou KIND` is the mean
-    IoU of pointing by that kind of expression; every other topic is the share of exact answers."""
-    rng, scores = random.Random(seed), {}
-    for _ in range(0, n, 256):
-        sheet = [make(env, rng, 1) for make in rng.choices((wall_lesson, crop_lesson, text_lesson), (3, 1, 1), k=256)]
-        sheet = [t for t in sheet if t.turns and t.turns[0][0]]
-        prompts = [t.ids[:t.is_action.index(True)] for t in sheet]
-        for t, turn in zip(sheet, gog.respond(policy, env, prompts, [p for t in sheet for p in t.pictures])):
-            topic, wanted = t.turns[0][0], gog.parse(t.turns[0][1]).argument
-            right = data.iou(turn.argument, wanted) if topic[:3] == "iou" and turn.kind == "gaze" else float(turn.argument == wanted)
-            scores.setdefault(topic, []).append(right)
-    return {k: (sum(v) / len(v), len(v)) for k, v in sorted(scores.items())}
-
-
-class Lessons(torch.utils.data.Dataset):
-    """Batch i of the pretraining stream: depends on (seed, i) only, so a resumed run sees what the unbroken one would have seen."""
-
-    def __init__(self, env, seed, size, steps):
-        self.env, self.seed, self.size, self.steps = env, seed, size, steps
-
-    def __len__(self):
-        return self.steps
-
-    def __getitem__(self, i):
-        rng = random.Random(f"lessons/{self.seed}/{i}")
-        return [make(self.env, rng) for make in rng.choices(list(LESSONS), LESSONS.values(), k=self.size)]
-
+from tools import Toolbox
 
 # --------------------------------------------------------------------------------------------------------------- stages
 
-def schedule(step, steps, warmup=30, decay=0.7):
-    """Learning-rate factor in 0..1: linear warm-up, flat, linear decay to 0 over the last `decay` of the run (most of what the base
-    model learns, it learns while the rate falls)."""
+def schedule(step, steps, warmup=30, decay=0.9):
+    """Learning-rate factor in 0..1: linear warm-up, flat for a while, linear decay to 0 over the last `decay` of the run (most of what the
+    base model learns, it learns while the rate falls)."""
     return min(1.0, (step + 1) / warmup, (steps - step) / max(1, decay * steps))
 
 
@@ -237,17 +51,17 @@ def pretrain(a):
     """Base model, in two parts: see (what does each patch show?), then words (every lesson at once). Stands in for Qwen-VL."""
     run = Run(a.folder("base"), "pretrain")
     torch.manual_seed(a.seed)
-    v = Vocabulary.learn(data.corpus())
+    v = Vocabulary.learn(grpo.corpus())
     config = ModelConfig(**{**PRESETS[a.preset], "vocab": v.size})
     policy = Policy(config).to(a.device)
     number_line(policy.embed_tokens.weight, [v.word(n) for n in range(100)])
     named = {part: [v.word(w) for w in words] for part, words in grpo.TIED.items()}
-    heads = torch.nn.ModuleList(torch.nn.Linear(w, 4 + sum(map(len, PARTS.values()))) for w in (config.vit_width, config.width)).to(a.device)
+    heads = torch.nn.ModuleList(torch.nn.Linear(w, 4 + sum(map(len, grpo.PARTS.values()))) for w in (config.vit_width, config.width)).to(a.device)
     eyes = [*optimisers(policy.vision.named_parameters(), a.see_lr, a.adam_lr), torch.optim.AdamW([*heads.parameters(), policy.embed_tokens.weight], a.adam_lr, weight_decay=0.0)]
     words = optimisers(((n, p) for n, p in policy.named_parameters() if "vision" not in n or "projector" in n), a.muon_lr, a.adam_lr)
     env = gog.Environment(v, None, config)
-    parts = (("see", a.see_steps, eyes, Sights(config, a.seed, a.see_batch, a.see_steps)),
-             ("words", a.word_steps, words, Lessons(env, a.seed, a.word_batch, a.word_steps)))
+    parts = (("see", a.see_steps, eyes, grpo.Sights(config, a.seed, a.see_batch, a.see_steps)),
+             ("words", a.word_steps, words, grpo.Lessons(env, a.seed, a.word_batch, a.word_steps)))
     start = run.resume([policy, heads], eyes + words).get("step", 0) if a.resume else 0
     bar, before = tqdm(total=sum(n for _, n, *_ in parts), initial=start, desc="pretrain", unit="step"), 0
     for part, steps, opts, lessons in parts:
@@ -256,7 +70,7 @@ def pretrain(a):
             lr = set_lr(opts, (a.see_lr if part == "see" else a.muon_lr, a.adam_lr, a.adam_lr), schedule(at, steps))
             policy.freeze_eyes(part != "see")
             if part == "see":
-                loss, norm = see_step(policy, heads, [torch.from_numpy(x).to(a.device) for x in batch], named, opts)
+                loss, norm = grpo.see_step(policy, heads, [torch.from_numpy(x).to(a.device) for x in batch], named, opts)
             else:
                 loss, norm = supervised_step(policy, env, batch, opts, a.token_budget)
             run.log(step=before + at, part=part, loss=loss, grad_norm=norm, lr=lr, seconds=bar.format_dict["elapsed"])
@@ -269,7 +83,7 @@ def pretrain(a):
     save(policy, run.weights, tokenizer=v.to_text())
     run.curves(("loss", "lr"))
     run.close()
-    began, told = time.time(), exam(policy, env, a.exam)
+    began, told = time.time(), grpo.exam(policy, env, a.exam)
     write_results(a, measure(a, "exam", "base", "lessons", "held-out", told, began))
     print("base model, held-out: " + ", ".join(f"{k} {value:.3f} ({n})" for k, (value, n) in told.items()), file=sys.stderr)
 
@@ -421,11 +235,11 @@ class Args:
     save_every: int = 50  # steps between checkpoints
     see_steps: int = 1950  # of pretraining: the eyes alone
     see_batch: int = 24  # pictures a step
-    word_steps: int = 1700  # every lesson in words
+    word_steps: int = 1750  # every lesson in words
     word_batch: int = 24  # lessons a step
     exam: int = 1536  # held-out questions that the base model is examined with
     see_lr: float = 0.003  # of the eyes' matrices
-    muon_lr: float = 0.005  # of the decoder's matrices
+    muon_lr: float = 0.002  # of the decoder's matrices
     adam_lr: float = 0.002  # of everything else in pretraining
     demos: int = 5750  # trajectories of GoG-Instruct
     wrong_gaze: float = 0.2  # share of demonstrations that begin with a wrong gaze
@@ -488,11 +302,14 @@ def arguments(argv=None):
 
 
 def timed(a, stage):
-    """Run a stage; its minutes and the peak memory of the process so far go to results/stages.csv."""
-    began = time.time()
+    """Run a stage; its minutes and the peak memory of the process so far go to results/stages.csv, where the next run finds what to expect."""
+    path, began = Path(a.results) / "stages.csv", time.time()
+    known = [r for r in gog.read_rows(path) if (r["stage"], r["preset"], r["device"]) == (stage, a.preset, a.device)]
+    expect = f", about {float(known[-1]['minutes']):.0f} minutes (as noted in {path})" if known else ""
+    print(f"{stage}: preset {a.preset}, world {a.world}, seed {a.seed}, on {a.device}{expect}", file=sys.stderr)
     STAGES[stage](a)
     row = dict(stage=stage, preset=a.preset, world=Path(a.world).name, device=a.device, minutes=f"{(time.time() - began) / 60:.1f}", peak_memory_mb=peak_memory(), seed=a.seed)
-    gog.write_rows(Path(a.results) / "stages.csv", [row], ("stage", "preset", "world", "device", "seed"))
+    gog.write_rows(path, [row], ("stage", "preset", "world", "device", "seed"))
     print(f"{stage}: {row['minutes']} minutes, peak memory {row['peak_memory_mb']} MB", file=sys.stderr)
 
 
@@ -510,7 +327,6 @@ def main():
     if a.device == "auto":
         a.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     torch.set_flush_denormal(True)  # a decayed momentum of denormal numbers would slow a CPU down tenfold
-    print(f"{a.stage}: preset {a.preset}, world {a.world}, seed {a.seed}, on {a.device}", file=sys.stderr)
     try:
         data.open_world(a.world, a.seed_world, a.towns)  # a bad world is refused before anything is trained
         order = list(STAGES)
@@ -518,7 +334,7 @@ def main():
             if stage != a.stage and a.weights(stage).is_file():
                 continue
             if stage != a.stage:
-                print(f"{a.weights(stage)} is missing: {stage} runs first.", file=sys.stderr)
+                print(f"{a.stage} needs {a.weights(stage)}, which is missing: {stage} runs first.", file=sys.stderr)
             timed(a, stage)
     except (data.WorldError, CheckpointError) as e:
         print(f"error: {e}", file=sys.stderr)

@@ -9,6 +9,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data  # noqa: E402
 import gog  # noqa: E402
+import grpo  # noqa: E402
 from model import PRESETS, ModelConfig, Policy, Vocabulary  # noqa: E402
 
 
@@ -22,7 +23,7 @@ def no_sockets(monkeypatch):
 
 @pytest.fixture(scope="session")
 def vocabulary():
-    return Vocabulary.learn(data.corpus())
+    return Vocabulary.learn(grpo.corpus())
 
 
 @pytest.fixture(scope="session")

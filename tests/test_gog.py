@@ -144,3 +144,17 @@ def test_a_neighbour_is_found_in_two_true_steps(world):
                 assert {"left of": across < 0, "right of": across > 0, "above": down < 0, "below": down > 0}[side]
                 seen += 1
     assert seen > 20
+
+
+def test_slips_are_shown_but_not_taught(env, world):
+    """Prevents teaching mistakes: of a demonstration that begins with a wrong gaze, the wrong gaze is not trained, the recovery is."""
+    qs = [q for q in data.questions(world, data.SFT_MIX, 300, "slips") if q.kind == "hop1" and q.setting == "normal" and len(q.scene.boxes) > 1]
+    slipped = 0
+    for t in gog.play(env, qs, [gog.expert(q, random.Random(5), wrong_gaze=1.0) for q in qs]):
+        trained = env.v.decode([i for i, own in zip(t.ids, t.is_action) if own])
+        wrong = [box for box, overlap in gog.gazes(t) if overlap < 0.5]
+        right = [box for box, overlap in gog.gazes(t) if overlap >= 0.5]
+        assert not any("<gaze> {} {} {} {}</gaze>".format(*box) in trained for box in wrong)
+        assert t.correct and all("<gaze> {} {} {} {}</gaze>".format(*box) in trained for box in right) and "no, look at" in trained
+        slipped += bool(wrong)
+    assert slipped > 10

@@ -106,7 +106,7 @@ def test_no_shield_is_asked_for_twice(env):
     """Prevents lessons that are learnt with closed eyes: were a shield asked for twice, its box could be copied from the first answer."""
     rng = random.Random(0)
     for _ in range(60):
-        told = env.v.decode(rng.choice((train.wall_lesson, train.point_lesson))(env, rng).ids)
+        told = env.v.decode(rng.choice((grpo.wall_lesson, grpo.point_lesson))(env, rng).ids)
         boxes = re.findall(r"<gaze>([ 0-9]+)</gaze>", told)
         assert len(boxes) == len(set(boxes))
 
@@ -114,7 +114,7 @@ def test_no_shield_is_asked_for_twice(env):
 def test_verdicts_are_true(env):
     """Prevents teaching that unlike is alike: every 'want X, see Y: yes' has X equal to Y, and both verdicts occur."""
     rng, seen = random.Random(0), set()
-    for make in (train.text_lesson, train.crop_lesson, train.decide_lesson) * 60:
+    for make in (grpo.text_lesson, grpo.crop_lesson, grpo.decide_lesson) * 60:
         told = env.v.decode(make(env, rng).ids)
         for wanted, found, verdict in re.findall(r"want ([a-z0-9, ]+?), see ([a-z0-9, ]+?): (yes|no)", told):
             assert (wanted == found) == (verdict == "yes")
