@@ -504,7 +504,8 @@ def poster(t, width=760, line=19):
     """The picture with its gazes beside the turns in words: one image to look at."""
     picture = draw_gazes(t)
     picture.thumbnail((420, 420))
-    lines = [part for text in tell(t).split("\n") for part in textwrap.wrap(text, 96, subsequent_indent=" " * 14, drop_whitespace=False)]
+    told = "".join(c for c in unicodedata.normalize("NFKD", tell(t)) if not unicodedata.combining(c))  # Pillow's own font has no accents
+    lines = [part for text in told.split("\n") for part in textwrap.wrap(text, 96, subsequent_indent=" " * 14, drop_whitespace=False)]
     sheet = Image.new("RGB", (picture.width + width, max(picture.height, line * len(lines) + 20)), "white")
     sheet.paste(picture, (0, 0))
     for i, text in enumerate(lines):
