@@ -242,31 +242,20 @@ def _allowed(v, actions, device):
     return mask[None]
 
 
-def _sample_turn(policy, v, cache, hidden, temperature, allowed, generator, limit=TURN_TOKENS):
-    """Sample one turn for every row: list of (ids, logprobs), stop token included. Rows that have stopped wait, unread; once no more than
-    half are left, these go on in a batch of their own."""
+def _sample_turn(policy, v, cache, hidden, temperature, allowed, generator):
+    """Sample one turn for every row: list of (ids, logprobs), stop token included. Rows that have stopped wait, unread."""
     stop, live = v.id["<stop>"], torch.ones(len(hidden), dtype=torch.bool, device=hidden.device)
-    ids, logprobs, lengths, rest, tails = [], [], torch.zeros(len(hidden), dtype=torch.long, device=hidden.device), [], []
-    for step in range(limit):
+    ids, logprobs, lengths = [], [], torch.zeros(len(hidden), dtype=torch.long, device=hidden.device)
+    for step in range(TURN_TOKENS):
         token, logp = pick(policy.logits(hidden), temperature, allowed, generator)
         ids.append(token), logprobs.append(logp)
         lengths += live
         live = live & (token != stop)
-        if step + 1 == limit or not live.any():
-            break
-        if len(live) >= 16 and 2 * int(live.sum()) <= len(live):
-            rest = live.nonzero()[:, 0]
-            part = cache.take(rest)
-            hidden = policy(token[rest, None], cache=part)[:, 0]
-            tails = _sample_turn(policy, v, part, hidden, temperature, allowed, generator, limit - step - 1)
-            cache.put(rest, part)
+        if step + 1 == TURN_TOKENS or not live.any():
             break
         hidden = policy(token[:, None], cache=cache, valid=live.long())[:, 0]  # a waiting row's slot is overwritten later
     ids, logprobs = torch.stack(ids, 1).tolist(), torch.stack(logprobs, 1).tolist()
-    turns = [(i[:n], p[:n]) for i, p, n in zip(ids, logprobs, lengths.tolist())]
-    for row, (i, p) in zip(rest, tails):
-        turns[row] = turns[row][0] + i, turns[row][1] + p
-    return turns
+    return [(i[:n], p[:n]) for i, p, n in zip(ids, logprobs, lengths.tolist())]
 
 
 # ------------------------------------------------------------------------------------------ scripts: the expert and chance

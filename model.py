@@ -18,7 +18,6 @@ Reading order: configuration -> vocabulary -> layers -> cache -> vision -> polic
 
 Alphabet: B batch, T tokens, P patches, N image tokens a picture, D width, H query heads, K key/value heads, C head width.
 """
-import copy
 import json
 import os
 from dataclasses import asdict, dataclass, fields
@@ -169,16 +168,6 @@ class Cache:
         kept = self.kv.new_zeros(layers, two, len(rows), heads, room, width)
         kept[:, :, :, :, :used] = self.kv[:, :, rows, :, :used]
         self.kv, self.lengths, self.last = kept, self.lengths[rows], self.last[rows]
-
-    def take(self, rows):
-        """A copy of some of the rows, to go on apart; `put` brings them back."""
-        part = copy.copy(self)
-        part.keep(rows)
-        return part
-
-    def put(self, rows, part):
-        used = int(part.lengths.max())
-        self.kv[:, :, rows, :, :used], self.lengths[rows], self.last[rows] = part.kv[:, :, :, :, :used], part.lengths, part.last
 
 
 class Attention(nn.Module):

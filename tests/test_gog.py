@@ -158,24 +158,3 @@ def test_slips_are_shown_but_not_taught(env, world):
         assert t.correct and all("<gaze> {} {} {} {}</gaze>".format(*box) in trained for box in right) and "no, look at" in trained
         slipped += bool(wrong)
     assert slipped > 10
-
-
-def test_rows_that_go_on_apart_are_sampled_as_if_together(policy, vocabulary):
-    """Prevents mixed-up rows when the long turns of a batch are finished in a smaller one: every log-probability equals that of an uncached forward,
-    and what is sampled next from the reassembled cache does, too."""
-    torch.manual_seed(1)
-    allowed = torch.zeros(1, vocabulary.size, dtype=torch.bool)
-    allowed[0, [vocabulary.id["<stop>"], *range(300, 306)]] = True  # about every seventh token ends a turn
-    prompts = torch.randint(300, 400, (40, 9))
-    cache = gog.Cache(policy.config, 40, 200, policy.device, torch.float32)
-    with torch.no_grad():
-        hidden = policy(prompts, cache=cache)[:, -1]
-        turns = gog._sample_turn(policy, vocabulary, cache, hidden, 1.0, allowed, torch.Generator().manual_seed(0), 40)
-        assert len({len(ids) for ids, _ in turns}) > 5  # the batch did fall apart
-        after = policy(torch.tensor([[ids[-1]] for ids, _ in turns]), cache=cache)[:, 0]
-        for prompt, (ids, logprobs), state in zip(prompts, turns, after):
-            assert (ids[-1] == vocabulary.id["<stop>"] or len(ids) == 40) and vocabulary.id["<stop>"] not in ids[:-1]
-            whole = policy(torch.cat([prompt, torch.tensor(ids)])[None])[0]
-            logp = policy.logits(whole).masked_fill(~allowed, float("-inf")).log_softmax(-1)
-            told = logp[8:-1].gather(1, torch.tensor(ids)[:, None])[:, 0]
-            assert torch.allclose(told, torch.tensor(logprobs), atol=1e-4) and torch.allclose(whole[-1], state, atol=1e-4)
