@@ -21,7 +21,6 @@ import random
 import re
 import sys
 import textwrap
-import unicodedata
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -33,7 +32,7 @@ from tqdm import tqdm
 import data
 from data import iou
 from model import Cache, CheckpointError, Vocabulary, atomic, load, pick
-from tools import ImageIndex, TextIndex, Toolbox
+from tools import ImageIndex, TextIndex, Toolbox, unaccented
 
 MAX_TURNS, TURN_TOKENS = 8, 60
 ACTIONS = ("answer", "search", "glance", "gaze")
@@ -89,8 +88,7 @@ class Trajectory:
 
 def normalise(text):
     """Case, accents, punctuation, articles and blanks do not count in an answer."""
-    text = unicodedata.normalize("NFKD", text.casefold())
-    text = "".join(c if c.isalnum() else " " for c in text if not unicodedata.combining(c))
+    text = "".join(c if c.isalnum() else " " for c in unaccented(text.casefold()))
     return " ".join(w for w in text.split() if w not in ("the", "a", "an"))
 
 
@@ -289,7 +287,7 @@ def expert(q, rng, wrong_gaze=0.0, glance_first=0.0):
             slips = ["glance", *slips]
         thought += look_thought(q.scene, target, kind, phrase)
         for k, place in enumerate(slips + places):
-            action = "<glance></glance>" if place == "glance" else "<gaze> {} {} {} {}</gaze>".format(*q.scene.boxes[place])
+            action = "<glance></glance>" if place == "glance" else gaze(q.scene.boxes[place])
             turn = f"<think> {thought}</think>{action}"
             obs = yield from _try(Slip(turn) if k < len(slips) else turn, action)
             name, seen = _best_hit(obs, phrase)
@@ -315,6 +313,10 @@ def expert(q, rng, wrong_gaze=0.0, glance_first=0.0):
         thought = f"{names[0]} {values[0]}, {names[1]} {values[1]}, {values[0]} more than {values[1]}: {'yes' if first else 'no'}"
         values = [names[not first]]
     yield f"<think> {thought.removesuffix(', ')}</think><answer> {values[-1]}</answer>"
+
+
+def gaze(box):
+    return "<gaze> {} {} {} {}</gaze>".format(*box)
 
 
 def look_thought(scene, i, kind, phrase):
@@ -454,7 +456,7 @@ def evaluate(policy, env, questions, row, seed=0, temperature=0.0, progress=None
 
 def read_rows(path):
     """Rows of a csv as dicts; none if there is no such file."""
-    return list(csv.DictReader(path.read_text(encoding="utf-8").splitlines())) if path.is_file() else []
+    return list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8")))) if path.is_file() else []
 
 
 def write_rows(path, rows, key):
@@ -504,7 +506,7 @@ def poster(t, width=760, line=19):
     """The picture with its gazes beside the turns in words: one image to look at."""
     picture = draw_gazes(t)
     picture.thumbnail((420, 420))
-    told = "".join(c for c in unicodedata.normalize("NFKD", tell(t)) if not unicodedata.combining(c))  # Pillow's own font has no accents
+    told = unaccented(tell(t))  # Pillow's own font has no accents
     lines = [part for text in told.split("\n") for part in textwrap.wrap(text, 96, subsequent_indent=" " * 14, drop_whitespace=False)]
     sheet = Image.new("RGB", (picture.width + width, max(picture.height, line * len(lines) + 20)), "white")
     sheet.paste(picture, (0, 0))

@@ -341,13 +341,9 @@ def look_alike(rng, town):
     return data.Entity.with_arms(data.town_name(rng), {}, data.Arms.draw(rng, outline=town.arms.outline, tincture=town.arms.tincture))
 
 
-def told(town, depth=1):
+def told(town, depth):
     """A town's arms in the words of a thought: the tincture, the look, or look and detail."""
     return (town.arms.tincture, town.look, f"{town.look}, {town.detail}")[depth]
-
-
-def gaze(box):
-    return "<gaze> {} {} {} {}</gaze>".format(*box)
 
 
 def say(env, t, question, response, topic=""):
@@ -375,7 +371,7 @@ def point_lesson(env, rng):
     for look in rng.sample(sorted(set(looks)), len(set(looks))):
         for box in sorted(b for b, l in zip(scene.boxes, looks) if l == look):
             t.observe(env.v.encode(f"look at {look}"))
-            t.act(env.v.encode_turn(gaze(box)))
+            t.act(env.v.encode_turn(gog.gaze(box)))
     return t
 
 
@@ -398,7 +394,7 @@ def ask_about(env, rng, t, scene, i, kind, names):
     look = scene.entities[i].look
     lot, thought, k = rng.random(), f"<think> {gog.look_thought(scene, i, kind, look)}</think>", rng.randrange(2)
     if lot < 0.8 or kind in ("look", ("colour", "shape")[k]):
-        say(env, t, f"point to the {names[kind]}", thought + gaze(scene.boxes[i]), f"iou {kind}")
+        say(env, t, f"point to the {names[kind]}", thought + gog.gaze(scene.boxes[i]), f"iou {kind}")
     else:
         say(env, t, f"What is the {('colour', 'shape')[k]} of the {names[kind]}?", f"{thought}<answer> {look.split()[k]}</answer>", "visual")
 

@@ -184,9 +184,14 @@ def best(scores, k):
 LITTLE = [f"{w} {{}}" for w in ("of", "in", "the", "as", "its")] + ["{} has"]  # little words that a query leaves out
 
 
+def unaccented(text):
+    """'Dröse' -> 'Drose'."""
+    return "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
+
+
 def plain(text):
     """Lower case without accents: 'Dröse' and 'DROSE' are the same to a search."""
-    return "".join(c for c in unicodedata.normalize("NFKD", text.lower()) if not unicodedata.combining(c))
+    return unaccented(text.lower())
 
 
 class TextIndex:
