@@ -161,7 +161,7 @@ class Environment:
 # -------------------------------------------------------------------------------------------------------------- rollout
 
 @torch.no_grad()
-def rollout(policy, env, questions, group=1, temperature=1.0, max_turns=MAX_TURNS, schedule=None, generator=None, rows=256, room=640,
+def rollout(policy, env, questions, group=1, temperature=1.0, max_turns=MAX_TURNS, schedule=None, generator=None, rows=256, room=832,
             progress=None):
     """Let the policy answer questions: list of Q * group trajectories, a question's group side by side.
 
@@ -213,11 +213,27 @@ def _rollout_batch(policy, env, questions, group, temperature, max_turns, schedu
 
 @torch.no_grad()
 def respond(policy, env, prompts, pictures):
-    """One greedy turn to each prompt (list of ids): parsed turns."""
+    """One greedy turn to each prompt (list of ids), all at once: parsed turns. `pictures`: of all prompts, in order."""
     cache = Cache(policy.config, len(prompts), max(map(len, prompts)) + TURN_TOKENS, policy.device, policy.embed_tokens.weight.dtype)
     hidden = _feed(policy, env, cache, prompts, pictures)
     sampled = _sample_turn(policy, env.v, cache, hidden, 0.0, _allowed(env.v, ACTIONS, policy.device), None)
     return [parse(env.v.decode(ids[:-1])) for ids, _ in sampled]
+
+
+def misses(policy, env, questions, rows=256):
+    """Where the policy looks in vain though it is told what to look for: for every question, {target: box of a gaze with IoU < 0.5}."""
+    out = [{} for _ in questions]
+    asked = [(i, target, phrase) for i, q in enumerate(questions) if len(q.scene.boxes) > 1 and not q.search_free
+             for target, phrase in zip(q.targets, q.phrases) if "," not in phrase]  # look-alikes must all be looked at, anyway
+    for start in range(0, len(asked), rows):
+        batch = asked[start:start + rows]
+        prompts = [[env.v.id["<bos>"], *env.image, *env.v.encode(f"look at {phrase}")] for *_, phrase in batch]
+        pictures = [to_array(questions[i].scene.picture(), env.side) for i, *_ in batch]
+        for (i, target, _), turn in zip(batch, respond(policy, env, prompts, pictures)):
+            x0, y0, x1, y1 = box = turn.argument if turn.kind == "gaze" else (0, 0, 0, 0)
+            if min(x1 - x0, y1 - y0) >= 3 and iou(box, questions[i].scene.boxes[target]) < 0.5:
+                out[i][target] = box
+    return out
 
 
 def _feed(policy, env, cache, chunks, pictures):
@@ -262,11 +278,12 @@ class Slip(str):
     """A turn with a mistake in it: it is acted out, to show how one recovers from it, but its tokens are not trained."""
 
 
-def expert(q, rng, wrong_gaze=0.0, glance_first=0.0):
+def expert(q, rng, wrong_gaze=0.0, glance_first=0.0, missed=None):
     """The demonstrator, a generator: yields the text of a turn, is sent the observation. It knows boxes and plan, but reads every
     name and value from the tools. After each look it states what it wants and what it sees, and goes on where they differ.
 
-    wrong_gaze: chance to begin at an object that does not fit. glance_first: chance of a useless glance at a crowded wall. Both are slips.
+    missed: {target: box} where somebody looked in vain: it begins there. wrong_gaze: chance to begin at another object that does not
+    fit. glance_first: chance of a useless glance at a crowded wall. All three are slips.
     """
     if q.kind == "count":
         yield count_aloud(q.scene, q.text.split()[-1].strip("?"))
@@ -276,18 +293,20 @@ def expert(q, rng, wrong_gaze=0.0, glance_first=0.0):
         return
     names, values, thought = [], [], ""
     for target, phrase, kind in zip(q.targets, q.phrases, q.expressions):
-        looks, slips, places = [e.look for e in q.scene.entities], [], [target]
+        looks, boxes, slips, places = [e.look for e in q.scene.entities], q.scene.boxes, [], [q.scene.boxes[target]]
         if len(looks) == 1:
             places = ["glance"]
         elif "," in phrase:  # look-alikes: only a gaze can tell, so take them from left to right
-            places = sorted((i for i, l in enumerate(looks) if l == looks[target]), key=lambda i: q.scene.boxes[i][0])
-        elif rng.random() < wrong_gaze and (others := [i for i, l in enumerate(looks) if l != looks[target]]):
+            places = sorted(b for b, l in zip(boxes, looks) if l == looks[target])
+        elif missed and target in missed:
+            slips = [missed[target]]
+        elif rng.random() < wrong_gaze and (others := [b for b, l in zip(boxes, looks) if l != looks[target]]):
             slips = [rng.choice(others)]
         if len(looks) > 1 and rng.random() < glance_first:
             slips = ["glance", *slips]
         thought += look_thought(q.scene, target, kind, phrase)
         for k, place in enumerate(slips + places):
-            action = "<glance></glance>" if place == "glance" else gaze(q.scene.boxes[place])
+            action = "<glance></glance>" if place == "glance" else gaze(place)
             turn = f"<think> {thought}</think>{action}"
             obs = yield from _try(Slip(turn) if k < len(slips) else turn, action)
             name, seen = _best_hit(obs, phrase)

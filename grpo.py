@@ -186,7 +186,8 @@ def instruct(policy, env, world, n=5750, seed=0, wrong_gaze=0.2, glance_first=0.
         rates = pass_rates(policy, env, pool, 4, seed=seed, direct=True)
         kept = [q for q, p in zip(pool, rates) if p < 1]  # the uncertainty filter, N=4: not always right without a tool
         dropped += len(pool) - len(kept)
-        demos = gog.play(env, kept, [gog.expert(q, rng, wrong_gaze, glance_first) for q in kept], progress="expert")
+        missed = gog.misses(policy, env, kept)
+        demos = gog.play(env, kept, [gog.expert(q, rng, wrong_gaze, glance_first, m) for q, m in zip(kept, missed)], progress="expert")
         for t in demos:
             if t.correct and (not gog.gazes(t) or gog.gazes(t)[-1][1] > 0.9):
                 chosen[t.question.search_free].append(t)
@@ -443,16 +444,17 @@ def text_lesson(env, rng, searches=2):
 
 
 def passages(env, rng, t):
-    """A text search: two passages, the wanted one mostly first, as the index finds them; the value is to be copied."""
+    """A text search: two passages, the wanted one mostly first, as the index finds them; its value is to be copied, then the other's."""
     facts = [(e.name, r, v) for e in (fresh_town(rng, 2), fresh_town(rng, 2)) for r, v in e.facts.items()]
     shown = rng.sample(facts, 2)
-    n, r, v = shown[rng.random() < 0.2]
     text = " | ".join(rng.choice(data.PASSAGES).format(n=n, r=r, v=v) for n, r, v in shown)
-    show(env, t, f"{n} {r}", text)
+    wanted = shown[::-1] if rng.random() < 0.2 else shown
+    show(env, t, "{} {}".format(*wanted[0]), text)
     if rng.random() < 0.3:  # nothing but copying, and much of it: this is what forms the circuit
         say(env, t, "repeat", f"<answer> {text}</answer>")
-    else:
-        say(env, t, "", f"<think> {r} is {v}</think><answer> {v}</answer>", "copy")
+        return
+    for n, r, v in wanted:
+        say(env, t, "" if (n, r, v) == wanted[0] else f"{n} {r}", f"<think> {r} is {v}</think><answer> {v}</answer>", "copy")
 
 
 def hits(env, rng, t):

@@ -204,7 +204,7 @@ def evaluate(a):
     row; rows of other runs in that file stay."""
     world, table = data.open_world(a.world, a.seed_world, a.towns), []
     policies = {"base": read_weights(a, a.weights("pretrain")), "sft": read_weights(a, a.weights("sft")), "rl": read_weights(a, a.weights("rl"))}
-    label, known = a.world_label or world.name, gog.make_toolbox(world)
+    label, known = world.name + ("-zero-shot" if a.trained_on else ""), gog.make_toolbox(world)
     for name in (*data.SUITES, *(["own"] if world.own else [])):
         searched, qs = (world, world.own[1::2]) if name == "own" else data.suite(world, name, a.suite_size)
         toolbox = gog.make_toolbox(searched, late=True) if name == "live" else known
@@ -267,11 +267,11 @@ class Args:
     token_budget: int = 2500  # tokens a micro-batch: changes speed and memory, not the update
     name: str = "rl"  # of the policy that rl writes
     suite_size: int = 300  # questions a held-out suite
-    world_label: str = ""  # in results.csv; default the world's name
+    trained_on: str = ""  # eval only: examine the policies of another world (zero-shot); default --world
 
     def folder(self, kind=""):
         """The run folder; the base model knows no world, so all worlds share it."""
-        world = kind or Path(self.world).name
+        world = kind or Path(self.trained_on or self.world).name
         return Path(self.out) if self.out else Path("out") / f"{world}-{self.preset}-{self.seed}"
 
     def weights(self, stage):
@@ -333,6 +333,8 @@ def main():
         for stage in order[:order.index(a.stage) + 1]:
             if stage != a.stage and a.weights(stage).is_file():
                 continue
+            if a.trained_on and stage != "eval":
+                raise CheckpointError(f"{a.weights(stage)} is missing. Run python train.py --stage rl --world {a.trained_on} first, then --stage eval --trained-on")
             if stage != a.stage:
                 print(f"{a.stage} needs {a.weights(stage)}, which is missing: {stage} runs first.", file=sys.stderr)
             timed(a, stage)
