@@ -280,7 +280,8 @@ class Slip(str):
 
 def expert(q, rng, wrong_gaze=0.0, glance_first=0.0, missed=None):
     """The demonstrator, a generator: yields the text of a turn, is sent the observation. It knows boxes and plan, but reads every
-    name and value from the tools. After each look it states what it wants and what it sees, and goes on where they differ.
+    name and value from the tools. First it says what it will look up, in order: the question tells that backwards. After each look it
+    states what it wants and what it sees, and goes on where they differ.
 
     missed: {target: box} where somebody looked in vain: it begins there. wrong_gaze: chance to begin at another object that does not
     fit. glance_first: chance of a useless glance at a crowded wall. All three are slips.
@@ -304,7 +305,7 @@ def expert(q, rng, wrong_gaze=0.0, glance_first=0.0, missed=None):
             slips = [rng.choice(others)]
         if len(looks) > 1 and rng.random() < glance_first:
             slips = ["glance", *slips]
-        thought += look_thought(q.scene, target, kind, phrase)
+        thought += look_thought(q.scene, target, kind, phrase) + (f", next {', '.join(q.chain)}" if q.chain else "")  # the plan
         for k, place in enumerate(slips + places):
             action = "<glance></glance>" if place == "glance" else gaze(place)
             turn = f"<think> {thought}</think>{action}"
@@ -318,13 +319,13 @@ def expert(q, rng, wrong_gaze=0.0, glance_first=0.0, missed=None):
             return  # the tools did not find it: this demonstration is dropped by the check that follows
         names.append(name)
         thought += f"yes, {name}"
-        for relation in q.chain:
+        for relation, after in zip(q.chain, [*q.chain[1:], ""]):
             query = f"<search> {name} {relation}</search>"
             obs = yield from _try(f"<think> {thought}</think>{query}", query)
             name = _read(obs, name, relation)
             if not name:
                 return
-            thought = f"{relation} is {name}"
+            thought = f"{relation} is {name}" + (f", next {after}" if after else "")
         values.append(name)
         thought += ", "
     if q.kind == "compare":

@@ -158,3 +158,34 @@ def test_slips_are_shown_but_not_taught(env, world):
         assert t.correct and all("<gaze> {} {} {} {}</gaze>".format(*box) in trained for box in right) and "no, look at" in trained
         slipped += bool(wrong)
     assert slipped > 10
+
+
+def test_the_plan_names_the_searches_in_order(env, world):
+    """Prevents a plan that misleads: what the first thought lists after "next" is what is then searched for, one relation a search."""
+    qs = [q for q in data.questions(world, data.RL_MIX, 60, "plan") if len(q.chain) > 1]
+    for q, t in zip(qs, gog.play(env, qs, [gog.expert(q, random.Random(0)) for q in qs])):
+        searched = [turn.argument for turn in t.turns if turn.kind == "search"]
+        planned = t.turns[0].thought.partition(", next ")[2].split(", ")
+        assert planned == list(q.chain) == list(dict.fromkeys(r for s in searched for r in q.chain if s.endswith(f" {r}")))
+    assert len(qs) > 10
+
+
+class Pointer:
+    """A policy's stand-in that always looks at one box."""
+    def __init__(self, box):
+        self.box = box
+
+    def __call__(self, policy, env, prompts, pictures):
+        return [gog.Turn("gaze", self.box)] * len(prompts)
+
+
+def test_slips_begin_where_the_policy_looked_in_vain(env, world, policy, monkeypatch):
+    """Prevents recoveries from mistakes that nobody makes: a box is a miss only where it does not lie on the target, and the expert begins right there."""
+    monkeypatch.setattr(gog, "respond", Pointer((0, 0, 30, 30)))
+    qs = [q for q in data.questions(world, data.SFT_MIX, 150, "misses") if q.kind == "hop1" and q.setting == "normal" and len(q.scene.boxes) > 1]
+    missed = gog.misses(policy, env, qs, rows=7)
+    for q, m, t in zip(qs, missed, gog.play(env, qs, [gog.expert(q, random.Random(0), missed=m) for q, m in zip(qs, missed)])):
+        lies_on_target = data.iou((0, 0, 30, 30), q.scene.boxes[q.targets[0]]) >= 0.5
+        assert (m == {}) == lies_on_target and (t.turns[0].argument == (0, 0, 30, 30)) != lies_on_target
+        assert t.correct
+    assert 0 < sum(map(len, missed)) < len(qs)
