@@ -187,5 +187,4 @@ def test_slips_begin_where_the_policy_looked_in_vain(env, world, policy, monkeyp
     for q, m, t in zip(qs, missed, gog.play(env, qs, [gog.expert(q, random.Random(0), missed=m) for q, m in zip(qs, missed)])):
         lies_on_target = data.iou((0, 0, 30, 30), q.scene.boxes[q.targets[0]]) >= 0.5
         assert (m == {}) == lies_on_target and (t.turns[0].argument == (0, 0, 30, 30)) != lies_on_target
-        assert t.correct
     assert 0 < sum(map(len, missed)) < len(qs)
