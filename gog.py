@@ -15,8 +15,6 @@ Provenance is known at birth: `Trajectory.act` appends what the policy sampled (
 wrote (never trained). Token ids are never decoded and encoded again, so training sees exactly what was sampled.
 """
 import argparse
-import csv
-import io
 import random
 import re
 import sys
@@ -31,7 +29,7 @@ from tqdm import tqdm
 
 import data
 from data import iou
-from model import Cache, CheckpointError, Vocabulary, atomic, load, pick
+from model import Cache, CheckpointError, Vocabulary, load, pick
 from tools import ImageIndex, TextIndex, Toolbox, unaccented
 
 MAX_TURNS, TURN_TOKENS = 8, 60
@@ -280,8 +278,8 @@ class Slip(str):
 
 def expert(q, rng, wrong_gaze=0.0, glance_first=0.0, missed=None):
     """The demonstrator, a generator: yields the text of a turn, is sent the observation. It knows boxes and plan, but reads every
-    name and value from the tools. First it says what it will look up, in order: the question tells that backwards. After each look it
-    states what it wants and what it sees, and goes on where they differ.
+    name and value from the tools. Its thoughts are its memory: what is still to be looked up (the question tells that backwards), and
+    what was found of the first of two. After each look it states what it wants and what it sees, and goes on where they differ.
 
     missed: {target: box} where somebody looked in vain: it begins there. wrong_gaze: chance to begin at another object that does not
     fit. glance_first: chance of a useless glance at a crowded wall. All three are slips.
@@ -292,7 +290,7 @@ def expert(q, rng, wrong_gaze=0.0, glance_first=0.0, missed=None):
     if q.search_free:
         yield f"<think> {look_thought(q.scene, q.targets[0], q.expressions[0], q.phrases[0])}</think><answer> {q.answers[0]}</answer>"
         return
-    names, values, thought = [], [], ""
+    names, values, thought, memory = [], [], "", ""
     for target, phrase, kind in zip(q.targets, q.phrases, q.expressions):
         looks, boxes, slips, places = [e.look for e in q.scene.entities], q.scene.boxes, [], [q.scene.boxes[target]]
         if len(looks) == 1:
@@ -305,7 +303,7 @@ def expert(q, rng, wrong_gaze=0.0, glance_first=0.0, missed=None):
             slips = [rng.choice(others)]
         if len(looks) > 1 and rng.random() < glance_first:
             slips = ["glance", *slips]
-        thought += look_thought(q.scene, target, kind, phrase) + (f", next {', '.join(q.chain)}" if q.chain else "")  # the plan
+        thought += look_thought(q.scene, target, kind, phrase) + plan(q.chain) + memory
         for k, place in enumerate(slips + places):
             action = "<glance></glance>" if place == "glance" else gaze(place)
             turn = f"<think> {thought}</think>{action}"
@@ -314,25 +312,31 @@ def expert(q, rng, wrong_gaze=0.0, glance_first=0.0, missed=None):
             thought = f"want {phrase}, see {seen}: "
             if name:
                 break
-            thought += f"no, look at {phrase}"
+            thought += f"no, look at {phrase}" + plan(q.chain) + memory
         else:
             return  # the tools did not find it: this demonstration is dropped by the check that follows
         names.append(name)
-        thought += f"yes, {name}"
-        for relation, after in zip(q.chain, [*q.chain[1:], ""]):
+        thought += f"yes, {name}" + plan(q.chain) + memory
+        for k, relation in enumerate(q.chain):
             query = f"<search> {name} {relation}</search>"
             obs = yield from _try(f"<think> {thought}</think>{query}", query)
             name = _read(obs, name, relation)
             if not name:
                 return
-            thought = f"{relation} is {name}" + (f", next {after}" if after else "")
+            thought = f"{relation} is {name}" + plan(q.chain[k + 1:]) + memory
         values.append(name)
+        memory = f", {names[0]} {values[0]}"
         thought += ", "
     if q.kind == "compare":
         first = int(values[0]) > int(values[1])
-        thought = f"{names[0]} {values[0]}, {names[1]} {values[1]}, {values[0]} more than {values[1]}: {'yes' if first else 'no'}"
+        thought += f"{values[0]} more than {values[1]}: {'yes' if first else 'no'}"
         values = [names[not first]]
     yield f"<think> {thought.removesuffix(', ')}</think><answer> {values[-1]}</answer>"
+
+
+def plan(chain):
+    """What is still to be looked up, in order. Every thought repeats it, so that the next step is never far to seek."""
+    return f", next {', '.join(chain)}" if chain else ""
 
 
 def gaze(box):
@@ -406,13 +410,13 @@ def play(env, questions, scripts, rows=256, progress=None):
                 (t.observe if isinstance(text, Slip) else t.act)(env.v.encode_turn(text) + [env.v.id["<stop>"]])
             goes_on = env.step([t for t, *_ in live], [parse(text) for *_, text in live], [scene for *_, scene, _ in live])
             live = [(t, script, scene, text) for (t, script, scene, _), go in zip(live, goes_on)
-                    if go and (text := _send(script, t.turns[-1].observation))]
+                    if go and (text := send(script, t.turns[-1].observation))]
             if not live:
                 break
     return out
 
 
-def _send(script, observation):
+def send(script, observation):
     try:
         return script.send(observation)
     except StopIteration:
@@ -472,30 +476,6 @@ def evaluate(policy, env, questions, row, seed=0, temperature=0.0, progress=None
         return play(env, questions, [chance(q, rng, words) for q in questions], progress=progress)
     generator = torch.Generator(policy.device).manual_seed(seed)
     return rollout(policy, env, questions, 1, temperature, schedule=SCHEDULES.get(row), generator=generator, progress=progress)
-
-
-def read_rows(path):
-    """Rows of a csv as dicts; none if there is no such file."""
-    return list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8")))) if path.is_file() else []
-
-
-def write_rows(path, rows, key):
-    """Add rows (dicts) to a csv; a row with the same values of `key` is replaced, the others stay."""
-    name = lambda r: [str(r[k]) for k in key]
-    old, new, text = read_rows(path), [name(r) for r in rows], io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows([r for r in old if name(r) not in new] + rows)
-    atomic(path, lambda p: p.write_text(text.getvalue(), encoding="utf-8"))
-
-
-def print_table(table):
-    """Accuracy in percent: rows x suites, and their mean."""
-    accuracy = {(r["row"], r["suite"]): float(r["value"]) for r in table if r["metric"] == "accuracy"}
-    print(f"\n{'accuracy %':<12}" + "".join(f"{s:>8}" for s in (*data.SUITES, "mean")))
-    for row in dict.fromkeys(r["row"] for r in table):
-        values = [100 * accuracy[row, s] for s in data.SUITES]
-        print(f"{row:<12}" + "".join(f"{x:8.1f}" for x in (*values, sum(values) / len(values))))
 
 
 # ---------------------------------------------------------------------------------------------- one picture, one question

@@ -4,11 +4,13 @@ From the paper: SFT on reflective trajectories, then GRPO on the questions that 
 Here instead: one stage more. `pretrain` makes the base model that the paper takes from the shelf: first the eyes alone, with labels on
     every patch and image token; then, with the eyes held still, lessons in words. A stage whose input is missing runs the one before it first.
 
-Reading order: the four stages -> flags.
+Reading order: the four stages -> tables -> flags.
 """
 import argparse
+import csv
 import difflib
 import inspect
+import io
 import random
 import re
 import sys
@@ -185,20 +187,6 @@ def rl(a):
     print(f"best: step {best[1]}, development accuracy {best[0]:.3f}, kept as {run.weights}", file=sys.stderr)
 
 
-COLUMNS = "table row world suite seed metric value n preset device minutes".split()
-ROWS = ("random", "base", "direct", "full-search", "no-gaze", "sft", "rl", "withheld", "oracle")
-
-
-def measure(a, table, row, world, suite, metrics, began):
-    """Rows of results.csv from {metric: (value, number of questions)}."""
-    minutes = f"{(time.time() - began) / 60:.2f}"
-    return [dict(zip(COLUMNS, (table, row, world, suite, a.seed, metric, f"{value:.4f}", n, a.preset, a.device, minutes))) for metric, (value, n) in metrics.items()]
-
-
-def write_results(a, rows):
-    gog.write_rows(Path(a.results) / "results.csv", rows, COLUMNS[:6] + ["preset"])
-
-
 def evaluate(a):
     """Six held-out suites (and a folder world's own questions), every baseline: results/results.csv, one measurement a
     row; rows of other runs in that file stay."""
@@ -216,8 +204,50 @@ def evaluate(a):
             for i, t in enumerate(tries[:2] if row == "rl" else ()):
                 atomic(Path(a.results) / f"{label}-{name}-{i}.png", lambda p: gog.poster(t).save(p, format="PNG"))
     write_results(a, table)
-    gog.print_table(table)
+    print_table(table)
 
+
+# ---------------------------------------------------------------------------------------------------------------- tables
+
+COLUMNS = "table row world suite seed metric value n preset device minutes".split()
+ROWS = ("random", "base", "direct", "full-search", "no-gaze", "sft", "rl", "withheld", "oracle")
+
+
+def read_rows(path):
+    """Rows of a csv as dicts; none if there is no such file."""
+    return list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8")))) if path.is_file() else []
+
+
+def write_rows(path, rows, key):
+    """Add rows (dicts) to a csv; a row with the same values of `key` is replaced, the others stay."""
+    name = lambda r: [str(r[k]) for k in key]
+    old, new, text = read_rows(path), [name(r) for r in rows], io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows([r for r in old if name(r) not in new] + rows)
+    atomic(path, lambda p: p.write_text(text.getvalue(), encoding="utf-8"))
+
+
+def print_table(table):
+    """Accuracy in percent: rows x suites, and their mean."""
+    accuracy = {(r["row"], r["suite"]): float(r["value"]) for r in table if r["metric"] == "accuracy"}
+    print(f"\n{'accuracy %':<12}" + "".join(f"{s:>8}" for s in (*data.SUITES, "mean")))
+    for row in dict.fromkeys(r["row"] for r in table):
+        values = [100 * accuracy[row, s] for s in data.SUITES]
+        print(f"{row:<12}" + "".join(f"{x:8.1f}" for x in (*values, sum(values) / len(values))))
+
+
+def measure(a, table, row, world, suite, metrics, began):
+    """Rows of results.csv from {metric: (value, number of questions)}."""
+    minutes = f"{(time.time() - began) / 60:.2f}"
+    return [dict(zip(COLUMNS, (table, row, world, suite, a.seed, metric, f"{value:.4f}", n, a.preset, a.device, minutes))) for metric, (value, n) in metrics.items()]
+
+
+def write_results(a, rows):
+    write_rows(Path(a.results) / "results.csv", rows, COLUMNS[:6] + ["preset"])
+
+
+# ----------------------------------------------------------------------------------------------------------------- flags
 
 @dataclass
 class Args:
@@ -264,7 +294,7 @@ class Args:
     temperature: float = 1.0  # of rollouts
     eval_every: int = 10  # RL steps between looks at the development split
     show_every: int = 10  # RL steps between printed trajectories
-    token_budget: int = 2500  # tokens a micro-batch: changes speed and memory, not the update
+    token_budget: int = 1000  # tokens a micro-batch: changes speed and memory, not the update (small ones have little padding)
     name: str = "rl"  # of the policy that rl writes
     suite_size: int = 300  # questions a held-out suite
     trained_on: str = ""  # eval only: examine the policies of another world (zero-shot); default --world
@@ -304,12 +334,12 @@ def arguments(argv=None):
 def timed(a, stage):
     """Run a stage; its minutes and the peak memory of the process so far go to results/stages.csv, where the next run finds what to expect."""
     path, began = Path(a.results) / "stages.csv", time.time()
-    known = [r for r in gog.read_rows(path) if (r["stage"], r["preset"], r["device"]) == (stage, a.preset, a.device)]
+    known = [r for r in read_rows(path) if (r["stage"], r["preset"], r["device"]) == (stage, a.preset, a.device)]
     expect = f", about {float(known[-1]['minutes']):.0f} minutes (as noted in {path})" if known else ""
     print(f"{stage}: preset {a.preset}, world {a.world}, seed {a.seed}, on {a.device}{expect}", file=sys.stderr)
     STAGES[stage](a)
     row = dict(stage=stage, preset=a.preset, world=Path(a.world).name, device=a.device, minutes=f"{(time.time() - began) / 60:.1f}", peak_memory_mb=peak_memory(), seed=a.seed)
-    gog.write_rows(path, [row], ("stage", "preset", "world", "device", "seed"))
+    write_rows(path, [row], ("stage", "preset", "world", "device", "seed"))
     print(f"{stage}: {row['minutes']} minutes, peak memory {row['peak_memory_mb']} MB", file=sys.stderr)
 
 
