@@ -219,18 +219,19 @@ def respond(policy, env, prompts, pictures):
 
 
 def misses(policy, env, questions, rows=256):
-    """Where the policy looks in vain though it is told what to look for: for every question, {target: box of a gaze with IoU < 0.5}."""
+    """Where the policy looks in vain when it is asked to point: for every question, {target: (what it takes it for, box of a gaze with IoU < 0.5)}."""
     out = [{} for _ in questions]
-    asked = [(i, target, phrase) for i, q in enumerate(questions) if len(q.scene.boxes) > 1 and not q.search_free
-             for target, phrase in zip(q.targets, q.phrases) if "," not in phrase]  # look-alikes must all be looked at, anyway
+    asked = [(i, target, data.references(q.scene)[target][kind]) for i, q in enumerate(questions) if len(q.scene.boxes) > 1 and not q.search_free
+             for target, kind in zip(q.targets, q.expressions) if kind != "detail"]  # look-alikes must all be looked at, anyway
     for start in range(0, len(asked), rows):
         batch = asked[start:start + rows]
-        prompts = [[env.v.id["<bos>"], *env.image, *env.v.encode(f"look at {phrase}")] for *_, phrase in batch]
+        prompts = [[env.v.id["<bos>"], *env.image, *env.v.encode(f"point to the {expression}"), env.v.id["<sep>"]] for *_, expression in batch]
         pictures = [to_array(questions[i].scene.picture(), env.side) for i, *_ in batch]
         for (i, target, _), turn in zip(batch, respond(policy, env, prompts, pictures)):
             x0, y0, x1, y1 = box = turn.argument if turn.kind == "gaze" else (0, 0, 0, 0)
-            if min(x1 - x0, y1 - y0) >= 3 and iou(box, questions[i].scene.boxes[target]) < 0.5:
-                out[i][target] = box
+            taken_for = re.split("look at |it ", turn.thought)[-1]
+            if taken_for and min(x1 - x0, y1 - y0) >= 3 and iou(box, questions[i].scene.boxes[target]) < 0.5:
+                out[i][target] = taken_for, box
     return out
 
 
@@ -281,8 +282,8 @@ def expert(q, rng, wrong_gaze=0.0, glance_first=0.0, missed=None):
     name and value from the tools. Its thoughts are its memory: what is still to be looked up (the question tells that backwards), and
     what was found of the first of two. After each look it states what it wants and what it sees, and goes on where they differ.
 
-    missed: {target: box} where somebody looked in vain: it begins there. wrong_gaze: chance to begin at another object that does not
-    fit. glance_first: chance of a useless glance at a crowded wall. All three are slips.
+    missed: {target: (what somebody took it for, where they looked in vain)}: it begins there, then reads the picture anew. wrong_gaze: chance to
+    begin at another object that does not fit. glance_first: chance of a useless glance at a crowded wall. All three are slips.
     """
     if q.kind == "count":
         yield count_aloud(q.scene, q.text.split()[-1].strip("?"))
@@ -300,23 +301,22 @@ def expert(q, rng, wrong_gaze=0.0, glance_first=0.0, missed=None):
         elif missed and target in missed:
             slips = [missed[target]]
         elif rng.random() < wrong_gaze and (others := [b for b, l in zip(boxes, looks) if l != looks[target]]):
-            slips = [rng.choice(others)]
+            slips = [(phrase, rng.choice(others))]
         if len(looks) > 1 and rng.random() < glance_first:
-            slips = ["glance", *slips]
-        thought += look_thought(q.scene, target, kind, phrase) + plan(q.chain) + memory
-        for k, place in enumerate(slips + places):
+            slips = [(phrase, "glance"), *slips]
+        for k, (wanted, place) in enumerate([*slips, *((phrase, place) for place in places)]):
+            thought += look_thought(q.scene, target, kind, phrase) if wanted == phrase else f"look at {wanted}"
             action = "<glance></glance>" if place == "glance" else gaze(place)
-            turn = f"<think> {thought}</think>{action}"
+            turn = f"<think> {thought}{plan(q.chain)}{memory}</think>{action}"
             obs = yield from _try(Slip(turn) if k < len(slips) else turn, action)
-            name, seen = _best_hit(obs, phrase)
-            thought = f"want {phrase}, see {seen}: "
+            name, seen = _best_hit(obs, wanted)
+            thought = f"want {wanted}, see {seen}: {'yes' if name else 'no'}, "
             if name:
                 break
-            thought += f"no, look at {phrase}" + plan(q.chain) + memory
-        else:
-            return  # the tools did not find it: this demonstration is dropped by the check that follows
+        if not name or wanted != phrase:
+            return  # the tools did not find it, or found a wrong one that fits: this demonstration is dropped by the check that follows
         names.append(name)
-        thought += f"yes, {name}" + plan(q.chain) + memory
+        thought += name + plan(q.chain) + memory
         for k, relation in enumerate(q.chain):
             query = f"<search> {name} {relation}</search>"
             obs = yield from _try(f"<think> {thought}</think>{query}", query)

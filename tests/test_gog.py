@@ -155,7 +155,7 @@ def test_slips_are_shown_but_not_taught(env, world):
         wrong = [box for box, overlap in gog.gazes(t) if overlap < 0.5]
         right = [box for box, overlap in gog.gazes(t) if overlap >= 0.5]
         assert not any("<gaze> {} {} {} {}</gaze>".format(*box) in trained for box in wrong)
-        assert t.correct and all("<gaze> {} {} {} {}</gaze>".format(*box) in trained for box in right) and "no, look at" in trained
+        assert t.correct and all("<gaze> {} {} {} {}</gaze>".format(*box) in trained for box in right) and ": no, " in trained
         slipped += bool(wrong)
     assert slipped > 10
 
@@ -171,20 +171,25 @@ def test_the_plan_names_the_searches_in_order(env, world):
 
 
 class Pointer:
-    """A policy's stand-in that always looks at one box."""
+    """A policy's stand-in that takes everything for a red round shield, and looks at one box."""
     def __init__(self, box):
         self.box = box
 
     def __call__(self, policy, env, prompts, pictures):
-        return [gog.Turn("gaze", self.box)] * len(prompts)
+        return [gog.Turn("gaze", self.box, "look at red round")] * len(prompts)
 
 
 def test_slips_begin_where_the_policy_looked_in_vain(env, world, policy, monkeypatch):
-    """Prevents recoveries from mistakes that nobody makes: a box is a miss only where it does not lie on the target, and the expert begins right there."""
+    """Prevents recoveries from mistakes that nobody makes: a box is a miss only where it does not lie on the target; the expert begins right
+    there with what the policy took it for, and then reads the picture anew."""
     monkeypatch.setattr(gog, "respond", Pointer((0, 0, 30, 30)))
     qs = [q for q in data.questions(world, data.SFT_MIX, 150, "misses") if q.kind == "hop1" and q.setting == "normal" and len(q.scene.boxes) > 1]
-    missed = gog.misses(policy, env, qs, rows=7)
+    missed, reread = gog.misses(policy, env, qs, rows=7), 0
     for q, m, t in zip(qs, missed, gog.play(env, qs, [gog.expert(q, random.Random(0), missed=m) for q, m in zip(qs, missed)])):
         lies_on_target = data.iou((0, 0, 30, 30), q.scene.boxes[q.targets[0]]) >= 0.5
         assert (m == {}) == lies_on_target and (t.turns[0].argument == (0, 0, 30, 30)) != lies_on_target
-    assert 0 < sum(map(len, missed)) < len(qs)
+        if m and len(t.turns) > 1:
+            assert t.turns[0].thought.startswith("look at red round, next ") and t.turns[1].thought.startswith("want red round, see ")
+            assert t.turns[1].thought.split(", next ")[0].endswith(q.phrases[0])
+            reread += q.phrases[0] != "red round"
+    assert 0 < sum(map(len, missed)) < len(qs) and reread > 5

@@ -111,10 +111,26 @@ def test_no_shield_is_asked_for_twice(env):
         assert len(boxes) == len(set(boxes))
 
 
+def test_errands_can_be_run_with_closed_eyes(env):
+    """Prevents lessons in making things up: without a picture no box may be taught, and every name and value that is must have been read or asked for."""
+    rng, hops = random.Random(0), set()
+    for _ in range(60):
+        t = grpo.errand_lesson(env, rng)
+        read, taught = "", ""
+        for token, is_action in zip(t.ids, t.is_action):
+            read, taught = (read, taught + env.v.decode([token])) if is_action else (read + env.v.decode([token]), taught)
+        assert "<gaze>" not in taught and taught.count("<stop>") == 1 + taught.count("<search>")
+        for said in re.findall(r"<search>(.*?)</search>|yes, (.*?), next|<answer>(.*?)</answer>| is (.*?)(?:,|</think>)", taught):
+            said = next(filter(None, said)).strip()
+            assert said in read or all(part in read for part in (said.split()[0], said.split()[-1]))  # a query joins a name and a relation
+        hops.add(taught.count("<search>"))
+    assert hops == {1, 2, 3, 4, 5}
+
+
 def test_verdicts_are_true(env):
     """Prevents teaching that unlike is alike: every 'want X, see Y: yes' has X equal to Y, and both verdicts occur."""
     rng, seen = random.Random(0), set()
-    for make in (grpo.text_lesson, grpo.crop_lesson, grpo.decide_lesson) * 60:
+    for make in (grpo.text_lesson, grpo.crop_lesson, grpo.decide_lesson, grpo.errand_lesson) * 60:
         told = env.v.decode(make(env, rng).ids)
         for wanted, found, verdict in re.findall(r"want ([a-z0-9, ]+?), see ([a-z0-9, ]+?): (yes|no)", told):
             assert (wanted == found) == (verdict == "yes")
