@@ -121,3 +121,35 @@ def test_presets_have_the_advertised_size():
     """Prevents a preset that drifts from what the README says."""
     count = lambda name: sum(p.numel() for p in Policy(ModelConfig(**PRESETS[name])).parameters()) / 1e6
     assert 2.5 < count("nano") < 4.5 and 25 < count("small") < 45
+
+
+def test_logits_equal_those_of_transformers(policy):
+    """Prevents a model that only looks like Llama and SigLIP: the public implementations, given our weights, give our numbers."""
+    hf = pytest.importorskip("transformers")
+    c = ModelConfig(**{**PRESETS["tiny"], "vocab": 300, "smear": 0, "stem": False})
+    torch.manual_seed(0)
+    ours, ids = Policy(c).eval(), torch.randint(0, 300, (3, 20))
+    weights = ours.state_dict()
+    llama = hf.LlamaForCausalLM(hf.LlamaConfig(
+        vocab_size=c.vocab, hidden_size=c.width, intermediate_size=c.mlp, num_hidden_layers=c.layers, num_attention_heads=c.heads, num_key_value_heads=c.kv_heads,
+        rms_norm_eps=1e-6, rope_theta=c.rope_base, tie_word_embeddings=True, attn_implementation="eager")).eval()
+    renamed = {"model." + (k if "_proj" not in k or "self_attn" in k else ".mlp.".join(k.rsplit(".", 2)[0:1] + [k.split(".", 2)[2]])): w
+               for k, w in weights.items() if not k.startswith("vision")}
+    missing = llama.load_state_dict(renamed, strict=False)
+    assert not missing.unexpected_keys and set(missing.missing_keys) <= {"lm_head.weight"}
+    with torch.no_grad():
+        torch.testing.assert_close(ours.logits(ours(ids)), llama(ids).logits, atol=1e-4, rtol=1e-4)
+
+    siglip = hf.SiglipVisionModel(hf.SiglipVisionConfig(
+        hidden_size=c.vit_width, intermediate_size=4 * c.vit_width, num_hidden_layers=c.vit_layers, num_attention_heads=c.vit_heads, image_size=c.picture,
+        patch_size=c.patch, layer_norm_eps=1e-5, vision_use_head=False, attn_implementation="eager")).eval()
+    theirs, eyes = {}, {k.removeprefix("vision."): w for k, w in weights.items() if k.startswith("vision.")}
+    for k in siglip.state_dict():
+        name = k.removeprefix("vision_model.").replace("encoder.layers", "blocks").replace("self_attn.out_proj", "out_proj").replace("mlp.", "")
+        name = name.replace("embeddings.patch_embedding", "embed").replace("embeddings.position_embedding.weight", "position").replace("post_layernorm", "norm")
+        part = next((i for i, p in enumerate(("q_proj", "k_proj", "v_proj")) if p in name), None)
+        theirs[k] = eyes[name] if part is None else eyes[name.replace(f"self_attn.{'qkv'[part]}_proj", "qkv")].chunk(3)[part]
+    siglip.load_state_dict(theirs)
+    pictures = torch.randint(0, 255, (2, 3, c.picture, c.picture), dtype=torch.uint8)
+    with torch.no_grad():
+        torch.testing.assert_close(ours.vision.patches(pictures), siglip(pictures / 127.5 - 1).last_hidden_state, atol=1e-4, rtol=1e-4)
