@@ -7,7 +7,7 @@ Here instead: an invented world of *heraldry* (towns with coats of arms drawn by
     and facts). What can be known about a question (its targets, phrases and chain) is kept with it: the expert in gog.py lives on that.
 
 Reading order: names -> arms -> entities and worlds -> scenes -> referring expressions -> questions -> suites.
-Boxes are (x0, y0, x1, y1), integers 0..99: percent of the picture's width and height. There is no other box format.
+Boxes are (x0, y0, x1, y1), integers 0..99: percent of the picture's width and height. There is no other box format outside the labels of the eyes.
 """
 import json
 import math
@@ -113,7 +113,7 @@ class Arms:
         return cls(**{**parts, **fixed})
 
     def blazon(self):
-        """(look, ordinary or "", detail), e.g. ("red round", "white bend", "2 gold keys")."""
+        """(look, ordinary or "", detail), e.g. ("red round", "white bend", "2 gold crowns")."""
         plural = {"fish": "", "cross": "es"}.get(self.charge, "s") if self.count > 1 else ""
         return (f"{self.tincture} {self.outline}", f"{self.ordinary_tincture} {self.ordinary}" if self.ordinary else "",
                 f"{self.count} {self.charge_tincture} {self.charge}{plural}")
@@ -148,7 +148,7 @@ class Entity:
     arms: Arms | None = None
     path: Path | None = None
     look: str = ""  # what a glance tells, e.g. 'red round'
-    detail: str = ""  # what only a closer look tells, e.g. '2 gold keys'
+    detail: str = ""  # what only a closer look tells, e.g. '2 gold crowns'
     blazon: str = ""  # the caption that the image index returns; contains look and detail
     aspect: float = 1.0  # width / height
 
@@ -186,7 +186,7 @@ class World:
         return out
 
     def aged(self):
-        """The same world some time after training: among test and late entities every fact has gone to another entity."""
+        """The same world some time after training: among test and late entities the values of every fact have been dealt anew."""
         rng, entities = random.Random(f"{self.seed}/aged"), dict(self.entities)
         names = self.splits["test"] + self.splits["late"]
         for relation in sorted({r for n in names for r in entities[n].facts}):
@@ -215,7 +215,7 @@ def heraldry(seed=0, towns=3000):
     facts = lambda keys: {k: VALUES[k](rng) for k in keys}
     entities = {n: Entity.with_arms(n, {**facts(TOWN_FACTS), "region": rng.choice(regions)}, a) for n, a in zip(names, shields)}
     splits = split_names(names, rng)
-    for group in splits.values():  # a twin is of the same split: no question leads out of its split
+    for group in splits.values():  # a twin is of the same split; a region's capital may be of any, but only its name is read, its arms are not seen
         for n in group:
             entities[n].facts["twin town"] = rng.choice([t for t in group if t != n] or [n])
     for r in regions:
@@ -357,7 +357,7 @@ class Scene:
 
 
 def to_pixels(box, size):
-    """Percent box -> pixel box (x0, y0, x1, y1) inside a picture of `size` (width, height). The only conversion there is."""
+    """Percent box -> pixel box (x0, y0, x1, y1) inside a picture of `size` (width, height). tools.crop does the same, and may not know this file."""
     return tuple(round(v * s / 100) for v, s in zip(box, 2 * tuple(size)))
 
 
@@ -505,8 +505,8 @@ def ask(world, kind, setting, split, rng):
     phrases = tuple(f"{e.look}, {e.detail}" if k == "detail" else e.look for e, (k, _) in zip(found, pick))
     made = lambda text, answer, chain=(): Question(text, (answer,), scene, kind, setting, tuple(targets), phrases, chain, tuple(k for k, _ in pick))
     if kind in VISUAL:
-        usable = not (kind == "shape" and world.noun != "shield") and pick[0][0] not in ("look", kind)
-        return made(f"What is the {kind} of the {pick[0][1]}?", target.look.split()[VISUAL.index(kind)]) if usable or len(shown) == 1 else None
+        told = pick[0][0] in ("look", kind)  # the question would contain its answer
+        return made(f"What is the {kind} of the {pick[0][1]}?", target.look.split()[VISUAL.index(kind)]) if not told and (kind == "colour" or world.noun == "shield") else None
     if kind == "name":
         return made(f"What is the name of the {pick[0][1]}?", target.name)
     if kind == "compare":
@@ -531,10 +531,14 @@ def count_relation(world):
 
 
 def questions(world, mix, n, seed, split=("train",)):
-    """`n` questions drawn from a mix of (kind, setting, weight). Same arguments, same questions."""
+    """`n` questions drawn from a mix of (kind, setting, weight). Same arguments, same questions. WorldError if the world has none of these kinds."""
     rng = random.Random(f"{world.name}/{world.seed}/{seed}")
-    out = []
+    out, lots = [], 0
     while len(out) < n:
+        lots += 1
+        if lots > 60 and not out:
+            raise WorldError(f"{world.name}: no question of {', '.join(sorted({f'{k} ({s})' for k, s, _ in mix}))} can be asked about the {'/'.join(split)} entities. "
+                             "Add entities, or facts whose values are other entities' names")
         kind, setting, _ = rng.choices(mix, [w for *_, w in mix])[0]
         tries = (ask(world, kind, setting, split, rng) for _ in range(50))  # of the same kind, so that rare luck does not bend the mix
         out += islice(filter(None, tries), 1)
@@ -542,6 +546,6 @@ def questions(world, mix, n, seed, split=("train",)):
 
 
 def suite(world, name, n=300):
-    """A held-out suite: (world to search in, whether late entities are indexed, questions)."""
+    """A held-out suite: (world to search in, questions)."""
     searched = world.aged() if name == "live" else world
     return searched, questions(searched, SUITES[name], n, f"suite/{name}", ("test", "late") if name == "live" else ("test",))

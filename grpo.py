@@ -9,7 +9,8 @@ Here instead, numbered:
      turn lambda = 0.1 into a full +-1.
   3. One update a batch, so the ratio is 1 and the clip never binds (the loss is the general one).
   4. The loss hovers at 0 however well it goes: advantages of a group sum to 0. Watch accuracy and entropy instead.
-  5. `adaptive`: questions are drawn by their current pass rate p, with weight p(1-p): re-scored while the policy changes.
+  5. `adaptive`, the default: questions are drawn by their current pass rate p, with weight 0.02 + p(1-p), re-scored while the policy changes:
+     what is too easy or too hard now teaches nothing now. `level2` is the paper's curriculum.
   6. A base model of our own, where the paper takes one from the shelf: labels for the eyes, lessons in words, an exam.
 
 Reading order: reward and advantage -> policy loss -> batches and steps -> what RL learns from: GoG-Instruct, levels, curriculum -> the base
@@ -41,7 +42,7 @@ def group_advantages(rewards, correct, normalise="std"):
     """Advantages (Q, G) of rewards (Q, G), and which groups are alive (Q,): those with both right and wrong answers.
 
     A = (r - mean) / std over the group ("std", the paper) or r - mean ("mean": an easy or hard question weighs no more than another).
-    Dead groups get exactly 0; they are found by max == min, since a standard deviation of equal floats need not be 0.
+    Dead groups get exactly 0; they are found by `correct`, since a standard deviation of equal floats need not be 0.
     """
     alive = correct.any(1) & ~correct.all(1)
     centred = rewards - rewards.mean(1, keepdim=True)
@@ -72,7 +73,7 @@ def micro_batches(trajectories, budget, pad):
     """Sort by length and cut into batches of at most `budget` tokens, so that little is padding. Yields (indices, ids, trained, pictures)."""
     order = sorted(range(len(trajectories)), key=lambda i: len(trajectories[i].ids))
     while order:
-        longest, n = len(trajectories[order[-1]].ids), 1
+        longest = len(trajectories[order[-1]].ids)
         n = max(1, min(len(order), budget // longest))
         part, order = order[-n:], order[:-n]
         ids = torch.full((n, longest), pad)
@@ -87,15 +88,15 @@ def micro_batches(trajectories, budget, pad):
 
 
 def token_logprobs(policy, env, ids, trained, pictures, temperature=1.0):
-    """Log-probability of every trained token, flat (M,), and the entropy there. The one mask rule of SFT and RL."""
+    """Log-probability of every trained token, flat (M,), and of every other choice there, (M, vocab). The one mask rule of SFT and RL."""
     device = policy.device
     ids, trained = ids.to(device), trained.to(device)
     hidden = policy(ids, pictures.to(device) if pictures is not None else None, env.image[0])
     wanted = trained[:, 1:]  # token t is predicted at position t - 1
     logits = policy.logits(hidden[:, :-1][wanted])
     logits = logits.masked_fill(~torch.tensor(env.v.sampleable, device=device), float("-inf")) / temperature
-    logp = F.log_softmax(logits.float(), -1)
-    return logp.gather(1, ids[:, 1:][wanted][:, None])[:, 0], logp
+    all_logp = F.log_softmax(logits.float(), -1)
+    return all_logp.gather(1, ids[:, 1:][wanted][:, None])[:, 0], all_logp
 
 
 def update(module, opts, clip=1.0):
@@ -176,11 +177,12 @@ def pass_rates(policy, env, pool, n=4, temperature=1.0, seed=0, direct=False):
 
 def instruct(policy, env, world, n=5750, seed=0, wrong_gaze=0.2, glance_first=0.05):
     """GoG-Instruct: `n` expert trajectories, 43.5 % of them search-free, of questions that survive the filter; every one is
-    checked: the answer is right, and the last gaze of each search lies on a target."""
+    checked: the answer is right, and the last gaze lies on a target."""
     quota = {True: round(0.435 * n), False: n - round(0.435 * n)}
-    chosen, asked, dropped, rng = {True: [], False: []}, 0, 0, random.Random(f"expert/{seed}")
+    chosen, drawn, asked, dropped, rng = {True: [], False: []}, 0, 0, 0, random.Random(f"expert/{seed}")
     while any(len(chosen[free]) < quota[free] for free in quota):
-        pool = data.questions(world, data.SFT_MIX, n // 2, f"sft/{seed}/{asked}")
+        pool = data.questions(world, data.SFT_MIX, n // 2 + 8, f"sft/{seed}/{drawn}")
+        drawn += len(pool)
         pool = [q for q in pool if len(chosen[q.search_free]) < quota[q.search_free]]
         asked += len(pool)
         rates = pass_rates(policy, env, pool, 4, seed=seed, direct=True)
@@ -191,8 +193,8 @@ def instruct(policy, env, world, n=5750, seed=0, wrong_gaze=0.2, glance_first=0.
         for t in demos:
             if t.correct and (not gog.gazes(t) or gog.gazes(t)[-1][1] > 0.9):
                 chosen[t.question.search_free].append(t)
-        if asked > 20 * n:
-            raise SystemExit("the base model answers nearly every question of one kind without tools: no demonstrations are left")
+        if drawn > 40 * n + 400:
+            raise data.WorldError("the base model answers nearly every question of one kind without tools: no demonstrations are left. Ask for fewer --demos")
     demos = chosen[True][:quota[True]] + chosen[False][:quota[False]]
     random.Random(f"shuffle/{seed}").shuffle(demos)
     print(f"GoG-Instruct: {len(demos)} trajectories of {asked} questions asked, {dropped} dropped by the uncertainty filter; "
@@ -201,7 +203,7 @@ def instruct(policy, env, world, n=5750, seed=0, wrong_gaze=0.2, glance_first=0.
 
 
 def level(p):
-    """Complexity level of a pass rate p in [0, 1]: 0 easy (above 1/2), 1 about a half, 2 hard (below 1/2, the paper trains on these)."""
+    """Complexity level of a pass rate p in [0, 1]: 0 easy (above 5/8), 1 about a half, 2 hard (below 1/2, the paper trains on these)."""
     return 2 if p < 0.5 else 1 if p <= 0.625 else 0
 
 
@@ -209,7 +211,7 @@ def level(p):
 class Curriculum:
     """Which question comes next. mode: "level1", "level2", "all", "learnable" (0 < p < 1/2) or "adaptive"."""
     pass_rates: list
-    mode: str = "level2"
+    mode: str = "adaptive"
     seed: int = 0
     rng: random.Random = None
     queue: list = field(default_factory=list)
@@ -220,7 +222,7 @@ class Curriculum:
         keep = wanted.get(self.mode, lambda p: True)
         self.pool = [i for i, p in enumerate(self.pass_rates) if keep(p)]
         if not self.pool:
-            raise ValueError(f"no question is left for curriculum {self.mode!r}: use --curriculum all")
+            raise data.WorldError(f"no question is left for --curriculum {self.mode}: use --curriculum all")
 
     def draw(self, n):
         """Indices of the next n questions: reshuffled passes over the pool, or by lot with weight p(1-p) when adaptive."""

@@ -4,7 +4,7 @@
     token ids         -> embedding ----------------------------------------------------^  -> Llama decoder -> logits
 
 From the paper: nothing but the role. The authors fine-tune Qwen2.5-VL-7B and Qwen3-VL-8B.
-Here instead: 3 M parameters (`nano`) or 30 M (`small`), same shapes and parameter names as the public Llama/SigLIP family (RMSNorm,
+Here instead: 3 M parameters (`nano`) or 37 M (`small`), same shapes and parameter names as the public Llama/SigLIP family (RMSNorm,
     RoPE, grouped-query attention, SwiGLU, tied embeddings), so that an independent implementation can check our logits.
 Three additions that a small model on a small budget is glad of; the first two can be switched off in the configuration:
   1. A convolutional stem: edges are cheaper to convolve than to discover (two minutes of dense labels: IoU of the patches' boxes 0.66
