@@ -65,6 +65,8 @@ CHATTER = ("Travellers praise the bridges of {n}.", "The market of {n} opens at 
 TINCTURES = {"red": (204, 32, 44), "blue": (36, 74, 190), "green": (32, 138, 66), "purple": (132, 52, 150),
              "black": (28, 28, 34), "gold": (238, 190, 40), "white": (244, 244, 240)}
 METALS = ("gold", "white")  # the heralds' rule of tincture: metal on colour or colour on metal, so that it can be seen
+
+
 def arc(x, y, rx, ry, start=0, end=360, n=36):
     """Points on an ellipse around (x, y), from one angle to another (degrees, clockwise as y points down)."""
     angles = [math.radians(start + (end - start) * i / n) for i in range(n + 1)]
@@ -492,8 +494,7 @@ def ask(world, kind, setting, split, rng):
     names, named = references(scene), [e.name for e in scene.entities]
     if kind == "count":
         colour = rng.choice(shown).look.split()[0]
-        n = sum(e.look.split()[0] == colour for e in shown)
-        return Question(f"How many {scene.noun}s are {colour}?", (str(n),), scene, kind, setting)
+        return Question(f"How many {scene.noun}s are {colour}?", (str(sum(e.look.split()[0] == colour for e in shown)),), scene, kind, setting)
     targets = [named.index(target.name)]
     if kind == "compare":
         other = [i for i in range(len(shown)) if i != targets[0] and scene.entities[i].facts.get(count_relation(world))]
@@ -532,16 +533,12 @@ def count_relation(world):
 
 def questions(world, mix, n, seed, split=("train",)):
     """`n` questions drawn from a mix of (kind, setting, weight). Same arguments, same questions. WorldError if the world has none of these kinds."""
-    rng = random.Random(f"{world.name}/{world.seed}/{seed}")
-    out, lots = [], 0
+    rng, out, lots = random.Random(f"{world.name}/{world.seed}/{seed}"), [], 0
     while len(out) < n:
-        lots += 1
-        if lots > 60 and not out:
-            raise WorldError(f"{world.name}: no question of {', '.join(sorted({f'{k} ({s})' for k, s, _ in mix}))} can be asked about the {'/'.join(split)} entities. "
-                             "Add entities, or facts whose values are other entities' names")
+        if (lots := lots + 1) > 60 and not out:
+            raise WorldError(f"{world.name}: no question of {', '.join(sorted({f'{k} ({s})' for k, s, _ in mix}))} can be asked. Add entities, or facts that lead from one to another")
         kind, setting, _ = rng.choices(mix, [w for *_, w in mix])[0]
-        tries = (ask(world, kind, setting, split, rng) for _ in range(50))  # of the same kind, so that rare luck does not bend the mix
-        out += islice(filter(None, tries), 1)
+        out += islice(filter(None, (ask(world, kind, setting, split, rng) for _ in range(50))), 1)  # of the same kind, or rare luck would bend the mix
     return out
 
 

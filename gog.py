@@ -5,7 +5,16 @@ One turn of the policy:   [<think> text </think>]  exactly one action  <stop>
     <search> query </search>          text search
     <glance></glance>                 search with the whole picture
     <gaze> x0 y0 x1 y1</gaze>         crop (percent of the picture, 0..99), look at the crop, and search with it
-The environment answers <obs> [crop] text </obs>, and so on, until an answer or the last turn.
+The environment answers <obs> [crop] text </obs>, and so on, until an answer or the last turn. One whole trajectory:
+    What is the river of the twin town of the leftmost shield?
+    <think> look at red round, next twin town, river</think><gaze> 3 36 30 63</gaze>
+        [crop] 97 Brenna: red round, gold bend, 2 white crowns | 84 Old Vosk: red round, gold bend, 2 white rings
+    <think> want red round, see red round: yes, Brenna, next twin town, river</think><search> Brenna twin town</search>
+        In Brenna the twin town is Karvel Ost. | The twin town of Dröse is Brenna.
+    <think> twin town is Karvel Ost, next river</think><search> Karvel Ost river</search>
+        As for the river, chronicles of Karvel Ost name Ilm. | The ruler of Karvel Ost is Te Gal IV.
+    <think> river is Ilm</think><answer> Ilm</answer>
+Had the crop shown a blue square: <think> want red round, see blue square: no, look at red round, next twin town, river</think><gaze> ...
 
 From the paper: Selective Gaze, four actions, one a turn; reflection after a wrong gaze; full-search, direct and no-gaze baselines.
 Here instead: exact match, where the paper asks an LLM judge; a program as the expert, where the paper filters a strong model's
@@ -57,6 +66,7 @@ class Trajectory:
     logprobs: list = field(default_factory=list)  # of sampled tokens under the sampling policy, 0 elsewhere
     pictures: list = field(default_factory=list)  # uint8 (3, S, S)
     turns: list = field(default_factory=list)
+    lesson: list = field(default_factory=list)  # of a lesson of the base model: (topic, response) of everything asked
     truncated: bool = False  # a turn or the context was too long
 
     def observe(self, ids, picture=None):
@@ -193,7 +203,7 @@ def _rollout_batch(policy, env, questions, group, temperature, max_turns, schedu
             t.act(ids, logprobs)
         stop = env.v.id["<stop>"]
         turns = [parse(env.v.decode(ids[:-1]) if ids[-1] == stop else "<") for ids, _ in sampled]
-        before = [len(t.ids) for t in live]
+        after_stop = [len(t.ids) for t in live]
         goes_on = env.step(live, turns, scenes)
         for i, (t, (ids, _)) in enumerate(zip(live, sampled)):
             if ids[-1] != stop or (goes_on[i] and len(t.ids) + TURN_TOKENS >= room):
@@ -201,9 +211,9 @@ def _rollout_batch(policy, env, questions, group, temperature, max_turns, schedu
         keep = [i for i, go in enumerate(goes_on) if go]
         if not keep or turn + 1 == max_turns:
             break
-        live, scenes, before = [live[i] for i in keep], [scenes[i] for i in keep], [before[i] for i in keep]
+        live, scenes, after_stop = [live[i] for i in keep], [scenes[i] for i in keep], [after_stop[i] for i in keep]
         cache.keep(torch.tensor(keep, device=policy.device))
-        new = [t.ids[b - 1:] for t, b in zip(live, before)]  # the stop token has been sampled but not yet read
+        new = [t.ids[b - 1:] for t, b in zip(live, after_stop)]  # the stop token has been sampled but not yet read
         crops = [t.pictures[-1] for t, ids in zip(live, new) if env.image[0] in ids]
         hidden = _feed(policy, env, cache, new, crops)
     return done
@@ -293,38 +303,19 @@ def expert(q, rng, wrong_gaze=0.0, glance_first=0.0, missed=None):
         return
     names, values, thought, memory = [], [], "", ""
     for target, phrase, kind in zip(q.targets, q.phrases, q.expressions):
-        looks, boxes, slips, places = [e.look for e in q.scene.entities], q.scene.boxes, [], [q.scene.boxes[target]]
-        if len(looks) == 1:
-            places = ["glance"]
-        elif "," in phrase:  # look-alikes: only a gaze can tell, so take them from left to right
-            places = sorted(b for b, l in zip(boxes, looks) if l == looks[target])
-        elif missed and target in missed:
-            slips = [missed[target]]
-        elif rng.random() < wrong_gaze and (others := [b for b, l in zip(boxes, looks) if l != looks[target]]):
-            slips = [(phrase, rng.choice(others))]
-        if len(looks) > 1 and rng.random() < glance_first:
-            slips = [(phrase, "glance"), *slips]
-        for k, (wanted, place) in enumerate([*slips, *((phrase, place) for place in places)]):
-            thought += look_thought(q.scene, target, kind, phrase) if wanted == phrase else f"look at {wanted}"
-            action = "<glance></glance>" if place == "glance" else gaze(place)
-            turn = f"<think> {thought}{plan(q.chain)}{memory}</think>{action}"
-            obs = yield from _try(Slip(turn) if k < len(slips) else turn, action)
-            name, seen = _best_hit(obs, wanted)
-            thought = f"want {wanted}, see {seen}: {'yes' if name else 'no'}, "
-            if name:
-                break
-        if not name or wanted != phrase:
+        slip = missed[target] if missed and target in missed else None
+        name, thought = yield from _find(q, target, phrase, kind, rng, slip, wrong_gaze, glance_first, thought, memory)
+        if not name:
             return  # the tools did not find it, or found a wrong one that fits: this demonstration is dropped by the check that follows
-        names.append(name)
-        thought += name + plan(q.chain) + memory
+        value = name
         for k, relation in enumerate(q.chain):
-            query = f"<search> {name} {relation}</search>"
+            query = f"<search> {value} {relation}</search>"
             obs = yield from _try(f"<think> {thought}</think>{query}", query)
-            name = _read(obs, name, relation)
-            if not name:
+            value = _read(obs, value, relation)
+            if not value:
                 return
-            thought = f"{relation} is {name}" + plan(q.chain[k + 1:]) + memory
-        values.append(name)
+            thought = f"{relation} is {value}" + plan(q.chain[k + 1:]) + memory
+        names.append(name), values.append(value)
         memory = f", {names[0]} {values[0]}"
         thought += ", "
     if q.kind == "compare":
@@ -332,6 +323,31 @@ def expert(q, rng, wrong_gaze=0.0, glance_first=0.0, missed=None):
         thought += f"{values[0]} more than {values[1]}: {'yes' if first else 'no'}"
         values = [names[not first]]
     yield f"<think> {thought.removesuffix(', ')}</think><answer> {values[-1]}</answer>"
+
+
+def _find(q, target, phrase, kind, rng, slip, wrong_gaze, glance_first, thought, memory):
+    """The expert's looks at one target, slips first, until a hit fits what is wanted: returns (its name or None, what to think next)."""
+    looks, boxes, slips, places = [e.look for e in q.scene.entities], q.scene.boxes, [], [q.scene.boxes[target]]
+    if len(looks) == 1:
+        places = ["glance"]
+    elif "," in phrase:  # look-alikes: only a gaze can tell, so take them from left to right
+        places = sorted(b for b, l in zip(boxes, looks) if l == looks[target])
+    elif slip:
+        slips = [slip]
+    elif rng.random() < wrong_gaze and (others := [b for b, l in zip(boxes, looks) if l != looks[target]]):
+        slips = [(phrase, rng.choice(others))]
+    if len(looks) > 1 and rng.random() < glance_first:
+        slips = [(phrase, "glance"), *slips]
+    for k, (wanted, place) in enumerate([*slips, *((phrase, place) for place in places)]):
+        thought += look_thought(q.scene, target, kind, phrase) if wanted == phrase else f"look at {wanted}"
+        action = "<glance></glance>" if place == "glance" else gaze(place)
+        turn = f"<think> {thought}{plan(q.chain)}{memory}</think>{action}"
+        obs = yield from _try(Slip(turn) if k < len(slips) else turn, action)
+        name, seen = _best_hit(obs, wanted)
+        thought = f"want {wanted}, see {seen}: {'yes' if name else 'no'}, "
+        if name:
+            break
+    return (name if wanted == phrase else None), f"{thought}{name}{plan(q.chain)}{memory}"
 
 
 def plan(chain):
@@ -448,7 +464,11 @@ def wrong_gaze_then(t):
 
 
 def behaviour(trajectories):
-    """Glossary of what a policy does: {metric: value}, over a list of trajectories. Shares are 0..1."""
+    """What a policy does: {metric: value}, over a list of trajectories. Shares are 0..1, of trajectories or (action_share) of turns.
+
+    no / single / mixed_search: none, one kind or several kinds of tool; gaze_correct: gazes with IoU >= 0.5 with a target; target_found: some
+    gaze of the trajectory had; reflection: vain gazes that a gaze elsewhere follows; truncated: ended without an answer.
+    """
     n = max(1, len(trajectories))
     mean = lambda values: float(np.mean(values)) if len(values) else float("nan")
     kinds = [{t.kind for t in x.turns} & {"search", "glance", "gaze"} for x in trajectories]

@@ -295,7 +295,7 @@ class Sights(torch.utils.data.Dataset):
         beside = {(side, k): towns[place[side]].look.split()[k] if side in place else None for side in data.SIDES for k in (0, 1)}
         shown = {**vars(town.arms), **place, **beside}
         label = [kinds.index(shown[part]) for part, kinds in PARTS.items()]
-        return label if box[3] - box[1] >= 35 else label[:2] + [-1] * 5 + label[7:]  # too small to tell the details
+        return label if box[3] - box[1] >= 35 else label[:2] + [-1] * 5 + label[7:]  # too small to tell ordinary, charge, count
 
 
 def spread(boxes, told, grid):
@@ -318,10 +318,10 @@ def fresh_town(rng, relations=0):
     return data.Entity.with_arms(data.town_name(rng), facts, data.Arms.draw(rng))
 
 
-def see_step(policy, heads, batch, words, opts):
+def see_step(policy, heads, batch, word_ids, opts):
     """One step of the eyes' dense loss: L1 of the edges plus cross-entropy of each part, on patches and on image tokens. And the token that
     shows the leftmost red round shall look like the words "red", "round" and "leftmost" in the decoder's own embedding, so that the decoder
-    finds what it reads about. `words`: {part: ids of its words}."""
+    finds what it reads about. `word_ids`: {part: ids of its words}."""
     pictures, boxes, labels = batch
     patches, tokens = policy.vision(pictures, both=True)
     out, where, label = torch.cat([heads[0](patches), heads[1](tokens)], 1).flatten(0, 1), boxes.flatten(0, 1), labels.flatten(0, 1)
@@ -330,9 +330,9 @@ def see_step(policy, heads, batch, words, opts):
     for k, logits in enumerate(out[:, 4:].split([*map(len, PARTS.values())], 1)):
         loss = loss + F.cross_entropy(logits, label[:, k], ignore_index=-1)
     shown, tokens = labels[:, patches.shape[1]:].flatten(0, 1), tokens.flatten(0, 1)  # (B*N, parts), (B*N, D)
-    for part, ids in words.items():
+    for part, ids in word_ids.items():
         alike = tokens @ policy.embed_tokens.weight[ids].T / tokens.shape[-1]**0.5  # (B*N, words)
-        alike = torch.cat([torch.zeros_like(alike[:, :1]), alike], 1)  # none of them: bare wall, or in the middle
+        alike = torch.cat([torch.zeros_like(alike[:, :1]), alike], 1)  # label 0, none of the words (bare wall, in the middle), scores 0
         loss = loss + F.cross_entropy(alike, shown[:, list(PARTS).index(part)], ignore_index=-1)
     loss.backward()
     return loss.item(), update(policy.vision, opts)
@@ -354,7 +354,7 @@ def say(env, t, question, response, topic=""):
     """A question of the environment and the response to be learnt; `topic` is what the exam files it under."""
     t.observe(env.v.encode(question) + [env.v.id["<sep>"]] if question else [])
     t.act(env.v.encode_turn(response) + [env.v.id["<stop>"]])
-    t.turns.append((topic, response))
+    t.lesson.append((topic, response))
 
 
 def wall(env, rng):
@@ -387,7 +387,7 @@ def wall_lesson(env, rng, questions=9):
         if kinds := [k for k in names[i] if k != "detail"]:
             rare = [k for k in kinds if k in ("order", "size", "neighbour")]
             ask_about(env, rng, t, scene, i, rng.choice(rare if rare and rng.random() < 0.6 else kinds), names[i])
-    if not t.turns or questions > 1 and rng.random() < 0.4:
+    if not t.lesson or questions > 1 and rng.random() < 0.4:
         colour = rng.choice(scene.entities).look.split()[0]
         say(env, t, f"How many {scene.noun}s are {colour}?", gog.count_aloud(scene, colour), "count")
     return t
@@ -547,10 +547,11 @@ def exam(policy, env, n, seed="exam"):
     rng, scores = random.Random(seed), {}
     for _ in range(0, n, 256):
         sheet = [make(env, rng, 1) for make in rng.choices((wall_lesson, crop_lesson, text_lesson), (3, 1, 1), k=256)]
-        sheet = [t for t in sheet if t.turns and t.turns[0][0]]
+        sheet = [t for t in sheet if t.lesson and t.lesson[0][0]]
         prompts = [t.ids[:t.is_action.index(True)] for t in sheet]
         for t, turn in zip(sheet, gog.respond(policy, env, prompts, [p for t in sheet for p in t.pictures])):
-            topic, wanted = t.turns[0][0], gog.parse(t.turns[0][1]).argument
+            (topic, response), *_ = t.lesson
+            wanted = gog.parse(response).argument
             right = data.iou(turn.argument, wanted) if topic[:3] == "iou" and turn.kind == "gaze" else float(turn.argument == wanted)
             scores.setdefault(topic, []).append(right)
     return {k: (sum(v) / len(v), len(v)) for k, v in sorted(scores.items())}

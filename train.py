@@ -4,7 +4,7 @@ From the paper: SFT on reflective trajectories, then GRPO on the questions that 
 Here instead: one stage more. `pretrain` makes the base model that the paper takes from the shelf: first the eyes alone, with labels on
     every patch and image token; then, with the eyes held still, lessons in words. A stage whose input is missing runs the one before it first.
 
-Reading order: the four stages -> tables -> flags.
+Reading order: the four stages -> tables -> flags. `a` is the flags everywhere (Args, below); `v` the vocabulary.
 """
 import argparse
 import csv
@@ -62,14 +62,14 @@ def pretrain(a):
     config = ModelConfig(**{**PRESETS[a.preset], "vocab": v.size})
     policy = Policy(config).to(a.device)
     number_line(policy.embed_tokens.weight, [v.word(n) for n in range(100)])
-    named = {part: [v.word(w) for w in words] for part, words in grpo.TIED.items()}
+    word_ids = {part: [v.word(w) for w in told] for part, told in grpo.TIED.items()}
     heads = torch.nn.ModuleList(torch.nn.Linear(w, 4 + sum(map(len, grpo.PARTS.values()))) for w in (config.vit_width, config.width)).to(a.device)
-    eyes = [*optimisers(policy.vision.named_parameters(), a.see_lr, a.adam_lr), torch.optim.AdamW([*heads.parameters(), policy.embed_tokens.weight], a.adam_lr, weight_decay=0.0)]
-    words = optimisers(((n, p) for n, p in policy.named_parameters() if "vision" not in n or "projector" in n), a.muon_lr, a.adam_lr)
+    eye_opts = [*optimisers(policy.vision.named_parameters(), a.see_lr, a.adam_lr), torch.optim.AdamW([*heads.parameters(), policy.embed_tokens.weight], a.adam_lr, weight_decay=0.0)]
+    word_opts = optimisers(((n, p) for n, p in policy.named_parameters() if "vision" not in n or "projector" in n), a.muon_lr, a.adam_lr)
     env = gog.Environment(v, None, config)
-    parts = (("see", a.see_steps, eyes, grpo.Sights(config, a.seed, a.see_batch, a.see_steps)),
-             ("words", a.word_steps, words, grpo.Lessons(env, a.seed, a.word_batch, a.word_steps)))
-    start = run.resume([policy, heads], eyes + words).get("step", 0) if a.resume else 0
+    parts = (("see", a.see_steps, eye_opts, grpo.Sights(config, a.seed, a.see_batch, a.see_steps)),
+             ("words", a.word_steps, word_opts, grpo.Lessons(env, a.seed, a.word_batch, a.word_steps)))
+    start = run.resume([policy, heads], eye_opts + word_opts).get("step", 0) if a.resume else 0
     bar, before = tqdm(total=sum(n for _, n, *_ in parts), initial=start, desc="pretrain", unit="step"), 0
     for part, steps, opts, lessons in parts:
         first = min(max(0, start - before), steps)
@@ -77,14 +77,14 @@ def pretrain(a):
             lr = set_lr(opts, schedule(at, steps))
             policy.freeze_eyes(part != "see")
             if part == "see":
-                loss, norm = grpo.see_step(policy, heads, [torch.from_numpy(x).to(a.device) for x in batch], named, opts)
+                loss, norm = grpo.see_step(policy, heads, [torch.from_numpy(x).to(a.device) for x in batch], word_ids, opts)
             else:
                 loss, norm = supervised_step(policy, env, batch, opts, a.token_budget)
             run.log(step=before + at, part=part, loss=loss, grad_norm=norm, lr=lr, seconds=bar.format_dict["elapsed"])
             bar.update()
             bar.set_postfix(part=part, loss=f"{loss:.3f}")
             if (before + at + 1) % a.save_every == 0:
-                run.checkpoint([policy, heads], eyes + words, step=before + at + 1)
+                run.checkpoint([policy, heads], eye_opts + word_opts, step=before + at + 1)
         before += steps
     bar.close()
     save(policy, run.weights, tokenizer=v.to_text())
