@@ -542,7 +542,7 @@ LESSONS = {point_lesson: 0.15, wall_lesson: 0.28, crop_lesson: 0.17, text_lesson
 
 
 def exam(policy, env, n, seed="exam"):
-    """The base model on walls, crops and names never seen, one question each, greedy: {topic: (score, count)}. `iou KIND` is the mean
+    """The base model on at least n walls, crops and names never seen, one question each, greedy: {topic: (score, count)}. `iou KIND` is the mean
     IoU of pointing by that kind of expression; every other topic is the share of exact answers."""
     rng, scores = random.Random(seed), {}
     for _ in range(0, n, 256):

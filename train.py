@@ -107,7 +107,7 @@ def sft(a):
     world = data.open_world(a.world, a.seed_world, a.towns)
     env = gog.Environment(v, gog.make_toolbox(world, a.failure_rate, a.seed), policy.config)
     demos = grpo.instruct(policy, env, world, a.demos, a.seed, a.wrong_gaze, a.glance_first)
-    per_epoch = len(demos) // a.sft_batch
+    per_epoch = max(1, len(demos) // a.sft_batch)
     total = a.sft_epochs * per_epoch
     opts = optimisers(((n, p) for n, p in policy.named_parameters() if p.requires_grad), a.sft_muon_lr, a.sft_adam_lr)
     start = run.resume([policy], opts).get("step", 0) if a.resume else 0
@@ -267,7 +267,7 @@ class Args:
     preset: str = "nano"  # tiny, nano or small
     device: str = "auto"  # auto, cuda, mps or cpu
     world: str = "heraldry"  # heraldry, or the path of a folder world
-    seed: int = 0  # of weights, questions and sampling
+    seed: int = 0  # of weights, questions and sampling (the base model too)
     seed_world: int = 0  # of the invented world
     towns: int = 3000  # of the invented world
     results: str = "results"  # folder of the tables
@@ -283,8 +283,8 @@ class Args:
     muon_lr: float = 0.002  # of the decoder's matrices
     adam_lr: float = 0.002  # of everything else in pretraining
     demos: int = 5750  # trajectories of GoG-Instruct
-    wrong_gaze: float = 0.2  # share of demonstrations that begin with a wrong gaze
-    glance_first: float = 0.05  # share that begin with a useless glance
+    wrong_gaze: float = 0.2  # chance, for every object looked for, that the expert begins at another
+    glance_first: float = 0.05  # chance that it begins with a useless glance
     failure_rate: float = 0.03  # of tools while training
     sft_epochs: int = 2  # passes over the demonstrations
     sft_batch: int = 32  # trajectories a step
