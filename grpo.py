@@ -557,6 +557,12 @@ def exam(policy, env, n, seed="exam"):
     return {k: (sum(v) / len(v), len(v)) for k, v in sorted(scores.items())}
 
 
+def replay(env, seed, n):
+    """n lessons of what SFT would unlearn: demonstrations know no crowded walls and no plans of more than three steps."""
+    rng = random.Random(f"replay/{seed}")
+    return [make(env, rng) for make in rng.choices((wall_lesson, errand_lesson), k=n)]
+
+
 class Lessons(torch.utils.data.Dataset):
     """Batch i of the pretraining stream: depends on (seed, i) only, so a resumed run sees what the unbroken one would have seen."""
 

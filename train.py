@@ -101,7 +101,7 @@ def read_weights(a, path):
 
 
 def sft(a):
-    """Stage 1, reflective behaviour alignment: causal LM loss on the expert's own tokens."""
+    """Stage 1, reflective behaviour alignment: causal LM loss on the expert's own tokens, with some lessons of the base model in between."""
     run, (policy, v) = Run(a.folder(), "sft"), read_weights(a, a.weights("pretrain"))
     torch.manual_seed(a.seed)
     world = data.open_world(a.world, a.seed_world, a.towns)
@@ -117,7 +117,8 @@ def sft(a):
             order = random.Random(f"epoch/{a.seed}/{step // per_epoch}").sample(range(len(demos)), len(demos))
         at = step % per_epoch * a.sft_batch
         lr = set_lr(opts, schedule(step, total))
-        loss, norm = supervised_step(policy, env, [demos[i] for i in order[at:at + a.sft_batch]], opts, a.token_budget)
+        again = grpo.replay(env, f"{a.seed}/{step}", round(a.replay * a.sft_batch))
+        loss, norm = supervised_step(policy, env, [demos[i] for i in order[at:at + a.sft_batch]] + again, opts, a.token_budget)
         run.log(step=step, epoch=step // per_epoch, loss=loss, grad_norm=norm, lr=lr, seconds=bar.format_dict["elapsed"])
         bar.update()
         bar.set_postfix(loss=f"{loss:.3f}")
@@ -288,6 +289,7 @@ class Args:
     failure_rate: float = 0.03  # of tools while training
     sft_epochs: int = 2  # passes over the demonstrations
     sft_batch: int = 32  # trajectories a step
+    replay: float = 0.2  # lessons of the base model among the demonstrations, so that pointing and long plans are not forgotten
     sft_muon_lr: float = 0.002  # of hidden matrices
     sft_adam_lr: float = 0.001  # of embeddings and norms
     rl_questions: int = 800  # that the SFT model is scored on, to find the hard ones
