@@ -292,8 +292,8 @@ def expert(q, rng, wrong_gaze=0.0, glance_first=0.0, missed=None):
     name and value from the tools. Its thoughts are its memory: what is still to be looked up (the question tells that backwards), and
     what was found of the first of two. After each look it states what it wants and what it sees, and goes on where they differ.
 
-    missed: {target: (what somebody took it for, where they looked in vain)}: it begins there, then reads the picture anew. wrong_gaze: chance to
-    begin at another object that does not fit. glance_first: chance of a useless glance at a crowded wall. All three are slips.
+    missed: {target: (what somebody took it for, where they looked in vain)}: it begins there, then reads the picture anew. wrong_gaze: chance of
+    a look at an object that does not fit, or at bare wall. glance_first: chance of a useless glance at a crowded wall. All three are slips.
     """
     if q.kind == "count":
         yield count_aloud(q.scene, q.text.split()[-1].strip("?"))
@@ -327,27 +327,37 @@ def expert(q, rng, wrong_gaze=0.0, glance_first=0.0, missed=None):
 
 def _find(q, target, phrase, kind, rng, slip, wrong_gaze, glance_first, thought, memory):
     """The expert's looks at one target, slips first, until a hit fits what is wanted: returns (its name or None, what to think next)."""
-    looks, boxes, slips, places = [e.look for e in q.scene.entities], q.scene.boxes, [], [q.scene.boxes[target]]
+    looks, boxes, places = [e.look for e in q.scene.entities], q.scene.boxes, [q.scene.boxes[target]]
     if len(looks) == 1:
         places = ["glance"]
     elif "," in phrase:  # look-alikes: only a gaze can tell, so take them from left to right
         places = sorted(b for b, l in zip(boxes, looks) if l == looks[target])
-    elif slip:
-        slips = [slip]
-    elif rng.random() < wrong_gaze and (others := [b for b, l in zip(boxes, looks) if l != looks[target]]):
-        slips = [(phrase, rng.choice(others))]
+    tries = [(phrase, place, False) for place in places]  # (what is wanted, where to look, is it a slip?)
+    others = [b for b, l in zip(boxes, looks) if l != looks[target]]
+    elsewhere = [b for b in (rng.choice(others or [None]), _bare_wall(boxes, rng)) if b]
+    if slip:
+        tries = [(*slip, True), *tries]
+    elif elsewhere and rng.random() < wrong_gaze:
+        tries.insert(rng.randrange(len(tries)), (phrase, rng.choice(elsewhere), True))
     if len(looks) > 1 and rng.random() < glance_first:
-        slips = [(phrase, "glance"), *slips]
-    for k, (wanted, place) in enumerate([*slips, *((phrase, place) for place in places)]):
+        tries = [(phrase, "glance", True), *tries]
+    for wanted, place, slipped in tries:
         thought += look_thought(q.scene, target, kind, phrase) if wanted == phrase else f"look at {wanted}"
         action = "<glance></glance>" if place == "glance" else gaze(place)
         turn = f"<think> {thought}{plan(q.chain)}{memory}</think>{action}"
-        obs = yield from _try(Slip(turn) if k < len(slips) else turn, action)
+        obs = yield from _try(Slip(turn) if slipped else turn, action)
         name, seen = _best_hit(obs, wanted)
         thought = f"want {wanted}, see {seen}: {'yes' if name else 'no'}, "
         if name:
             break
     return (name if wanted == phrase else None), f"{thought}{name}{plan(q.chain)}{memory}"
+
+
+def _bare_wall(boxes, rng):
+    """A box where nothing hangs, as one who mixes up two objects sees it: the columns of one, the rows of another. None if the lot fell badly."""
+    a, b = rng.choice(boxes), rng.choice(boxes)
+    box = (a[0], b[1], a[2], b[3])
+    return box if all(iou(box, c) < 0.2 for c in boxes) else None
 
 
 def plan(chain):

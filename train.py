@@ -284,7 +284,7 @@ class Args:
     muon_lr: float = 0.002  # of the decoder's matrices
     adam_lr: float = 0.002  # of everything else in pretraining
     demos: int = 5750  # trajectories of GoG-Instruct
-    wrong_gaze: float = 0.2  # chance, for every object looked for, that the expert begins at another
+    wrong_gaze: float = 0.2  # chance, for every object looked for, that the expert also looks where it is not
     glance_first: float = 0.05  # chance that it begins with a useless glance
     failure_rate: float = 0.03  # of tools while training
     sft_epochs: int = 2  # passes over the demonstrations

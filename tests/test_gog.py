@@ -155,7 +155,7 @@ def test_slips_are_shown_but_not_taught(env, world):
         wrong = [box for box, overlap in gog.gazes(t) if overlap < 0.5]
         right = [box for box, overlap in gog.gazes(t) if overlap >= 0.5]
         assert not any("<gaze> {} {} {} {}</gaze>".format(*box) in trained for box in wrong)
-        assert t.correct and all("<gaze> {} {} {} {}</gaze>".format(*box) in trained for box in right) and ": no, " in trained
+        assert t.correct and all("<gaze> {} {} {} {}</gaze>".format(*box) in trained for box in right) and (": no, " in trained or not wrong)
         slipped += bool(wrong)
     assert slipped > 10
 
