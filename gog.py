@@ -303,8 +303,7 @@ def expert(q, rng, wrong_gaze=0.0, glance_first=0.0, missed=None):
         return
     names, values, thought, memory = [], [], "", ""
     for target, phrase, kind in zip(q.targets, q.phrases, q.expressions):
-        slip = missed[target] if missed and target in missed else None
-        name, thought = yield from _find(q, target, phrase, kind, rng, slip, wrong_gaze, glance_first, thought, memory)
+        name, thought = yield from _find(q, target, phrase, kind, rng, (missed or {}).get(target), wrong_gaze, glance_first, thought, memory)
         if not name:
             return  # the tools did not find it, or found a wrong one that fits: this demonstration is dropped by the check that follows
         value = name
@@ -326,7 +325,7 @@ def expert(q, rng, wrong_gaze=0.0, glance_first=0.0, missed=None):
 
 
 def _find(q, target, phrase, kind, rng, slip, wrong_gaze, glance_first, thought, memory):
-    """The expert's looks at one target, slips first, until a hit fits what is wanted: returns (its name or None, what to think next)."""
+    """The expert's looks at one target, slips among them, until a hit fits what is wanted: returns (its name or None, what to think next)."""
     looks, boxes, places = [e.look for e in q.scene.entities], q.scene.boxes, [q.scene.boxes[target]]
     if len(looks) == 1:
         places = ["glance"]

@@ -225,7 +225,7 @@ class Curriculum:
             raise data.WorldError(f"no question is left for --curriculum {self.mode}: use --curriculum all")
 
     def draw(self, n):
-        """Indices of the next n questions: reshuffled passes over the pool, or by lot with weight p(1-p) when adaptive."""
+        """Indices of the next n questions: reshuffled passes over the pool, or by lot with weight 0.02 + p(1-p) when adaptive."""
         if self.mode == "adaptive":
             return self.rng.choices(self.pool, [0.02 + self.pass_rates[i] * (1 - self.pass_rates[i]) for i in self.pool], k=n)
         while len(self.queue) < n:
@@ -450,7 +450,7 @@ def passages(env, rng, t):
     """A text search: two passages, the wanted one mostly first, as the index finds them; its value is to be copied, then the other's."""
     facts = [(e.name, r, v) for e in (fresh_town(rng, 2), fresh_town(rng, 2)) for r, v in e.facts.items()]
     shown = rng.sample(facts, 2)
-    text = " | ".join(rng.choice(data.PASSAGES).format(n=n, r=r, v=v) for n, r, v in shown)
+    text = passage_list(rng, shown)
     wanted = shown[::-1] if rng.random() < 0.2 else shown
     show(env, t, "{} {}".format(*wanted[0]), text)
     if rng.random() < 0.3:  # nothing but copying, and much of it: this is what forms the circuit
@@ -468,6 +468,11 @@ def hits(env, rng, t):
     name = towns[0].name
     found, answer = (f"yes, {name}", name) if verdict == "yes" else ("no", "no")
     say(env, t, "", f"<think> want {wanted}, see {seen}: {found}</think><answer> {answer}</answer>", "reflect")
+
+
+def passage_list(rng, facts):
+    """The text index's words for some facts (name, relation, value)."""
+    return " | ".join(rng.choice(data.PASSAGES).format(n=n, r=r, v=v) for n, r, v in facts)
 
 
 def hit_list(rng, towns):
@@ -515,7 +520,7 @@ def found(world, scene, turn, rng):
         facts = [(e.name, r, v) for e in world.entities.values() for r, v in e.facts.items()]
         asked = next(f for f in facts if f"{f[0]} {f[1]}" == turn.argument)
         near = rng.choice([f for f in facts if f != asked and asked[0] in (f[0], f[2])])
-        return " | ".join(rng.choice(data.PASSAGES).format(n=n, r=r, v=v) for n, r, v in (asked, near))
+        return passage_list(rng, (asked, near))
     at = max(range(len(scene.boxes)), key=lambda i: turn.kind == "gaze" and data.iou(turn.argument, scene.boxes[i]))
     hit = scene.entities[at]
     return hit_list(rng, (hit, rng.choice([e for e in world.entities.values() if e is not hit])))
