@@ -47,13 +47,16 @@ def person_name(rng):
     return f"{word(rng, 1)} {word(rng)}" + (f" {rng.choice(['II', 'III', 'IV', 'V'])}" if rng.random() < 0.3 else "")
 
 
-VALUES = {  # relation -> how an invented value is drawn
-    "ruler": person_name, "river": word, "craft": lambda r: f"{r.choice(CRAFTS_A)} {r.choice(CRAFTS_B)}",
-    "founding year": lambda r: str(r.randint(800, 1899)), "towers": lambda r: str(r.randint(2, 98)), "patron": person_name,
-    "governor": person_name, "anthem": lambda r: f"{r.choice(['Song', 'March', 'Hymn'])} of {word(r)}", "harbour": word,
-}
-TOWN_FACTS = ("ruler", "river", "craft", "founding year", "towers", "patron")  # + "twin town", "region": values that lead on
-REGION_FACTS = ("governor", "anthem", "harbour")  # + "capital", which leads back to a town
+VALUES = {  # relation -> how an invented value is drawn. Many, or a policy would choose among them instead of reading the question
+    **dict.fromkeys("ruler patron governor mayor bishop founder poet painter champion judge".split() + ["first queen", "last duke", "town crier"], person_name),
+    **dict.fromkeys("river harbour lake hill forest bridge valley".split() + ["old gate", "main square", "sacred well"], word),
+    **dict.fromkeys(("craft", "chief export", "rarest import"), lambda r: f"{r.choice(CRAFTS_A)} {r.choice(CRAFTS_B)}"),
+    **dict.fromkeys(("founding year", "year of fire", "last siege"), lambda r: str(r.randint(800, 1899))),
+    **dict.fromkeys(("towers", "number of wells", "number of mills"), lambda r: str(r.randint(2, 98))),
+    **dict.fromkeys(("anthem", "dance"), lambda r: f"{r.choice(['Song', 'March', 'Hymn'])} of {word(r)}")}
+ALL_TOWNS = ("ruler", "towers")  # facts of every town; four others of VALUES and two of TOWN_LINKS, by lot, and its region
+TOWN_LINKS = ("twin town", "rival town", "mother town", "nearest town")  # values that lead on to another town
+REGION_LINKS = ("capital", "oldest town")  # .. and from a region back to a town
 PASSAGES = (  # how a fact may be worded, the value last; the policy has to find the value, never to recall it
     "The {r} of {n} is {v}.", "In {n} the {r} is {v}.", "{n} has one {r}: {v}.", "Asked for the {r}, people of {n} say {v}.",
     "As for the {r}, chronicles of {n} name {v}.")
@@ -179,12 +182,12 @@ class World:
         return [self.entities[n] for s in splits or ("train", "dev", "test") for n in self.splits[s]]
 
     def passages(self, late=False):
-        """Every fact as one sentence, worded by lot, with a little chatter between: what the text index holds."""
+        """Every fact as one sentence, worded by lot, with a little chatter between, as (entity's name, sentence): what the text index holds."""
         hidden, out = set() if late else set(self.splits["late"]), []
         for e in (e for name, e in self.entities.items() if name not in hidden):
             rng = random.Random(f"{self.seed}/{e.name}")
-            out += [rng.choice(PASSAGES).format(n=e.name, r=r, v=v) for r, v in e.facts.items()]
-            out.append(rng.choice(CHATTER).format(n=e.name))
+            told = [rng.choice(PASSAGES).format(n=e.name, r=r, v=v) for r, v in e.facts.items()] + [rng.choice(CHATTER).format(n=e.name)]
+            out += [(e.name, sentence) for sentence in told]
         return out
 
     def aged(self):
@@ -214,14 +217,14 @@ def heraldry(seed=0, towns=3000):
     distinct = lambda make, n: list(dict.fromkeys(make(rng) for _ in range(4 * n)))[:n]
     names, shields = distinct(town_name, towns), distinct(Arms.draw, towns)
     regions = [r for r in distinct(lambda g: f"{word(g)} {g.choice(['Vale', 'March', 'Coast', 'Heath'])}", max(2, towns // 25)) if r not in names]
-    facts = lambda keys: {k: VALUES[k](rng) for k in keys}
-    entities = {n: Entity.with_arms(n, {**facts(TOWN_FACTS), "region": rng.choice(regions)}, a) for n, a in zip(names, shields)}
+    facts = lambda keys, more: {k: VALUES[k](rng) for k in (*keys, *rng.sample([k for k in VALUES if k not in keys], more))}
+    entities = {n: Entity.with_arms(n, {**facts(ALL_TOWNS, 4), "region": rng.choice(regions)}, a) for n, a in zip(names, shields)}
     splits = split_names(names, rng)
     for group in splits.values():  # a twin is of the same split; a region's capital may be of any, but only its name is read, its arms are not seen
         for n in group:
-            entities[n].facts["twin town"] = rng.choice([t for t in group if t != n] or [n])
+            entities[n].facts.update({link: rng.choice([t for t in group if t != n] or [n]) for link in rng.sample(TOWN_LINKS, 2)})
     for r in regions:
-        entities[r] = Entity(r, {**facts(REGION_FACTS), "capital": rng.choice(splits["train"] + splits["dev"] + splits["test"])})
+        entities[r] = Entity(r, facts((), 4) | {link: rng.choice(splits["train"] + splits["dev"] + splits["test"]) for link in REGION_LINKS})
     return World("heraldry", "shield", entities, splits, seed)
 
 
@@ -515,10 +518,10 @@ def ask(world, kind, setting, split, rng):
         a, b = (int(e.facts.get(relation, -1)) for e in found)
         text = f"Which has more {relation}, the {pick[0][1]} or the {pick[1][1]}?"
         return made(text, found[a < b].name, (relation,)) if a != b and min(a, b) >= 0 else None
-    chain, values = [], [target.name]
+    chain, values, unknown = [], [target.name], set() if "late" in split else world.splits.get("late", ())  # no passage tells of these
     for left in range(int(kind[3:]), 0, -1):  # all but the last relation must lead to another entity
         facts = world.entities[values[-1]].facts
-        options = [r for r, v in facts.items() if v not in values and (left == 1 or v in world.entities)]
+        options = [r for r, v in facts.items() if v not in values and (left == 1 or v in world.entities and v not in unknown)]
         if not options:
             return None
         chain.append(rng.choice([r for r in options if r not in chain] or options))  # "twin town of the twin town" only where nothing else leads on

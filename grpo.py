@@ -245,11 +245,11 @@ def corpus(seed=0):
     """Texts that the tokenizer learns to spell from: invented names, questions, passages and numbers. No world's own names are in it."""
     toy, rng = data.heraldry(f"{seed}/vocabulary", 300), random.Random(f"vocabulary/{seed}")
     asked = [(kind, setting, 1) for kind in (*data.VISUAL, "name", "hop1", "hop2", "compare") for setting in ("normal", "twins")]
-    texts = toy.passages(late=True) + [e.blazon for e in toy.pictured()] + [q.text for q in data.questions(toy, asked, 1500, "vocabulary")]
+    texts = [text for _, text in toy.passages(late=True)] + [e.blazon for e in toy.pictured()] + [q.text for q in data.questions(toy, asked, 1500, "vocabulary")]
     texts += [" " + " ".join(str(rng.randint(0, 99)) for _ in range(8)) for _ in range(3000)]
     texts += [f" {w}" for w in (*data.TINCTURES, *data.OUTLINES, *data.ORDINARIES, *data.CHARGES)] * 50
     texts += ["point to the each see look at all want : no not is next yes what this list repeat shows nothing found search failed again bad box more"] * 50
-    return texts + ["What is the capital of the largest neighbour of the flag at the currency calling code internet domain"] * 5
+    return texts
 
 
 PARTS = {  # what can be told about the shield that a cell shows (None: bare wall), how it hangs, and what is beside it
@@ -309,13 +309,23 @@ def spread(boxes, told, grid):
     return np.where(none[:, None], 0, b[best]).astype(np.float32), np.where(none[:, None], bare, told[best])
 
 
-def fresh_town(rng, relations=0):
-    """A town that exists for one lesson only, so that nothing about it can be learnt by heart."""
+def fresh_town(rng, relations=0, pieces=()):
+    """A town that exists for one lesson only, so that nothing about it can be learnt by heart. `pieces`: see `strange`."""
     facts = {}
-    for _ in range(relations):
-        known = rng.choice(list(data.VALUES))
-        facts[known if rng.random() < 0.5 else data.word(rng).lower()] = data.VALUES[known](rng)
-    return data.Entity.with_arms(data.town_name(rng), facts, data.Arms.draw(rng))
+    for known in rng.sample(list(data.VALUES), relations):
+        facts[fresh_relation(rng, known, pieces)] = strange(rng, pieces) or data.VALUES[known](rng)
+    return data.Entity.with_arms(strange(rng, pieces) or data.town_name(rng), facts, data.Arms.draw(rng))
+
+
+def fresh_relation(rng, known, pieces):
+    """The name of a relation: a known, an invented, or a strange one."""
+    return strange(rng, pieces) or (known if rng.random() < 0.5 else data.word(rng).lower())
+
+
+def strange(rng, pieces, share=0.6):
+    """Mostly a string of any tokens at all (Vocabulary.pieces), else "". A token that no lesson shows can never be copied: names of real countries
+    are full of letters that no town of heraldry has. Without pieces always ""."""
+    return "".join(rng.choices(pieces, k=rng.randint(1, 5))).strip() if pieces and rng.random() < share else ""
 
 
 def see_step(policy, heads, batch, word_ids, opts):
@@ -379,14 +389,17 @@ def point_lesson(env, rng):
     return t
 
 
+RARE = {"order": 2, "neighbour": 3, "size": 4}  # expressions that few objects of a wall have, and how much likelier they are taken
+
+
 def wall_lesson(env, rng, questions=9):
     """Every object on a wall asked for once, by an expression: twice, and its box would be copied from the first answer with closed eyes."""
     t, scene = wall(env, rng)
     names = data.references(scene)
     for i in rng.sample(range(len(names)), len(names))[:questions]:
         if kinds := [k for k in names[i] if k != "detail"]:
-            rare = [k for k in kinds if k in ("order", "size", "neighbour")]
-            ask_about(env, rng, t, scene, i, rng.choice(rare if rare and rng.random() < 0.6 else kinds), names[i])
+            kind = rng.choices(kinds, [RARE.get(k, 1) for k in kinds])[0]
+            ask_about(env, rng, t, scene, i, kind, names[i])
     if not t.lesson or questions > 1 and rng.random() < 0.4:
         colour = rng.choice(scene.entities).look.split()[0]
         say(env, t, f"How many {scene.noun}s are {colour}?", gog.count_aloud(scene, colour), "count")
@@ -403,7 +416,7 @@ def ask_about(env, rng, t, scene, i, kind, names):
         say(env, t, f"What is the {('colour', 'shape')[k]} of the {names[kind]}?", f"{thought}<answer> {look.split()[k]}</answer>", "visual")
 
 
-def crop_lesson(env, rng, crops=2):
+def crop_lesson(env, rng, crops=3):
     """A crop as a gaze would give it: say what it shows, or whether it shows what is wanted."""
     t = Trajectory(None)
     t.observe([env.v.id["<bos>"]])
@@ -442,27 +455,25 @@ def text_lesson(env, rng, searches=2):
     t, search = Trajectory(None), passages if rng.random() < 0.6 else hits
     t.observe([env.v.id["<bos>"]])
     for _ in range(searches):
-        search(env, rng, t)
+        search(env, rng, t, env.v.pieces if rng.random() < 0.5 else ())
     return t
 
 
-def passages(env, rng, t):
-    """A text search: two passages, the wanted one mostly first, as the index finds them; its value is to be copied, then the other's."""
-    facts = [(e.name, r, v) for e in (fresh_town(rng, 2), fresh_town(rng, 2)) for r, v in e.facts.items()]
-    shown = rng.sample(facts, 2)
-    text = passage_list(rng, shown)
-    wanted = shown[::-1] if rng.random() < 0.2 else shown
+def passages(env, rng, t, pieces, asked=3):
+    """A text search: two passages, and values to be copied from either, by lot: if it were the first and then the other, nobody would read the query."""
+    shown = rng.sample([(e.name, r, v) for e in (fresh_town(rng, 2, pieces), fresh_town(rng, 2, pieces)) for r, v in e.facts.items()], 2)
+    text, wanted = passage_list(rng, shown), rng.choices(shown, k=asked)
     show(env, t, "{} {}".format(*wanted[0]), text)
     if rng.random() < 0.3:  # nothing but copying, and much of it: this is what forms the circuit
         say(env, t, "repeat", f"<answer> {text}</answer>")
         return
-    for n, r, v in wanted:
-        say(env, t, "" if (n, r, v) == wanted[0] else f"{n} {r}", f"<think> {r} is {v}</think><answer> {v}</answer>", "copy")
+    for i, (n, r, v) in enumerate(wanted):
+        say(env, t, f"{n} {r}" if i else "", f"<think> {r} is {v}</think><answer> {v}</answer>", "copy any text" if pieces else "copy")
 
 
-def hits(env, rng, t):
+def hits(env, rng, t, pieces):
     """An image search: two hits; does the first fit, and what is it called?"""
-    towns, depth = [fresh_town(rng), fresh_town(rng)], rng.choice((1, 2))
+    towns, depth = [fresh_town(rng, 0, pieces), fresh_town(rng, 0, pieces)], rng.choice((1, 2))
     wanted, seen, verdict = compared(rng, towns[0], depth)
     show(env, t, f"look at {wanted}", hit_list(rng, towns))
     name = towns[0].name
@@ -484,7 +495,7 @@ def hit_list(rng, towns):
 def errand_lesson(env, rng):
     """A whole errand with closed eyes: what the expert thinks and asks, and what the tools would tell. Towns and relations are invented for
     it, so that what is learnt is to plan and to remember. What is asked for is named by its look; where that is is told, not learnt."""
-    world, q = little_world(rng), None
+    world, q = little_world(rng, env.v.pieces if rng.random() < 0.5 else ()), None
     while not q or set(q.expressions) != {"look"}:
         q = data.ask(world, rng.choice(("hop1", "hop2", "hop3", "hop4", "hop5", "compare", "compare")), "normal", ("train",), rng)
     t, script = Trajectory(None), gog.expert(q, rng, wrong_gaze=0.2)
@@ -501,14 +512,14 @@ def errand_lesson(env, rng):
     return t
 
 
-def little_world(rng, towns=8, links=3):
+def little_world(rng, pieces=(), towns=8, links=3):
     """A few towns that exist for one lesson, each tied to others by relations that may have no other name than an invented one."""
-    known = ["twin town", "region", "capital", *(r for r in data.VALUES if r != "towers")]
-    relations = [r if rng.random() < 0.5 else data.word(rng).lower() for r in rng.sample(known, links + 2)]
-    world = {e.name: e for e in (fresh_town(rng) for _ in range(towns))}
+    known = ["region", *data.TOWN_LINKS, *data.REGION_LINKS, *(r for r in data.VALUES if r != "towers")]
+    relations = [fresh_relation(rng, r, pieces) for r in rng.sample(known, links + 2)]
+    world = {e.name: e for e in (fresh_town(rng, 0, pieces) for _ in range(towns))}
     for e in world.values():
         leads = {r: rng.choice([n for n in world if n != e.name]) for r in relations[:links]}
-        e.facts.update(leads, **{r: rng.choice(list(data.VALUES.values()))(rng) for r in relations[links:]}, towers=data.VALUES["towers"](rng))
+        e.facts.update(leads, **{r: strange(rng, pieces) or rng.choice(list(data.VALUES.values()))(rng) for r in relations[links:]}, towers=data.VALUES["towers"](rng))
     return data.World("little", "shield", world, {"train": list(world)})
 
 
@@ -551,7 +562,7 @@ def exam(policy, env, n, seed="exam"):
     IoU of pointing by that kind of expression; every other topic is the share of exact answers."""
     rng, scores = random.Random(seed), {}
     for _ in range(0, n, 256):
-        sheet = [make(env, rng, 1) for make in rng.choices((wall_lesson, crop_lesson, text_lesson), (3, 1, 1), k=256)]
+        sheet = [make(env, rng, 1) for make in rng.choices((wall_lesson, crop_lesson, text_lesson), (6, 2, 3), k=256)]
         sheet = [t for t in sheet if t.lesson and t.lesson[0][0]]
         prompts = [t.ids[:t.is_action.index(True)] for t in sheet]
         for t, turn in zip(sheet, gog.respond(policy, env, prompts, [p for t in sheet for p in t.pictures])):

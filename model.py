@@ -21,6 +21,7 @@ Alphabet: B batch, T tokens, P patches, N image tokens a picture, D width, H que
 import json
 import os
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -94,6 +95,12 @@ class Vocabulary:
 
     def to_text(self):
         return self.tokenizer.to_str()
+
+    @cached_property
+    def pieces(self):
+        """What the tokens spell, those that a name or a fact may hold: list of str."""
+        spelt = [self.decode([i]) for i in range(len(TAGS), self.size)]
+        return [p for p in spelt if p.isprintable() and p.strip() and not set(p) & set("<>|:,\ufffd")]
 
     def word(self, word):
         """The id of a word that is one token (numbers 0..99, tinctures, ...), as it stands behind a blank; of its first token otherwise."""

@@ -128,13 +128,20 @@ def test_text_index_finds_every_fact(text_index, world):
 
 def test_text_index_tells_near_names_and_reads_over_accents_and_typos():
     """'Dröse' is not found as 'drose', 'Dröse' and 'Dröseln' are one, and one wrong letter finds nothing."""
-    index = tools.TextIndex(["The ruler of Drosk is D.", "The river of Dröse is B.", "The ruler of Dröse is C.",
-                             "The ruler of Dröseln is A."])
+    index = tools.TextIndex([("Drosk", "The ruler of Drosk is D."), ("Dröse", "The river of Dröse is B."), ("Dröse", "The ruler of Dröse is C."),
+                             ("Dröseln", "The ruler of Dröseln is A.")])
     for query in ("Dröse ruler", "DROSE RULER", "drose, ruler?"):
         assert index.search([query], 1)[0][0][1] == "The ruler of Dröse is C."
     assert index.search(["ruler Dröselm"], 1)[0][0][1] == "The ruler of Dröseln is A."
     assert index.search(["", "zzz qqq"], 2) == [[], []]
     assert len(tools._word("key", 0.5)) == 4  # the word 'key' and the trigram 'key' are two features
+
+
+def test_what_a_passage_is_about_outweighs_what_it_mentions():
+    """Twenty passages name Brazil as a neighbour, one tells Brazil's own: it was found by luck (oracle at 77 % on chains of real countries)."""
+    pages = [(f"Land{i}", f"The largest neighbour of Land{i} is Brazil.") for i in range(20)]
+    pages.insert(13, ("Brazil", "The largest neighbour of Brazil is Argentina."))
+    assert tools.TextIndex(pages).search(["Brazil largest neighbour"], 1)[0][0] == (1.0, "The largest neighbour of Brazil is Argentina.")
 
 
 def _calls(scene):
@@ -172,7 +179,7 @@ def test_failures_are_seeded_counted_and_resumable():
     """Failures that differ between runs of one seed, are off by a factor, or start again from the seed after a resume."""
     def failures(box, n):
         return [not o.ok for o in box.run([("search", "ruler", None)] * n)]
-    make = lambda seed: tools.Toolbox(tools.ImageIndex([]), tools.TextIndex(["The ruler of A is B."]), 0.05, seed)
+    make = lambda seed: tools.Toolbox(tools.ImageIndex([]), tools.TextIndex([("A", "The ruler of A is B.")]), 0.05, seed)
     a, b, c = make(0), make(0), make(1)
     first = failures(a, 2000)
     assert first == failures(b, 2000) != failures(c, 2000)
