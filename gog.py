@@ -193,8 +193,8 @@ def _rollout_batch(policy, env, questions, group, temperature, max_turns, schedu
     cache = Cache(policy.config, len(questions), room, policy.device, policy.embed_tokens.weight.dtype)
     done = [env.prompt(q, g) for q, g in zip(questions, glances) for _ in range(group)]
     hidden = _feed(policy, env, cache, [t.ids for t in done[::group]], glances)
-    cache.keep(torch.arange(len(questions), device=policy.device), repeat=group)  # the prompt is read once for the whole group
-    hidden = hidden.repeat_interleave(group, 0)
+    everyone = torch.arange(len(questions), device=policy.device).repeat_interleave(group)  # the prompt is read once for the whole group
+    cache, hidden = cache.take(everyone) if group > 1 else cache, hidden[everyone]
     live, scenes = list(done), [s for s in scenes for _ in range(group)]
     for turn in range(max_turns):
         allowed = _allowed(env.v, schedule[min(turn, len(schedule) - 1)] if schedule else ACTIONS, policy.device)
@@ -211,8 +211,9 @@ def _rollout_batch(policy, env, questions, group, temperature, max_turns, schedu
         keep = [i for i, go in enumerate(goes_on) if go]
         if not keep or turn + 1 == max_turns:
             break
+        if len(keep) < len(live):
+            cache = cache.take(torch.tensor(keep, device=policy.device))
         live, scenes, after_stop = [live[i] for i in keep], [scenes[i] for i in keep], [after_stop[i] for i in keep]
-        cache.keep(torch.tensor(keep, device=policy.device))
         new = [t.ids[b - 1:] for t, b in zip(live, after_stop)]  # the stop token has been sampled but not yet read
         crops = [t.pictures[-1] for t, ids in zip(live, new) if env.image[0] in ids]
         hidden = _feed(policy, env, cache, new, crops)
@@ -265,20 +266,30 @@ def _allowed(v, actions, device):
     return mask[None]
 
 
-def _sample_turn(policy, v, cache, hidden, temperature, allowed, generator):
-    """Sample one turn for every row: list of (ids, logprobs), stop token included. Rows that have stopped wait, unread."""
+def _sample_turn(policy, v, cache, hidden, temperature, allowed, generator, longest=TURN_TOKENS):
+    """Sample one turn for every row: list of (ids, logprobs), stop token included. Rows that have stopped wait, unread; when they are half of
+    all, the others go on without them."""
     stop, live = v.id["<stop>"], torch.ones(len(hidden), dtype=torch.bool, device=hidden.device)
-    ids, logprobs, lengths = [], [], torch.zeros(len(hidden), dtype=torch.long, device=hidden.device)
-    for step in range(TURN_TOKENS):
+    ids, logprobs, lengths, rest = [], [], torch.zeros(len(hidden), dtype=torch.long, device=hidden.device), []
+    for step in range(longest):
         token, logp = pick(policy.logits(hidden), temperature, allowed, generator)
         ids.append(token), logprobs.append(logp)
         lengths += live
         live = live & (token != stop)
-        if step + 1 == TURN_TOKENS or not live.any():
+        talking = live.nonzero()[:, 0]
+        if step + 1 == longest or not len(talking):
             break
         hidden = policy(token[:, None], cache=cache, valid=live.long())[:, 0]  # a waiting row's slot is overwritten later
+        if 2 * len(talking) < len(live):
+            part = cache.take(talking)
+            rest = _sample_turn(policy, v, part, hidden[talking], temperature, allowed, generator, longest - step - 1)
+            cache.put(talking, part)
+            break
     ids, logprobs = torch.stack(ids, 1).tolist(), torch.stack(logprobs, 1).tolist()
-    return [(i[:n], p[:n]) for i, p, n in zip(ids, logprobs, lengths.tolist())]
+    out = [(i[:n], p[:n]) for i, p, n in zip(ids, logprobs, lengths.tolist())]
+    for row, (i, p) in zip(talking.tolist(), rest):
+        out[row] = out[row][0] + i, out[row][1] + p
+    return out
 
 
 # ------------------------------------------------------------------------------------------ scripts: the expert and chance

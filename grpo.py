@@ -9,7 +9,7 @@ Here instead, numbered:
      turn lambda = 0.1 into a full +-1.
   3. One update a batch, so the ratio is 1 and the clip never binds (the loss is the general one).
   4. The loss hovers at 0 however well it goes: advantages of a group sum to 0. Watch accuracy and entropy instead.
-  5. `adaptive`, the default: questions are drawn by their current pass rate p, with weight 0.02 + p(1-p), re-scored while the policy changes:
+  5. `adaptive`, the default: questions are drawn by their current pass rate p, with weight 0.005 + p(1-p), re-scored while the policy changes:
      what is too easy or too hard now teaches nothing now. `level2` is the paper's curriculum.
   6. A base model of our own, where the paper takes one from the shelf: labels for the eyes, lessons in words, an exam.
 
@@ -225,9 +225,9 @@ class Curriculum:
             raise data.WorldError(f"no question is left for --curriculum {self.mode}: use --curriculum all")
 
     def draw(self, n):
-        """Indices of the next n questions: reshuffled passes over the pool, or by lot with weight 0.02 + p(1-p) when adaptive."""
+        """Indices of the next n questions: reshuffled passes over the pool, or by lot with weight 0.005 + p(1-p) when adaptive."""
         if self.mode == "adaptive":
-            return self.rng.choices(self.pool, [0.02 + self.pass_rates[i] * (1 - self.pass_rates[i]) for i in self.pool], k=n)
+            return self.rng.choices(self.pool, [0.005 + self.pass_rates[i] * (1 - self.pass_rates[i]) for i in self.pool], k=n)
         while len(self.queue) < n:
             self.queue += self.rng.sample(self.pool, len(self.pool))
         taken, self.queue = self.queue[:n], self.queue[n:]

@@ -20,6 +20,7 @@ Alphabet: B batch, T tokens, P patches, N image tokens a picture, D width, H que
 """
 import json
 import os
+from copy import copy
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -165,16 +166,19 @@ class Cache:
             store[rows, :, positions] = new.transpose(1, 2).to(store.dtype)
         return self.kv[layer, 0, :, :, :upto], self.kv[layer, 1, :, :, :upto]
 
-    def keep(self, rows, repeat=1):
-        """Keep only these rows (LongTensor), each `repeat` times: finished rows leave, a prompt becomes a group."""
-        rows = rows.repeat_interleave(repeat)
-        if torch.equal(rows, torch.arange(len(self.lengths), device=rows.device)):
-            return
-        layers, two, _, heads, room, width = self.kv.shape
-        used = int(self.lengths.max())  # the rest is garbage: not worth copying
-        kept = self.kv.new_zeros(layers, two, len(rows), heads, room, width)
-        kept[:, :, :, :, :used] = self.kv[:, :, rows, :, :used]
-        self.kv, self.lengths, self.last = kept, self.lengths[rows], self.last[rows]
+    def take(self, rows):
+        """A copy of these rows (LongTensor; a row may occur several times: a prompt becomes a group)."""
+        part, used = copy(self), int(self.lengths[rows].max())  # the rest is garbage: not worth copying
+        part.kv = self.kv.new_zeros(*self.kv.shape[:2], len(rows), *self.kv.shape[3:])
+        part.kv[:, :, :, :, :used] = self.kv[:, :, rows, :, :used]
+        part.lengths, part.last = self.lengths[rows], self.last[rows]
+        return part
+
+    def put(self, rows, part):
+        """Write the rows of another cache over these."""
+        used = int(part.lengths.max())
+        self.kv[:, :, rows, :, :used] = part.kv[:, :, :, :, :used]
+        self.lengths[rows], self.last[rows] = part.lengths, part.last
 
 
 class Attention(nn.Module):

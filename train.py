@@ -175,7 +175,7 @@ def rl(a):
                 save(policy, champion, tokenizer=v.to_text())
         if step == a.rl_steps:
             break
-        lr = set_lr(opts, min(1, (step + 1) / 5))
+        lr = set_lr(opts, min((step + 1) / 3, 1 - step / a.rl_steps))
         chosen = curriculum.draw(a.rl_batch)
         batch, advantages, solved, stats = grpo.iteration(policy, reference, env, [pool[i] for i in chosen], opts, a, generator)
         curriculum.seen(chosen, solved)
@@ -292,12 +292,12 @@ class Args:
     replay: float = 0.2  # lessons of the base model among the demonstrations, so that pointing and long plans are not forgotten
     sft_muon_lr: float = 0.002  # of hidden matrices
     sft_adam_lr: float = 0.001  # of embeddings and norms
-    rl_questions: int = 800  # that the SFT model is scored on, to find the hard ones
+    rl_questions: int = 1600  # that the SFT model is scored on, to find the hard ones
     rl_dev: int = 300  # questions of the development split, for keeping the best policy
     rl_steps: int = 24  # updates
     rl_batch: int = 64  # questions a step
     group: int = 8  # rollouts a question
-    rl_lr: float = 5e-5  # of AdamW
+    rl_lr: float = 1e-4  # of AdamW, at its highest; it falls to 0
     lam: float = 0.1  # weight of the format reward
     beta: float = 0.0  # weight of the KL to the SFT policy
     clip_low: float = 0.2  # the ratio is clipped to 1 - clip_low

@@ -183,12 +183,12 @@ class Pointer:
 def test_slips_begin_where_the_policy_looked_in_vain(env, world, policy, monkeypatch):
     """Prevents recoveries from mistakes that nobody makes: a box is a miss only where it does not lie on the target; the expert begins right
     there with what the policy took it for, and then reads the picture anew."""
-    monkeypatch.setattr(gog, "respond", Pointer((0, 0, 30, 30)))
+    monkeypatch.setattr(gog, "respond", Pointer((3, 36, 30, 63)))
     qs = [q for q in data.questions(world, data.SFT_MIX, 300, "misses") if q.kind == "hop1" and q.setting == "normal" and len(q.scene.boxes) > 1]
     missed, reread = gog.misses(policy, env, qs, rows=7), 0
     for q, m, t in zip(qs, missed, gog.play(env, qs, [gog.expert(q, random.Random(0), missed=m) for q, m in zip(qs, missed)])):
-        lies_on_target = data.iou((0, 0, 30, 30), q.scene.boxes[q.targets[0]]) >= 0.5
-        assert (m == {}) == lies_on_target and (t.turns[0].argument == (0, 0, 30, 30)) != lies_on_target
+        lies_on_target = data.iou((3, 36, 30, 63), q.scene.boxes[q.targets[0]]) >= 0.5
+        assert (m == {}) == lies_on_target and (t.turns[0].argument == (3, 36, 30, 63)) != lies_on_target
         if m and len(t.turns) > 1:
             assert t.turns[0].thought.startswith("look at red round, next ") and t.turns[1].thought.startswith("want red round, see ")
             assert t.turns[1].thought.split(", next ")[0].endswith(q.phrases[0])

@@ -36,17 +36,20 @@ def test_cached_ragged_equals_uncached(policy):
 
 
 def test_grouped_cache_rows(policy):
-    """Prevents mixed-up rows: `keep` must carry keys, values and lengths of exactly the rows asked for, in order."""
+    """Prevents mixed-up rows: `take` must carry keys, values and lengths of exactly the rows asked for, in order, and `put` bring them back."""
     ids = torch.randint(20, 300, (3, 6))
     with torch.no_grad():
         cache = Cache(policy.config, 3, 16, "cpu", torch.float32)
         policy(ids, cache=cache)
-        cache.keep(torch.tensor([2, 0]), repeat=2)
-        new = torch.randint(20, 300, (4, 1))
-        got = policy(new, cache=cache)[:, 0]
+        part, new = cache.take(torch.tensor([2, 2, 0, 0])), torch.randint(20, 300, (4, 1))
+        got = policy(new, cache=part)[:, 0]
         for row, source in enumerate((2, 2, 0, 0)):
             want = policy(torch.cat([ids[source], new[row]])[None])[0, -1]
             torch.testing.assert_close(got[row], want, atol=1e-5, rtol=1e-4)
+        cache.put(torch.tensor([0, 2]), part.take(torch.tensor([3, 1])))  # row 1 has not gone on; 0 and 2 have read one more
+        got, last = policy(torch.full((3, 1), 7), cache=cache)[:, 0], torch.tensor([7])
+        for row, said in enumerate((torch.cat([ids[0], new[3], last]), torch.cat([ids[1], last]), torch.cat([ids[2], new[1], last]))):
+            torch.testing.assert_close(got[row], policy(said[None])[0, -1], atol=1e-5, rtol=1e-4)
 
 
 def test_pictures_fill_their_placeholders_in_order(policy):
