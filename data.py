@@ -196,11 +196,8 @@ class World:
         names = self.splits["test"] + self.splits["late"]
         for relation in sorted({r for n in names for r in entities[n].facts}):
             holders = [n for n in names if relation in entities[n].facts]
-            values = [self.entities[n].facts[relation] for n in holders]
-            rng.shuffle(values)
-            for n, v in zip(holders, values):
-                if v != n:
-                    entities[n] = replace(entities[n], facts={**entities[n].facts, relation: v})
+            values = rng.sample([self.entities[n].facts[relation] for n in holders], len(holders))
+            entities |= {n: replace(entities[n], facts={**entities[n].facts, relation: v}) for n, v in zip(holders, values) if v != n}
         return replace(self, entities=entities)
 
 
@@ -422,14 +419,15 @@ def relations(scene):
 def references(scene):
     """Every unambiguous way to point at each object: list over objects of {kind: expression without 'the'}."""
     noun, looks, places = scene.noun, [e.look for e in scene.entities], relations(scene)
-    out = [{} for _ in looks]
+    seen = [set((e.look if e.arms else e.blazon.replace(",", "")).split()) for e in scene.entities]  # a flag is of all its colours, a shield of one
+    out, tells = [{} for _ in looks], lambda words: sum(set(words.split()) <= s for s in seen) == 1
     for i, (look, place) in enumerate(zip(looks, places)):
-        if looks.count(look) == 1:
+        if tells(look):
             out[i]["look"] = f"{look} {noun}"
-        elif sum(e.look == look and e.detail == scene.entities[i].detail for e in scene.entities) == 1:
+        elif looks.count(look) > 1 and sum(e.look == look and e.detail == scene.entities[i].detail for e in scene.entities) == 1:
             out[i]["detail"] = f"{look} {noun} with {scene.entities[i].detail}"
         for k, part in enumerate(look.split()):
-            if sum(part in other.split() for other in looks) == 1:
+            if tells(part):
                 out[i]["colour" if k == 0 else "shape"] = f"{part} {noun}"
         for kind, words, index in (("order", COLUMN, place["column"]), ("order", ROW, place["row"]), ("size", SIZE, place["size"])):
             if index:

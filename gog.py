@@ -201,20 +201,17 @@ def _rollout_batch(policy, env, questions, group, temperature, max_turns, schedu
         sampled = _sample_turn(policy, env.v, cache, hidden, temperature, allowed, generator)
         for t, (ids, logprobs) in zip(live, sampled):
             t.act(ids, logprobs)
-        stop = env.v.id["<stop>"]
-        turns = [parse(env.v.decode(ids[:-1]) if ids[-1] == stop else "<") for ids, _ in sampled]
-        after_stop = [len(t.ids) for t in live]
-        goes_on = env.step(live, turns, scenes)
-        for i, (t, (ids, _)) in enumerate(zip(live, sampled)):
-            if ids[-1] != stop or (goes_on[i] and len(t.ids) + TURN_TOKENS >= room):
-                goes_on[i], t.truncated = False, True
-        keep = [i for i, go in enumerate(goes_on) if go]
+        stop, unread = env.v.id["<stop>"], [len(t.ids) - 1 for t in live]  # the stop token has been sampled but not yet read
+        goes_on = env.step(live, [parse(env.v.decode(ids[:-1]) if ids[-1] == stop else "<") for ids, _ in sampled], scenes)
+        for t, (ids, _), go in zip(live, sampled, goes_on):
+            t.truncated = ids[-1] != stop or go and len(t.ids) + TURN_TOKENS >= room
+        keep = [i for i, (t, go) in enumerate(zip(live, goes_on)) if go and not t.truncated]
         if not keep or turn + 1 == max_turns:
             break
         if len(keep) < len(live):
             cache = cache.take(torch.tensor(keep, device=policy.device))
-        live, scenes, after_stop = [live[i] for i in keep], [scenes[i] for i in keep], [after_stop[i] for i in keep]
-        new = [t.ids[b - 1:] for t, b in zip(live, after_stop)]  # the stop token has been sampled but not yet read
+        new = [live[i].ids[unread[i]:] for i in keep]
+        live, scenes = [live[i] for i in keep], [scenes[i] for i in keep]
         crops = [t.pictures[-1] for t, ids in zip(live, new) if env.image[0] in ids]
         hidden = _feed(policy, env, cache, new, crops)
     return done
@@ -473,13 +470,10 @@ def gazes(t):
 
 def wrong_gaze_then(t):
     """For every gaze that missed (IoU < 0.5): True if the next action is a gaze elsewhere (IoU with the missed box < 0.5)."""
-    hits, out, g = gazes(t), [], -1
-    for i, turn in enumerate(t.turns):
-        if turn.kind == "gaze":
-            g += 1
-            if hits[g][1] < 0.5:
-                after = t.turns[i + 1] if i + 1 < len(t.turns) else None
-                out.append(bool(after) and after.kind == "gaze" and iou(after.argument, turn.argument) < 0.5)
+    overlap, out = iter(gazes(t)), []
+    for turn, after in zip(t.turns, [*t.turns[1:], Turn("answer")]):
+        if turn.kind == "gaze" and next(overlap)[1] < 0.5:
+            out.append(after.kind == "gaze" and iou(after.argument, turn.argument) < 0.5)
     return out
 
 
@@ -509,11 +503,9 @@ def behaviour(trajectories):
 def evaluate(policy, env, questions, row, seed=0, temperature=0.0, progress=None):
     """Trajectories of one row of the main table. Greedy unless told otherwise; `policy` may be None for oracle and random."""
     rng = random.Random(f"{row}/{seed}")
-    if row == "oracle":
-        return play(env, questions, [expert(q, rng) for q in questions], progress=progress)
-    if row == "random":
+    if row in ("oracle", "random"):
         words = sorted({a for q in questions for a in q.answers})
-        return play(env, questions, [chance(q, rng, words) for q in questions], progress=progress)
+        return play(env, questions, [expert(q, rng) if row == "oracle" else chance(q, rng, words) for q in questions], progress=progress)
     generator = torch.Generator(policy.device).manual_seed(seed)
     return rollout(policy, env, questions, 1, temperature, schedule=SCHEDULES.get(row), generator=generator, progress=progress)
 
@@ -529,16 +521,13 @@ def answer_one(policy, env, image, question, seed=0):
 def draw_gazes(t):
     """The picture with every gaze framed and numbered, in order."""
     picture = t.question.scene.picture().copy()
-    pen, n = ImageDraw.Draw(picture), 0
-    for turn in t.turns:
-        if turn.kind == "gaze":
-            n += 1
-            x0, y0, x1, y1 = box = data.to_pixels(turn.argument, picture.size)
-            if x1 > x0 and y1 > y0:
-                width = max(2, picture.width // 150)
-                pen.rectangle(box, outline=(230, 40, 60), width=width)
-                pen.rectangle((x0, y0, x0 + 9 * width, y0 + 9 * width), fill=(230, 40, 60))
-                pen.text((x0 + 2 * width, y0), str(n), fill=(255, 255, 255), font_size=8 * width)
+    pen, width = ImageDraw.Draw(picture), max(2, picture.width // 150)
+    for n, gaze in enumerate((turn.argument for turn in t.turns if turn.kind == "gaze"), 1):
+        x0, y0, x1, y1 = box = data.to_pixels(gaze, picture.size)
+        if x1 > x0 and y1 > y0:
+            pen.rectangle(box, outline=(230, 40, 60), width=width)
+            pen.rectangle((x0, y0, x0 + 9 * width, y0 + 9 * width), fill=(230, 40, 60))
+            pen.text((x0 + 2 * width, y0), str(n), fill=(255, 255, 255), font_size=8 * width)
     return picture
 
 
