@@ -41,7 +41,7 @@ from data import iou
 from model import Cache, CheckpointError, Vocabulary, load, pick
 from tools import ImageIndex, TextIndex, Toolbox, unaccented
 
-MAX_TURNS, TURN_TOKENS = 8, 60
+MAX_TURNS, TURN_TOKENS = 8, 90
 ACTIONS = ("answer", "search", "glance", "gaze")
 
 # ----------------------------------------------------------------------------------------------------------- trajectory
