@@ -170,7 +170,7 @@ def iteration(policy, reference, env, questions, opts, a, generator):
 def pass_rates(policy, env, pool, n=4, temperature=1.0, seed=0, direct=False):
     """Share of n sampled trajectories that are right, for every question; `direct`: when no tool may be used."""
     generator = torch.Generator(policy.device).manual_seed(seed)
-    only = dict(schedule=gog.SCHEDULES["direct"], max_turns=1, rows=512, room=128) if direct else {}
+    only = dict(schedule=gog.SCHEDULES["direct"], max_turns=1, rows=512, room=192) if direct else {}
     tries = gog.rollout(policy, env, pool, n, temperature, generator=generator, progress=f"pass rates, {n} tries", **only)
     return [sum(t.correct for t in tries[n * i:n * i + n]) / n for i in range(len(pool))]
 
