@@ -37,7 +37,7 @@ from torch import nn
 
 @dataclass
 class ModelConfig:
-    vocab: int = 1536
+    vocab: int = 1024
     width: int = 192  # D
     layers: int = 4
     heads: int = 6  # H
@@ -61,7 +61,7 @@ class ModelConfig:
 
 PRESETS = {"tiny": dict(width=64, layers=2, heads=4, kv_heads=2, mlp=128, vit_width=32, vit_layers=1, picture=64),  # tests only
            "nano": {},
-           "small": dict(vocab=1536, width=512, layers=10, heads=8, kv_heads=4, mlp=1408, vit_width=256, vit_layers=6, vit_heads=8)}
+           "small": dict(width=512, layers=10, heads=8, kv_heads=4, mlp=1408, vit_width=256, vit_layers=6, vit_heads=8)}
 
 
 # ------------------------------------------------------------------------------------------------------------ vocabulary
@@ -80,7 +80,7 @@ class Vocabulary:
         self.sampleable = [i not in range(TAGS.index("<stop>")) for i in range(self.size)]
 
     @classmethod
-    def learn(cls, texts, size=1536):
+    def learn(cls, texts, size=1024):
         """Train the BPE on texts; `size` ids in all."""
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)  # ' Ost' is one spelling wherever a name begins

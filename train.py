@@ -277,7 +277,7 @@ class Args:
     save_every: int = 50  # steps between checkpoints of pretrain and sft
     see_steps: int = 1950  # of pretraining: the eyes alone
     see_batch: int = 24  # pictures a step
-    word_steps: int = 1750  # every lesson in words
+    word_steps: int = 2000  # every lesson in words
     word_batch: int = 24  # lessons a step
     exam: int = 1536  # held-out questions that the base model is examined with
     see_lr: float = 0.003  # of the eyes' matrices
