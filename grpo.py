@@ -18,6 +18,7 @@ Reading order: reward and advantage -> policy loss -> batches and steps -> what 
 
 Alphabet: Q questions, G rollouts a question (the group), M trained tokens.
 """
+import math
 import random
 import sys
 import time
@@ -99,16 +100,26 @@ def token_logprobs(policy, env, ids, trained, pictures, temperature=1.0):
     return all_logp.gather(1, ids[:, 1:][wanted][:, None])[:, 0], all_logp
 
 
-def update(module, opts, clip=1.0):
-    """One step of the optimisers on the gradients at hand, those of `module` clipped to norm `clip`; returns the norm before that."""
+class NotFinite(ArithmeticError):
+    """A gradient that is no number: nothing has been changed by it. `batch`: the trajectories that gave it."""
+
+    def __init__(self, batch):
+        super().__init__("the gradient is not finite")
+        self.batch = batch
+
+
+def update(module, opts, batch=(), clip=1.0):
+    """One step of the optimisers on the gradients of `batch`, those of `module` clipped to norm `clip`; returns the norm before that."""
     norm = torch.nn.utils.clip_grad_norm_(module.parameters(), clip).item()
+    if not math.isfinite(norm):
+        raise NotFinite(batch)
     for o in opts:
         o.step()
         o.zero_grad(set_to_none=True)
     return norm
 
 
-def supervised_step(policy, env, batch, opts, budget=12000, clip=1.0):
+def supervised_step(policy, env, batch, opts, budget=12000):
     """One optimiser step of the causal LM loss on the policy's own tokens; the denominator is the whole batch's, so the
     size of micro-batches does not change the gradient."""
     total = sum(sum(t.is_action) for t in batch)
@@ -118,7 +129,7 @@ def supervised_step(policy, env, batch, opts, budget=12000, clip=1.0):
         part = -logp.sum() / total
         part.backward()
         loss += part.item()
-    return loss, update(policy, opts, clip)
+    return loss, update(policy, opts, batch)
 
 
 def grpo_step(policy, reference, env, batch, advantages, opts, a):
@@ -141,7 +152,7 @@ def grpo_step(policy, reference, env, batch, advantages, opts, a):
         totals["loss"] += loss.item() / tokens
         totals["kl"] += kl / tokens
         totals["clipped"] += clipped / tokens
-    totals["grad_norm"] = update(policy, opts)  # nobody alive, no gradient: nothing moves
+    totals["grad_norm"] = update(policy, opts, trained)  # nobody alive, no gradient: nothing moves
     return totals
 
 

@@ -25,10 +25,8 @@ from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -488,79 +486,3 @@ def load(path, device="cpu", **expected):
             raise CheckpointError(f"{path}: made with another {key} ({str(meta.get(key))[:24]}... instead of {value[:24]}...). "
                                   "Use its own --out folder, or delete it and train again")
     return model.to(device), meta
-
-
-class Run:
-    """A run folder: the training state (exact resume), one metrics row a step, and the finished weights."""
-
-    def __init__(self, folder, stage):
-        self.folder, self.stage = Path(folder), stage
-        self.weights, self.state, self.csv = (self.folder / f"{stage}.safetensors", self.folder / f"{stage}.state.safetensors",
-                                              self.folder / f"{stage}.csv")
-        self.rows = []
-
-    def log(self, **row):
-        self.rows.append({k: f"{v:.6g}" if isinstance(v, float) else str(v) for k, v in row.items()})
-
-    def checkpoint(self, modules, opts, **extra):
-        """Everything that the next step depends on, in one file without pickle: weights, optimisers, generators, counters, metrics."""
-        tensors = {f"module.{i}.{k}": v.detach().cpu().contiguous() for i, m in enumerate(modules) for k, v in m.state_dict().items()}
-        for o, opt in enumerate(opts):
-            for i, state in opt.state_dict()["state"].items():
-                tensors |= {f"optimiser.{o}.{i}.{k}": torch.as_tensor(v).cpu().contiguous() for k, v in state.items()}
-        atomic(self.state, lambda p: save_file(tensors, p, metadata={"extra": json.dumps(extra), "rows": json.dumps(self.rows)}))
-        self.write_csv()
-
-    def resume(self, modules, opts):
-        """Load the state saved by `checkpoint` into modules and optimisers; its `extra`, or {} when there is none."""
-        if not self.state.is_file():
-            return {}
-        try:
-            with safe_open(self.state, "pt") as f:
-                meta, tensors = f.metadata(), {k: f.get_tensor(k) for k in f.keys()}
-            for i, m in enumerate(modules):
-                m.load_state_dict({k.split(".", 2)[2]: v for k, v in tensors.items() if k.startswith(f"module.{i}.")})
-            for o, opt in enumerate(opts):
-                fresh, state = opt.state_dict(), {}
-                for k, v in tensors.items():
-                    if k.startswith(f"optimiser.{o}."):
-                        _, _, i, name = k.split(".", 3)
-                        state.setdefault(int(i), {})[name] = v
-                opt.load_state_dict({"state": state, "param_groups": fresh["param_groups"]})
-        except (SafetensorError, OSError, RuntimeError, KeyError, ValueError) as e:
-            raise CheckpointError(f"{self.state}: cannot be resumed ({str(e).splitlines()[0]}). Delete it to start this stage anew") from None
-        self.rows = json.loads(meta["rows"])
-        return json.loads(meta["extra"])
-
-    def write_csv(self):
-        if self.rows:
-            columns = list(self.rows[-1])
-            text = "\n".join([",".join(columns), *(",".join(r.get(c, "") for c in columns) for r in self.rows)]) + "\n"
-            atomic(self.csv, lambda p: p.write_text(text, encoding="utf-8"))
-
-    def close(self):
-        """The stage is done: its metrics stay, its training state goes."""
-        self.write_csv()
-        self.state.unlink(missing_ok=True)
-
-    def curves(self, columns, across=3, w=330, h=190):
-        """STAGE.png beside STAGE.csv: one panel a column, step by step (grey) and as a running mean (red)."""
-        sheet = Image.new("RGB", (across * w, -(-len(columns) // across) * h), "white")
-        pen = ImageDraw.Draw(sheet)
-        for i, name in enumerate(columns):
-            left, top = i % across * w + 46, i // across * h + 26
-            values = np.array([float(r[name]) for r in self.rows if r.get(name) not in (None, "", "nan")])
-            pen.text((left, top - 20), f"{self.stage}: {name}", fill="black", font_size=13)
-            pen.rectangle((left, top, left + w - 60, top + h - 50), outline=(200, 200, 200))
-            if len(values) < 2:
-                continue
-            low, high = values.min(), max(values.max(), values.min() + 1e-9)
-            kernel = np.ones(max(1, len(values) // 25))
-            smooth = np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
-            at = lambda y: list(zip(left + np.linspace(0, w - 60, len(y)), top + (h - 50) * (1 - (y - low) / (high - low))))
-            pen.line(at(values), fill=(205, 205, 210))
-            pen.line(at(smooth), fill=(200, 30, 50), width=2)
-            for value, y in ((high, top - 4), (low, top + h - 62)):
-                pen.text((left - 44, y), f"{value:.3g}", fill=(90, 90, 90), font_size=11)
-            pen.text((left + w - 100, top + h - 48), f"{len(values)} steps", fill=(90, 90, 90), font_size=11)
-        atomic(self.csv.with_suffix(".png"), lambda p: sheet.save(p, format="PNG"))

@@ -4,29 +4,35 @@ From the paper: SFT on reflective trajectories, then GRPO on the questions that 
 Here instead: one stage more. `pretrain` makes the base model that the paper takes from the shelf: first the eyes alone, with labels on
     every patch and image token; then, with the eyes held still, lessons in words. A stage whose input is missing runs the one before it first.
 
-Reading order: the four stages -> tables -> flags. `a` is the flags everywhere (Args, below); `v` the vocabulary.
+Reading order: the four stages -> run folder -> tables -> flags. `a` is the flags everywhere (Args, below); `v` the vocabulary.
 """
 import argparse
 import csv
 import difflib
 import inspect
 import io
+import json
 import os
 import random
 import re
+import signal
 import sys
 import time
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image, ImageDraw
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from tqdm import tqdm
 
 import data
 import gog
 import grpo
 from grpo import supervised_step
-from model import PRESETS, CheckpointError, ModelConfig, Policy, Run, Vocabulary, atomic, load, number_line, optimisers, save
+from model import PRESETS, CheckpointError, ModelConfig, Policy, Vocabulary, atomic, load, number_line, optimisers, save
 from tools import Toolbox
 
 # --------------------------------------------------------------------------------------------------------------- stages
@@ -83,7 +89,7 @@ def pretrain(a):
             run.log(step=before + at, part=part, loss=loss, grad_norm=norm, lr=lr, seconds=bar.format_dict["elapsed"])
             bar.update()
             bar.set_postfix(part=part, loss=f"{loss:.3f}")
-            if (before + at + 1) % a.save_every == 0:
+            if run.due(before + at + 1, a.save_every):
                 run.checkpoint([policy, heads], eye_opts + word_opts, step=before + at + 1)
         before += steps
     bar.close()
@@ -122,7 +128,7 @@ def sft(a):
         run.log(step=step, epoch=step // per_epoch, loss=loss, grad_norm=norm, lr=lr, seconds=bar.format_dict["elapsed"])
         bar.update()
         bar.set_postfix(loss=f"{loss:.3f}")
-        if (step + 1) % a.save_every == 0:
+        if run.due(step + 1, a.save_every):
             run.checkpoint([policy], opts, step=step + 1)
     bar.close()
     save(policy, run.weights, tokenizer=v.to_text())
@@ -181,10 +187,12 @@ def rl(a):
         curriculum.seen(chosen, solved)
         run.log(step=step, **stats, lr=lr)
         bar.update()
+        for alarm in alarms({k: float(v) for k, v in run.rows[0].items()}, stats):
+            tqdm.write(f"step {step}: {alarm}", file=sys.stderr)
         bar.set_postfix(acc=f"{stats['accuracy']:.2f}", dead=f"{stats['dead']:.2f}", entropy=f"{stats['entropy']:.2f}")
         if step % a.show_every == 0:
             print("\n" + gog.tell(batch[int(advantages.argmax())]), file=sys.stderr)
-        if (step + 1) % a.eval_every == 0:
+        if run.due(step + 1, a.eval_every):
             run.checkpoint([policy], opts, step=step + 1, pass_rates=rates, pool=curriculum.pool, queue=curriculum.queue, best=best,
                            python_rng=[curriculum.rng.getstate(), env.toolbox.rng.getstate()], torch_rng=generator.get_state().tolist())
     bar.close()
@@ -192,6 +200,13 @@ def rl(a):
     os.replace(champion, run.weights)
     run.close()
     print(f"best: step {best[1]}, development accuracy {best[0]:.3f}, kept as {run.weights}", file=sys.stderr)
+
+
+def alarms(first, now):
+    """What looks like collapse, in words: the metrics of an iteration beside those of the first."""
+    told = [f"{k} fell from {first[k]:.2f} to {now[k]:.2f}" for k in grpo.LOGGED if k.endswith("_share") and first[k] > 0.05 and now[k] < 0.2 * first[k]]
+    told += [f"{k} fell from {first[k]:.2f} to {now[k]:.2f}" for k, part in (("entropy", 0.2), ("reward", 0.7)) if now[k] < part * first[k]]
+    return told + [f"tokens a trajectory rose from {first['tokens']:.0f} to {now['tokens']:.0f}"] * (now["tokens"] > 2 * first["tokens"])
 
 
 def evaluate(a):
@@ -216,6 +231,98 @@ def evaluate(a):
                 atomic(Path(a.results) / f"{label}-{name}-{i}.png", lambda p: gog.poster(t).save(p, format="PNG"))
         write_results(a, table)  # suite by suite: what is measured is kept
     print_table(table)
+
+
+# ------------------------------------------------------------------------------------------------------------ run folder
+
+class Run:
+    """A run folder: the training state (exact resume), one metrics row a step, and the finished weights."""
+
+    def __init__(self, folder, stage):
+        self.folder, self.stage = Path(folder), stage
+        self.weights, self.state, self.csv = (self.folder / f"{stage}.safetensors", self.folder / f"{stage}.state.safetensors",
+                                              self.folder / f"{stage}.csv")
+        self.rows, self.stopping = [], False
+        signal.signal(signal.SIGINT, self.interrupt)
+
+    def interrupt(self, *_):
+        """Ctrl-C: finish the step, then save. A second one stops at once."""
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        self.stopping = True
+        print("\nCtrl-C: saving after this step (once more: stop at once, and lose what came after the last checkpoint)", file=sys.stderr)
+
+    def due(self, step, every):
+        """Is it time for a checkpoint, after so many steps?"""
+        return self.stopping or step % every == 0
+
+    def log(self, **row):
+        self.rows.append({k: f"{v:.6g}" if isinstance(v, float) else str(v) for k, v in row.items()})
+
+    def checkpoint(self, modules, opts, **extra):
+        """Everything that the next step depends on, in one file without pickle: weights, optimisers, generators, counters, metrics."""
+        tensors = {f"module.{i}.{k}": v.detach().cpu().contiguous() for i, m in enumerate(modules) for k, v in m.state_dict().items()}
+        for o, opt in enumerate(opts):
+            for i, state in opt.state_dict()["state"].items():
+                tensors |= {f"optimiser.{o}.{i}.{k}": torch.as_tensor(v).cpu().contiguous() for k, v in state.items()}
+        atomic(self.state, lambda p: save_file(tensors, p, metadata={"extra": json.dumps(extra), "rows": json.dumps(self.rows)}))
+        self.write_csv()
+        if self.stopping:
+            raise KeyboardInterrupt
+
+    def resume(self, modules, opts):
+        """Load the state saved by `checkpoint` into modules and optimisers; its `extra`, or {} when there is none."""
+        if not self.state.is_file():
+            return {}
+        try:
+            with safe_open(self.state, "pt") as f:
+                meta, tensors = f.metadata(), {k: f.get_tensor(k) for k in f.keys()}
+            for i, m in enumerate(modules):
+                m.load_state_dict({k.split(".", 2)[2]: v for k, v in tensors.items() if k.startswith(f"module.{i}.")})
+            for o, opt in enumerate(opts):
+                fresh, state = opt.state_dict(), {}
+                for k, v in tensors.items():
+                    if k.startswith(f"optimiser.{o}."):
+                        _, _, i, name = k.split(".", 3)
+                        state.setdefault(int(i), {})[name] = v
+                opt.load_state_dict({"state": state, "param_groups": fresh["param_groups"]})
+        except (SafetensorError, OSError, RuntimeError, KeyError, ValueError) as e:
+            raise CheckpointError(f"{self.state}: cannot be resumed ({str(e).splitlines()[0]}). Delete it to start this stage anew") from None
+        self.rows = json.loads(meta["rows"])
+        return json.loads(meta["extra"])
+
+    def write_csv(self):
+        if self.rows:
+            columns = list(self.rows[-1])
+            text = "\n".join([",".join(columns), *(",".join(r.get(c, "") for c in columns) for r in self.rows)]) + "\n"
+            atomic(self.csv, lambda p: p.write_text(text, encoding="utf-8"))
+
+    def close(self):
+        """The stage is done: its metrics stay, its training state goes."""
+        self.write_csv()
+        self.state.unlink(missing_ok=True)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def curves(self, columns, across=3, w=330, h=190):
+        """STAGE.png beside STAGE.csv: one panel a column, step by step (grey) and as a running mean (red)."""
+        sheet = Image.new("RGB", (across * w, -(-len(columns) // across) * h), "white")
+        pen = ImageDraw.Draw(sheet)
+        for i, name in enumerate(columns):
+            left, top = i % across * w + 46, i // across * h + 26
+            values = np.array([float(r[name]) for r in self.rows if r.get(name) not in (None, "", "nan")])
+            pen.text((left, top - 20), f"{self.stage}: {name}", fill="black", font_size=13)
+            pen.rectangle((left, top, left + w - 60, top + h - 50), outline=(200, 200, 200))
+            if len(values) < 2:
+                continue
+            low, high = values.min(), max(values.max(), values.min() + 1e-9)
+            kernel = np.ones(max(1, len(values) // 25))
+            smooth = np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
+            at = lambda y: list(zip(left + np.linspace(0, w - 60, len(y)), top + (h - 50) * (1 - (y - low) / (high - low))))
+            pen.line(at(values), fill=(205, 205, 210))
+            pen.line(at(smooth), fill=(200, 30, 50), width=2)
+            for value, y in ((high, top - 4), (low, top + h - 62)):
+                pen.text((left - 44, y), f"{value:.3g}", fill=(90, 90, 90), font_size=11)
+            pen.text((left + w - 100, top + h - 48), f"{len(values)} steps", fill=(90, 90, 90), font_size=11)
+        atomic(self.csv.with_suffix(".png"), lambda p: sheet.save(p, format="PNG"))
 
 
 # ---------------------------------------------------------------------------------------------------------------- tables
@@ -350,7 +457,12 @@ def timed(a, stage):
     known = [r for r in read_rows(path) if (r["stage"], r["preset"], r["device"]) == (stage, a.preset, a.device)]
     expect = f", about {float(known[-1]['minutes']):.0f} minutes (as noted in {path})" if known else ""
     print(f"{stage}: preset {a.preset}, world {a.world}, seed {a.seed}, on {a.device}{expect}", file=sys.stderr)
-    STAGES[stage](a)
+    try:
+        STAGES[stage](a)
+    except grpo.NotFinite as e:
+        bad, text = a.weights(stage).with_suffix(".bad.json"), json.dumps([{k: getattr(x, k) for k in ("ids", "is_action", "logprobs")} for x in e.batch])
+        atomic(bad, lambda p: p.write_text(text))
+        raise CheckpointError(f"{stage}: {e}. It has changed nothing; its batch is in {bad}. Go on from the last checkpoint with --resume and a lower learning rate") from None
     row = dict(stage=stage, preset=a.preset, world=Path(a.world).name, device=a.device, minutes=f"{(time.time() - began) / 60:.1f}", peak_memory_mb=peak_memory(), seed=a.seed)
     write_rows(path, [row], ("stage", "preset", "world", "device", "seed"))
     print(f"{stage}: {row['minutes']} minutes, peak memory {row['peak_memory_mb']} MB", file=sys.stderr)

@@ -1,6 +1,8 @@
 import csv
+import json
 import random
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -54,25 +56,28 @@ def test_a_broken_checkpoint_is_not_overwritten(tmp_path):
     assert done.returncode == 2 and "sft.safetensors: not a readable" in done.stderr and torn.read_bytes() == b"not a checkpoint"
 
 
-def test_resume_is_exact(tmp_path, monkeypatch):
-    """Prevents a resume that loads weights only: 3 steps + resume + the rest = the unbroken run, bit for bit, for every stage."""
+def test_ctrl_c_saves_and_resume_is_exact(tmp_path, monkeypatch, capsys):
+    """Prevents a resume that loads weights only: 3 steps + Ctrl-C + resume + the rest = the unbroken run, bit for bit, for every stage; and
+    lost work: the step during which Ctrl-C is pressed is finished and saved, though no checkpoint was due."""
     monkeypatch.chdir(tmp_path)
     args = lambda *more: train.arguments([*TINY, *more])
-    whole, broken = args("--out", "whole"), args("--out", "broken", "--save-every", "3")
+    whole, broken = args("--out", "whole"), args("--out", "broken")
     whole.rl_steps = broken.rl_steps = 5
     torch.set_flush_denormal(True)
     for stage, steps in ((train.pretrain, "pretrain"), (train.sft, "sft"), (train.rl, "rl")):
         stage(whole)
-        real = train.Run.checkpoint
+        real = train.Run.log
 
-        def stop_after(self, *a, **k):  # the process dies right after its first checkpoint
-            real(self, *a, **k)
-            raise KeyboardInterrupt
+        def interrupted(self, **row):
+            real(self, **row)
+            if row["step"] == 2:
+                signal.raise_signal(signal.SIGINT)
 
-        monkeypatch.setattr(train.Run, "checkpoint", stop_after)
+        monkeypatch.setattr(train.Run, "log", interrupted)
         with pytest.raises(KeyboardInterrupt):
             stage(broken)
-        monkeypatch.setattr(train.Run, "checkpoint", real)
+        monkeypatch.setattr(train.Run, "log", real)
+        assert "Ctrl-C: saving after this step" in capsys.readouterr().err and len(list(csv.DictReader(open(f"broken/{steps}.csv")))) == 3
         broken.resume = True
         stage(broken)
         broken.resume = False
@@ -80,6 +85,34 @@ def test_resume_is_exact(tmp_path, monkeypatch):
         assert all(torch.equal(a[k], b[k]) for k in a), steps
         rows = [[{k: v for k, v in r.items() if "seconds" not in k} for r in csv.DictReader(open(tmp_path / d / f"{steps}.csv"))] for d in ("whole", "broken")]
         assert rows[0] == rows[1], steps
+
+
+def test_a_gradient_that_is_no_number_changes_nothing(tmp_path, monkeypatch, env):
+    """Prevents one bad batch from destroying weights and optimiser: the step is refused, its batch can be looked at, the last checkpoint stays."""
+    monkeypatch.chdir(tmp_path)
+    a, real = train.arguments([*TINY, "--out", "run", "--save-every", "1"]), grpo.token_logprobs
+    train.pretrain(a)
+    calls = []
+
+    def poisoned(*args):
+        calls.append(args)
+        logp, rest = real(*args)
+        return logp * (float("nan") if len(calls) > 2 else 1), rest
+
+    monkeypatch.setattr(grpo, "token_logprobs", poisoned)
+    with pytest.raises(train.CheckpointError, match="sft.bad.json"):
+        train.timed(a, "sft")
+    assert all(len(t["ids"]) == len(t["is_action"]) for t in json.loads(Path("run/sft.bad.json").read_text()))
+    saved = load_file("run/sft.state.safetensors")
+    assert saved and all(torch.isfinite(w).all() for w in saved.values())
+
+
+def test_alarms_tell_collapse_from_a_quiet_run():
+    """Prevents silence while a policy stops using a tool (and an alarm at every step)."""
+    calm = dict(answer_share=0.3, search_share=0.3, glance_share=0.02, gaze_share=0.4, entropy=0.1, reward=0.6, tokens=90.0)
+    assert not train.alarms(calm, calm | dict(glance_share=0.0, reward=0.5, entropy=0.05))
+    for metric, value in (("gaze_share", 0.01), ("entropy", 0.01), ("reward", 0.3), ("tokens", 400.0)):
+        assert metric in train.alarms(calm, calm | {metric: value})[0]
 
 
 def test_labels_lie_where_the_shields_are():
