@@ -18,7 +18,7 @@ from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 SCENE_PX = 384  # side of a scene in pixels; the model's glance is much smaller, a gaze goes back to these pixels
 
@@ -275,7 +275,7 @@ def open_world(where, seed=0, towns=3000):
 def read_jsonl(path):
     """Yield ("file:line", dict) a line; raises WorldError naming the line that is no JSON object."""
     try:
-        with open(path, encoding="utf-8") as f:
+        with open(path, encoding="utf-8-sig") as f:
             for n, line in enumerate(f, 1):
                 if not line.strip():
                     continue
@@ -304,7 +304,7 @@ def image_path(root, image, where):
 
 @lru_cache(maxsize=512)
 def _load(path):
-    return Image.open(path).convert("RGBA")
+    return ImageOps.exif_transpose(Image.open(path)).convert("RGBA")
 
 
 def check_image(path, where="command line"):

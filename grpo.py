@@ -225,13 +225,14 @@ class Curriculum:
     mode: str = "adaptive"
     seed: int = 0
     rng: random.Random = None
+    pool: list = None
     queue: list = field(default_factory=list)
 
     def __post_init__(self):
         self.rng = self.rng or random.Random(self.seed)
         wanted = {"level1": lambda p: level(p) == 1, "level2": lambda p: level(p) == 2, "learnable": lambda p: 0 < p < 0.5}
         keep = wanted.get(self.mode, lambda p: True)
-        self.pool = [i for i, p in enumerate(self.pass_rates) if keep(p)]
+        self.pool = self.pool or [i for i, p in enumerate(self.pass_rates) if keep(p)]
         if not self.pool:
             raise data.WorldError(f"no question is left for --curriculum {self.mode}: use --curriculum all")
 

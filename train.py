@@ -12,9 +12,9 @@ import difflib
 import inspect
 import io
 import json
-import os
 import random
 import re
+import shutil
 import signal
 import sys
 import time
@@ -164,9 +164,8 @@ def rl(a):
     rates = saved.get("pass_rates") or grpo.pass_rates(policy, env, pool, 4, a.temperature, a.seed)
     counts = [sum(grpo.level(p) == k for p in rates) for k in range(3)]
     print(f"levels: {counts[0]} easy, {counts[1]} of level 1, {counts[2]} of level 2 ({sum(p == 0 for p in rates)} never right)", file=sys.stderr)
-    curriculum = grpo.Curriculum(rates, a.curriculum, a.seed)
+    curriculum = grpo.Curriculum(rates, a.curriculum, a.seed, pool=saved.get("pool"), queue=saved.get("queue", []))
     if saved:
-        curriculum.pool, curriculum.queue = saved["pool"], saved["queue"]
         for rng, state in zip((curriculum.rng, env.toolbox.rng), saved["python_rng"]):
             rng.setstate((state[0], tuple(state[1]), state[2]))
         generator.set_state(torch.tensor(saved["torch_rng"], dtype=torch.uint8))
@@ -197,8 +196,9 @@ def rl(a):
                            python_rng=[curriculum.rng.getstate(), env.toolbox.rng.getstate()], torch_rng=generator.get_state().tolist())
     bar.close()
     run.curves(("accuracy", "reward", "dead", "entropy", "gaze_correct", "reflection", "turns", "tool_calls", "loss"))
-    os.replace(champion, run.weights)
+    atomic(run.weights, lambda p: shutil.copyfile(champion, p))
     run.close()
+    champion.unlink()  # last: a kill in between loses nothing
     print(f"best: step {best[1]}, development accuracy {best[0]:.3f}, kept as {run.weights}", file=sys.stderr)
 
 
@@ -493,8 +493,8 @@ def main():
             if stage != a.stage:
                 print(f"{a.stage} needs {a.weights(stage)}, which is missing: {stage} runs first.", file=sys.stderr)
             timed(a, stage)
-    except (data.WorldError, CheckpointError) as e:
-        print(f"error: {e}", file=sys.stderr)
+    except (data.WorldError, CheckpointError, OSError) as e:
+        print(f"\nerror: {e}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"\nstopped. Checkpoints are written every {a.save_every} steps ({a.eval_every} of rl); the same command with --resume goes on from the last.", file=sys.stderr)

@@ -1,0 +1,189 @@
+"""What can go wrong, and what happens then: hostile text, hostile files, kills, failing tools, a full disk."""
+import csv
+import errno
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_data import good, write_world
+from test_train import ROOT, TINY, run
+
+import data
+import gog
+import train
+from model import TAGS
+
+# ------------------------------------------------------------------------------------------------------------------ text
+
+TURNS = ("<think> look at red round, next river</think><gaze> 3 36 30 63</gaze>", "<think> want red round, see red round: yes, Brenna</think><answer> Brenna</answer>",
+         "<search> Karvel Ost river</search>", "<glance></glance>")
+SHARDS = (*TAGS, "<", ">", "/", "-1", "100", "9" * 400, "1e9", "²", "\0", "\ufffd", "‹", "\n", " ", "<gaze>", "</gaze> 1 2 3 4", "é", "🙂", "3.5", "nan")
+
+
+def mutant(rng):
+    """A turn with some of its parts cut, doubled, swapped or replaced."""
+    parts = re.split(r"(</?\w+>| )", rng.choice(TURNS))
+    for _ in range(rng.randint(0, 4)):
+        i, j = rng.randrange(len(parts)), rng.randrange(len(parts))
+        parts[i:i + rng.randint(0, 2)] = rng.choice(([""], [parts[j]] * 2, [rng.choice(SHARDS)], parts[j:j + 3]))
+    return "".join(parts)
+
+
+def test_no_text_breaks_the_parser():
+    """Prevents a crash, an endless regular expression, or a half-read action: 100,000 mutated turns give one of five kinds, gazes stay in range."""
+    rng, kinds = random.Random(0), {}
+    for _ in range(100_000):
+        turn = gog.parse(mutant(rng))
+        kinds[turn.kind] = kinds.get(turn.kind, 0) + 1
+        if turn.kind == "gaze":
+            assert len(turn.argument) == 4 and all(type(x) is int and 0 <= x <= 99 for x in turn.argument)
+        elif turn.kind != "malformed":
+            assert isinstance(turn.argument, str) and not set(turn.argument) & set("<>")
+    assert min(kinds[k] for k in (*gog.ACTIONS, "malformed")) > 500
+    began = time.time()
+    gog.parse("<think>" * 20_000 + "<answer>" + " x" * 100_000)
+    assert time.time() - began < 2
+
+
+@pytest.mark.parametrize("answer", ["", " ", "...", "the a an", "Brenna or Old Vosk", "What is the name of the red round shield?", "Brenna</answer>", "<answer> Brenna", "Brenn", "Brenna Brenna"])
+def test_rewards_cannot_be_talked_into(answer):
+    """Prevents reward hacking: nothing, everything joined, the question, tags or more than the answer are all wrong."""
+    assert not gog.exact_match(answer, ["Brenna"])
+
+
+@pytest.mark.parametrize("tags", ["<search> Brenna</search>", "<think> Brenna</think>", "<answer> Brenna</answer><answer> Brenna</answer>", "<answer> Brenna</answer> and more", "Brenna"])
+def test_the_right_answer_in_the_wrong_tags_is_none(tags, env, questions):
+    """Prevents points for an answer that was never given."""
+    q = data.replace(questions[0], answers=("Brenna",))
+    t = gog.play(env, [q], [script(tags)])[0]
+    assert t.answer is None and not t.correct and not t.well_formed
+
+
+def script(*turns):
+    for turn in turns:  # not `yield from`: observations are sent in
+        yield turn
+
+
+def test_tools_that_often_fail_stop_nobody(vocabulary, world, policy):
+    """Prevents a run that dies with its tools: at 20 % failures every rollout ends within its turns, and failures are seen by the policy."""
+    env = gog.Environment(vocabulary, gog.make_toolbox(world, 0.2, seed=1), policy.config)
+    qs = data.questions(world, data.RL_MIX, 400, "faults")
+    tries = gog.play(env, qs, [gog.expert(q, random.Random(0)) for q in qs]) + gog.evaluate(None, env, qs, "random")
+    told = [turn for t in tries for turn in t.turns if turn.kind in ("search", "glance", "gaze")]
+    failed = [turn for turn in told if turn.observation == "search failed"]
+    assert 0.15 < len(failed) / len(told) < 0.25 and not any(turn.ok for turn in failed) and max(len(t.turns) for t in tries) <= gog.MAX_TURNS
+    assert sum(t.correct for t in tries[:400]) > 300  # the expert tries again
+
+
+# ----------------------------------------------------------------------------------------------------------------- files
+
+def pictures(folder):
+    """Pictures that are odd but good, then some that are not pictures: {name: is it good?}."""
+    rgb = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60, 3), np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # "turn me by 90 degrees"
+    saved = {"cmyk.jpg": (rgb.convert("CMYK"), {}), "palette.png": (rgb.convert("P"), {"transparency": 0}), "grey16.png": (Image.new("I;16", (30, 20), 40000), {}),
+             "one.png": (rgb.resize((1, 1)), {}), "wide.png": (rgb.resize((20_000, 2)), {}), "turned.jpg": (rgb, {"exif": exif}), "grey.png": (rgb.convert("LA"), {}),
+             "moving.gif": (rgb, {"save_all": True, "append_images": [rgb.rotate(90)]})}
+    for name, (picture, options) in saved.items():
+        picture.save(folder / name, **options)
+    whole = (folder / "turned.jpg").read_bytes()
+    (folder / "torn.jpg").write_bytes(whole[:len(whole) // 2])
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "text.png").write_text("not a picture")
+    return dict.fromkeys(saved, True) | dict.fromkeys(("torn.jpg", "empty.png", "text.png"), False)
+
+
+def test_odd_pictures_are_read_or_refused(tmp_path):
+    """Prevents a traceback, a black picture or a photo on its side: every odd format becomes RGB as a viewer shows it, or is refused by name."""
+    for name, is_good in pictures(tmp_path).items():
+        if is_good:
+            scene = data.Scene((), (), "picture", 0, data.Path(data.check_image(tmp_path / name) and tmp_path / name))
+            assert scene.picture().mode == "RGB" and gog.to_array(scene.picture(), 64).shape == (3, 64, 64), name
+        else:
+            with pytest.raises(data.WorldError, match=name):
+                data.check_image(tmp_path / name)
+    assert data.check_image(tmp_path / "turned.jpg").size == (40, 60)  # stood 60 x 40 on disk
+
+
+def test_a_decompression_bomb_is_refused(tmp_path, monkeypatch):
+    """Prevents a small file from filling the memory."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    Image.new("RGB", (50, 50)).save(tmp_path / "bomb.png")
+    with pytest.raises(data.WorldError, match="bomb.png"):
+        data.check_image(tmp_path / "bomb.png")
+
+
+def test_a_link_out_of_the_folder_is_refused(tmp_path):
+    """Prevents a shared world from reading its user's files."""
+    Image.new("RGB", (9, 9)).save(tmp_path / "secret.png")
+    folder = write_world(tmp_path / "w", [*good(8), {"name": "x", "image": "link.png"}])
+    (folder / "link.png").symlink_to(tmp_path / "secret.png")
+    with pytest.raises(data.WorldError, match="lies outside"):
+        data.folder_world(folder)
+
+
+def test_encodings(tmp_path):
+    """Prevents a byte-order mark (Windows editors write one) from spoiling the first line, and another encoding from a traceback."""
+    folder = write_world(tmp_path / "w", good(8))
+    text = (folder / "entities.jsonl").read_text()
+    (folder / "entities.jsonl").write_text(text, encoding="utf-8-sig")
+    assert len(data.folder_world(folder).entities) == 8
+    (folder / "entities.jsonl").write_text(text, encoding="utf-16")
+    with pytest.raises(data.WorldError, match="UTF-8"):
+        data.folder_world(folder)
+
+
+# ------------------------------------------------------------------------------------------------------- kills, full disks
+
+def test_kill_at_any_moment(tmp_path):
+    """Prevents half-written checkpoints: killed without warning (-9) again and again, a run resumes each time, and ends as if nothing had happened."""
+    stage = ["--stage", "rl", *TINY, "--rl-steps", "8", "--eval-every", "1", "--out", "run"]
+    assert run(*stage, "--rl-steps", "1", cwd=tmp_path).returncode == 0  # base and SFT
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    for f in ("pretrain", "sft"):
+        (whole / f"{f}.safetensors").write_bytes((tmp_path / "run" / f"{f}.safetensors").read_bytes())
+    assert run(*stage, "--out", "whole", cwd=tmp_path).returncode == 0
+    rng, kills = random.Random(time.time()), 0
+    (tmp_path / "run" / "rl.safetensors").unlink()
+    while kills < 2:
+        process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *stage, "--resume"], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+        while process.poll() is None and "step 1:" not in process.stderr.readline():
+            pass
+        time.sleep(rng.random())
+        kills += process.poll() is None
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        if (tmp_path / "run" / "rl.safetensors").is_file():
+            break
+    assert run(*stage, "--resume", cwd=tmp_path).returncode == 0
+    tell = lambda d: [[r["step"], r["loss"], r["reward"]] for r in csv.DictReader(open(tmp_path / d / "rl.csv"))]
+    assert tell("run") == tell("whole") and [int(s) for s, *_ in tell("run")] == list(range(8))
+
+
+def test_a_full_disk_is_said_in_one_line(tmp_path, monkeypatch, capsys):
+    """Prevents a traceback, and a checkpoint destroyed by its successor, when the disk is full."""
+    monkeypatch.chdir(tmp_path)
+    a = [*TINY, "--out", "run", "--save-every", "1"]
+    monkeypatch.setattr(sys, "argv", ["train.py", "--stage", "pretrain", *a])
+    train.main()
+    before, calls = (tmp_path / "run" / "pretrain.safetensors").read_bytes(), []
+
+    def full(tensors, path, metadata=None):
+        calls.append(path)
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(train, "save_file", full)
+    with pytest.raises(SystemExit) as stopped:
+        train.main()
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stopped.value.code == 2 and last.startswith("error: ") and "No space left" in last and calls
+    assert (tmp_path / "run" / "pretrain.safetensors").read_bytes() == before and not [p for p in (tmp_path / "run").iterdir() if p.suffix == ".tmp"]
