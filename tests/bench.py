@@ -1,0 +1,277 @@
+"""How fast, beside what a user would pick instead, and beside what the machine can do. Run by hand: python tests/bench.py [PART ...]
+
+Every part does the same work twice in one process, ours and a peer's in turn (A B A B ...), and tells the median seconds of each and their
+ratio (above 1: we are faster). Peers are optional: pip install transformers faiss-cpu scikit-learn; what is missing is said. The peer of the
+policy is transformers' Llama with our weights (the same logits: tests/test_model.py), without `smear` and with a linear patch embedding on
+both sides, since Llama has neither; eyes are the same module for both. In rollouts both are made to say what the expert says, so that
+turns, tools and stops are the same, and every logit is computed all the same. Writes results/bench.csv.
+"""
+import argparse
+import csv
+import importlib.util
+import os
+import random
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import data  # noqa: E402
+import gog  # noqa: E402
+import grpo  # noqa: E402
+from model import Cache, ModelConfig, Policy, Vocabulary  # noqa: E402
+from tools import ImageIndex, TextIndex  # noqa: E402
+
+
+def peer(module):
+    """Is this optional package here?"""
+    return importlib.util.find_spec(module) is not None
+
+
+class Bench:
+    """A small heraldry, the nano policy, and its twin in transformers."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        torch.set_flush_denormal(True)
+        self.world = data.heraldry(0, 1000)
+        self.v = Vocabulary.learn(grpo.corpus())
+        self.policy = Policy(ModelConfig(vocab=self.v.size, smear=0, stem=False)).freeze_eyes()
+        self.env = gog.Environment(self.v, gog.make_toolbox(self.world), self.policy.config)
+        self.questions = data.questions(self.world, data.RL_MIX, 64, "bench")
+        self.demos = gog.play(self.env, self.questions, [gog.expert(q, random.Random(0)) for q in self.questions])
+        self.llama = self.twin() if peer("transformers") else None
+
+    def twin(self):
+        import transformers
+        transformers.logging.set_verbosity_error()
+        c = self.policy.config
+        llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+            vocab_size=c.vocab, hidden_size=c.width, intermediate_size=c.mlp, num_hidden_layers=c.layers, num_attention_heads=c.heads,
+            num_key_value_heads=c.kv_heads, rms_norm_eps=1e-6, rope_theta=c.rope_base, tie_word_embeddings=True, max_position_embeddings=c.context,
+            bos_token_id=None, eos_token_id=None, pad_token_id=None))
+        inner = lambda k: k if "_proj" not in k or "self_attn" in k else k.replace("gate_proj", "mlp.gate_proj").replace("up_proj", "mlp.up_proj").replace("down_proj", "mlp.down_proj")
+        left = llama.load_state_dict({"model." + inner(k): w for k, w in self.policy.state_dict().items() if not k.startswith("vision")}, strict=False)
+        assert not left.unexpected_keys and set(left.missing_keys) <= {"lm_head.weight"}
+        return llama
+
+    # every part: (what is counted, how many of them, ours, peer's name, peer's or None)
+
+    def image_index(self):
+        index = ImageIndex((e.name, e.blazon, e.picture(48)) for e in self.world.pictured()[:300])
+        rows = np.tile(index.rows, (20, 1))  # 54,000 vectors
+        queries = index.rows[:256] + 0.01
+        index.names, index.rows = index.names * 20, rows
+        ours = lambda: [np.argpartition(-s, 5)[:5] for s in queries @ rows.T]
+        other = None
+        if peer("faiss"):
+            import faiss
+            flat = faiss.IndexFlatIP(rows.shape[1])
+            flat.add(rows)
+            other = lambda: flat.search(queries, 5)
+        return "queries", len(queries), ours, "faiss IndexFlatIP", other
+
+    def text_index(self):
+        pages = self.world.passages()
+        index = TextIndex(pages)
+        queries = [f"{e.name} ruler" for e in self.world.pictured()[:256]]
+        other = None
+        if peer("sklearn"):
+            from sklearn.feature_extraction.text import TfidfVectorizer
+            tfidf = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 4))
+            rows = tfidf.fit_transform([text for _, text in pages])
+            other = lambda: [s.indices[np.argsort(-s.data)[:2]] for s in tfidf.transform(queries) @ rows.T]
+        return "queries", len(queries), lambda: index.search(queries, 2), "scikit-learn TF-IDF", other
+
+    def data_generation(self):
+        asked = data.questions(self.world, data.RL_MIX, 64, "bench/pictures")
+        return "questions with picture", 64, lambda: [data.questions(self.world, data.RL_MIX, 64, "bench/data"), [gog.to_array(q.scene.picture(), 128) for q in asked]], "", None
+
+    def prompts(self, rows, length=60):
+        """Ids (rows, length) whose first tokens are a picture, and the pictures."""
+        ids = torch.randint(120, self.v.size, (rows, length))
+        ids[:, 1:1 + len(self.env.image)] = self.env.image[0]
+        return ids, torch.randint(0, 255, (rows, 3, 128, 128), dtype=torch.uint8)
+
+    def embed(self, ids, pictures):
+        x = self.llama.model.embed_tokens(ids)
+        return x.masked_scatter((ids == self.env.image[0])[..., None], self.policy.vision(pictures))
+
+    @torch.no_grad()
+    def prefill(self):
+        ids, pictures = self.prompts(128)
+
+        def ours():
+            with torch.no_grad():
+                self.policy(ids, pictures, self.env.image[0], Cache(self.policy.config, 128, 200, "cpu", torch.float32))
+
+        def theirs():
+            with torch.no_grad():
+                self.llama.model(inputs_embeds=self.embed(ids, pictures), use_cache=True)
+
+        return "tokens", ids.numel(), ours, "transformers", theirs if self.llama else None
+
+    def decode(self, rows=128, new=32):
+        ids, pictures = self.prompts(rows)
+
+        def ours():
+            with torch.no_grad():
+                cache = Cache(self.policy.config, rows, 200, "cpu", torch.float32)
+                hidden = self.policy(ids, pictures, self.env.image[0], cache)[:, -1]
+                for _ in range(new):
+                    hidden = self.policy(self.policy.logits(hidden).argmax(-1)[:, None], cache=cache)[:, 0]
+
+        theirs = lambda: self.llama.generate(inputs_embeds=self.embed(ids, pictures).detach(), attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new,
+                                             do_sample=False, pad_token_id=0)
+        return "tokens", rows * new, ours, "transformers generate", theirs if self.llama else None
+
+    def rollout(self):
+        return "questions", len(self.questions), self.our_rollout, "transformers generate, the conversation read anew at every turn", self.their_rollout if self.llama else None
+
+    def our_rollout(self):
+        """gog.rollout, whose every choice is overruled by the expert's."""
+        scripts, bench = [t.ids + [0] for t in self.demos], self
+
+        class Tagged(Cache):  # knows which trajectory a row belongs to
+            def __init__(self, *args):
+                super().__init__(*args)
+                self.tags = torch.arange(len(self.lengths))
+                Tagged.current = self
+
+            def take(self, rows):
+                part = super().take(rows)
+                part.tags, Tagged.current = self.tags[rows], part
+                return part
+
+        def forced(hidden):
+            now = Tagged.current
+            wanted = torch.tensor([scripts[t][min(n, len(scripts[t]) - 1)] for t, n in zip(now.tags.tolist(), now.lengths.tolist())])
+            return logits(hidden).scatter(1, wanted[:, None], 1e4)
+
+        logits, bench.policy.logits, gog.Cache = bench.policy.logits, forced, Tagged
+        try:
+            tries = gog.rollout(bench.policy, bench.env, bench.questions, temperature=1.0, generator=torch.Generator().manual_seed(0))
+        finally:
+            del bench.policy.logits
+            gog.Cache = Cache
+        assert [t.ids for t in tries] == [t.ids for t in self.demos]
+
+    def their_rollout(self):
+        """The loop that one writes with transformers: pad on the left, generate a turn, ask the tools, begin again with the longer conversation."""
+        from transformers import LogitsProcessor
+        v, env, stop = self.v, self.env, self.v.id["<stop>"]
+        scenes = [q.scene.picture() for q in self.questions]
+        done = [env.prompt(q, gog.to_array(s, env.side)) for q, s in zip(self.questions, scenes)]
+        live = list(range(len(done)))
+
+        class Forced(LogitsProcessor):
+            def __call__(self, ids, scores):
+                at = [self.scripts[row][min(ids.shape[1], len(self.scripts[row]) - 1)] for row in range(len(ids))]
+                return scores.scatter(1, torch.tensor(at)[:, None], 1e4)
+
+        for _ in range(gog.MAX_TURNS):
+            longest, force = max(len(done[i].ids) for i in live), Forced()
+            force.scripts = [self.demos[i].ids[len(done[i].ids):] + [0] for i in live]
+            ids = torch.tensor([[v.id["<pad>"]] * (longest - len(done[i].ids)) + done[i].ids for i in live])
+            pictures = torch.from_numpy(np.stack([p for i in live for p in done[i].pictures]))
+            with torch.no_grad():
+                out = self.llama.generate(inputs_embeds=self.embed(ids, pictures), attention_mask=(ids != v.id["<pad>"]).long(), max_new_tokens=gog.TURN_TOKENS,
+                                          do_sample=True, top_k=0, eos_token_id=stop, pad_token_id=v.id["<pad>"], logits_processor=[force])
+            said = [row[:row.index(stop) + 1] for row in out.tolist()]
+            for i, turn in zip(live, said):
+                done[i].act(turn)
+            goes_on = env.step([done[i] for i in live], [gog.parse(v.decode(turn[:-1])) for turn in said], [scenes[i] for i in live])
+            live = [i for i, go in zip(live, goes_on) if go]
+            if not live:
+                break
+        assert [t.ids for t in done] == [t.ids for t in self.demos]
+
+    def sft_step(self):
+        batch = self.demos[:32]
+        opt, their_opt = (torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], 1e-6) for m in (self.policy, self.llama or self.policy))
+        ours = lambda: grpo.supervised_step(self.policy, self.env, batch, [opt], 1000)
+
+        def theirs():
+            ids, mask, trained, pictures = self.padded(batch)
+            labels = ids.masked_fill(~trained, -100)
+            self.llama(inputs_embeds=self.embed(ids, pictures), attention_mask=mask, labels=labels).loss.backward()
+            grpo.update(self.llama, [their_opt])
+
+        return "trained tokens", sum(sum(t.is_action) for t in batch), ours, "transformers, one padded batch", theirs if self.llama else None
+
+    def grpo_step(self):
+        batch, advantages = self.demos[:32], torch.linspace(-1, 1, 32)
+        for t in batch:
+            t.logprobs = [-0.1 * m for m in t.is_action]
+        opt, their_opt = (torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], 1e-6) for m in (self.policy, self.llama or self.policy))
+        flags = argparse.Namespace(token_budget=1000, temperature=1.0, clip_low=0.2, clip_high=0.28, beta=0.0)
+        ours = lambda: grpo.grpo_step(self.policy, None, self.env, batch, advantages, [opt], flags)
+
+        def theirs():
+            ids, mask, trained, pictures = self.padded(batch)
+            logp = self.llama(inputs_embeds=self.embed(ids, pictures), attention_mask=mask).logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
+            ratio, a = (logp + 0.1).exp(), advantages[:, None]
+            loss = -torch.minimum(ratio * a, ratio.clamp(0.8, 1.28) * a)[trained[:, 1:]].mean()
+            loss.backward()
+            grpo.update(self.llama, [their_opt])
+
+        return "trained tokens", sum(sum(t.is_action) for t in batch), ours, "transformers, one padded batch", theirs if self.llama else None
+
+    def padded(self, batch):
+        longest = max(len(t.ids) for t in batch)
+        fill = lambda rows, value: torch.tensor([list(r) + [value] * (longest - len(r)) for r in rows])
+        ids = fill([t.ids for t in batch], 0)
+        return ids, fill([[1] * len(t.ids) for t in batch], 0), fill([t.is_action for t in batch], False), torch.from_numpy(np.stack([p for t in batch for p in t.pictures]))
+
+
+def clock(work):
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def limits():
+    """What this machine does at best: float32 multiplications, and copies in memory."""
+    a, b, c, d, big = torch.randn(2048, 2048), torch.randn(2048, 2048), torch.randn(1000, 192), torch.randn(192, 512), torch.randn(32 << 20)
+    best = lambda work, n=7: min(clock(work) for _ in range(n))
+    return [("matmul 2048 x 2048 x 2048", f"{2 * 2048**3 / best(lambda: a @ b) / 1e9:.0f} GFLOP/s"),
+            ("matmul 1000 x 192 x 512, a hundred", f"{100 * 2 * 1000 * 192 * 512 / best(lambda: [c @ d for _ in range(100)]) / 1e9:.0f} GFLOP/s"),
+            ("memory, read and written", f"{2 * big.numel() * 4 / best(lambda: big.clone()) / 1e9:.1f} GB/s")]
+
+
+PARTS = ("image_index", "text_index", "data_generation", "prefill", "decode", "rollout", "sft_step", "grpo_step")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", help=f"some of {', '.join(PARTS)} (default: all)")
+    parser.add_argument("--rounds", type=int, default=5), parser.add_argument("--out", default="results/bench.csv")
+    a = parser.parse_args()
+    if unknown := set(a.parts) - set(PARTS):
+        parser.error(f"no part {', '.join(unknown)}: choose from {', '.join(PARTS)}")
+    print(f"{len(a.parts or PARTS)} parts, {a.rounds} rounds each, on {torch.get_num_threads()} threads of {os.cpu_count()} cores")
+    for name, value in limits():
+        print(f"{name:<38}{value}")
+    missing = [m for m in ("transformers", "faiss", "sklearn") if not peer(m)]
+    print(f"missing peers: {', '.join(missing) or 'none'}\n{'':<17}{'ours, s':>10}{'peer, s':>10}{'ratio':>8}")
+    bench, rows = Bench(), []
+    for part in a.parts or PARTS:
+        unit, n, ours, name, theirs = getattr(bench, part)()
+        ours(), theirs and theirs()  # warm
+        times = [(clock(ours), clock(theirs) if theirs else float("nan")) for _ in range(a.rounds)]
+        mine, other = np.median(times, 0)
+        print(f"{part:<17}{mine:10.4f}{other:10.4f}{other / mine:8.2f}   {n / mine:,.0f} {unit} a second" + (f" (peer: {name})" if theirs else ""))
+        rows.append(dict(part=part, unit=unit, n=n, ours_s=f"{mine:.5f}", peer_s=f"{other:.5f}", ratio=f"{other / mine:.3f}", peer=name if theirs else "", rounds=a.rounds,
+                         threads=torch.get_num_threads()))
+    Path(a.out).parent.mkdir(parents=True, exist_ok=True)
+    with open(a.out, "w", encoding="utf-8", newline="") as f:
+        table = csv.DictWriter(f, list(rows[0]), lineterminator="\n")
+        table.writeheader()
+        table.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()
