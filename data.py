@@ -472,8 +472,8 @@ SETTINGS = {  # name: (least, most objects, cells, sizes, look-alikes of the tar
 SFT_MIX = [("colour", "normal", 3), ("shape", "normal", 2), ("count", "normal", 2), ("colour", "single", 1), ("shape", "single", 1),
            ("name", "single", 1), ("hop1", "single", 1), ("name", "normal", 2), ("hop1", "normal", 4), ("name", "twins", 1),
            ("hop1", "twins", 2), ("hop2", "normal", 1.2), ("hop3", "normal", 0.4), ("compare", "normal", 1)]
-RL_MIX = [("colour", "normal", 1), ("count", "normal", 1), ("hop1", "single", 1), ("name", "normal", 1), ("hop1", "normal", 3), ("name", "twins", 2),
-          ("hop1", "twins", 2), ("hop1", "small", 2), ("hop2", "normal", 2), ("hop2", "twins", 1), ("hop3", "normal", 2), ("hop4", "normal", 1), ("compare", "normal", 2)]
+RL_MIX = [("colour", "normal", 0.5), ("count", "normal", 1), ("name", "normal", 0.5), ("hop1", "normal", 1), ("name", "twins", 1.5), ("hop1", "twins", 1.5),
+          ("hop1", "small", 2), ("hop2", "normal", 1.5), ("hop2", "twins", 2), ("hop3", "normal", 2), ("hop4", "normal", 3), ("hop5", "normal", 1), ("compare", "normal", 2.5)]
 SUITES = {  # the six held-out suites: what each isolates (the paper's benchmark that it stands for)
     "facts": [("hop1", "normal", 5), ("name", "normal", 2), ("colour", "normal", 1), ("shape", "normal", 1), ("count", "normal", 1)],  # FVQA
     "fine": [("name", "small", 1), ("hop1", "small", 1)],  # InfoSeek: small target among look-alikes

@@ -399,12 +399,12 @@ class Args:
     replay: float = 0.2  # lessons of the base model among the demonstrations, so that pointing and long plans are not forgotten
     sft_muon_lr: float = 0.002  # of hidden matrices
     sft_adam_lr: float = 0.001  # of embeddings and norms
-    rl_questions: int = 1600  # that the SFT model is scored on, to find the hard ones
+    rl_questions: int = 1200  # that the SFT model is scored on, to find the hard ones
     rl_dev: int = 300  # questions of the development split, for keeping the best policy
-    rl_steps: int = 24  # updates
+    rl_steps: int = 20  # updates
     rl_batch: int = 64  # questions a step
     group: int = 8  # rollouts a question
-    rl_lr: float = 1e-4  # of AdamW, at its highest; it falls to 0
+    rl_lr: float = 2e-4  # of AdamW, at its highest; it falls to 0
     lam: float = 0.1  # weight of the format reward
     beta: float = 0.0  # weight of the KL to the SFT policy
     clip_low: float = 0.2  # the ratio is clipped to 1 - clip_low
@@ -412,7 +412,7 @@ class Args:
     advantage: str = "std"  # std or mean
     curriculum: str = "adaptive"  # level1, level2, all, learnable or adaptive
     temperature: float = 0.8  # of rollouts
-    eval_every: int = 8  # RL steps between looks at the development split, and between checkpoints
+    eval_every: int = 5  # RL steps between looks at the development split, and between checkpoints
     show_every: int = 8  # RL steps between printed trajectories
     token_budget: int = 1000  # tokens a micro-batch: changes speed and memory, not the update (small ones have little padding)
     name: str = "rl"  # of the policy that rl writes
