@@ -8,7 +8,8 @@ Here instead, numbered:
      Groups are judged on accuracy, not reward: with division by the standard deviation a group that differs only in format would
      turn lambda = 0.1 into a full +-1.
   3. One update a batch, so the ratio is 1 and the clip never binds (the loss is the general one).
-  4. The loss hovers at 0 however well it goes: advantages of a group sum to 0. Watch accuracy and entropy instead.
+  4. The loss tells nothing about progress: advantages of a group sum to 0, and what is left (about 0.1 here) says only that wrong
+     trajectories have more tokens than right ones. Watch accuracy and entropy instead.
   5. `adaptive`, the default: questions are drawn by their current pass rate p, with weight 0.005 + p(1-p), re-scored while the policy changes:
      what is too easy or too hard now teaches nothing now. `level2` is the paper's curriculum.
   6. A base model of our own, where the paper takes one from the shelf: labels for the eyes, lessons in words, an exam.
