@@ -522,8 +522,8 @@ def draw_gazes(t):
     """The picture with every gaze framed and numbered, in order."""
     picture = t.question.scene.picture().copy()
     pen, width = ImageDraw.Draw(picture), max(2, picture.width // 150)
-    for n, gaze in enumerate((turn.argument for turn in t.turns if turn.kind == "gaze"), 1):
-        x0, y0, x1, y1 = box = data.to_pixels(gaze, picture.size)
+    for n, where in enumerate((turn.argument for turn in t.turns if turn.kind == "gaze"), 1):
+        x0, y0, x1, y1 = box = data.to_pixels(where, picture.size)
         if x1 > x0 and y1 > y0:
             pen.rectangle(box, outline=(230, 40, 60), width=width)
             pen.rectangle((x0, y0, x0 + 9 * width, y0 + 9 * width), fill=(230, 40, 60))

@@ -336,7 +336,7 @@ def fresh_relation(rng, known, pieces):
 
 
 def strange(rng, pieces, share=0.5):
-    """Mostly a string of any tokens at all (Vocabulary.pieces), else "". A token that no lesson shows can never be copied: names of real countries
+    """In a `share` of cases a string of any tokens at all (Vocabulary.pieces), else "". A token that no lesson shows can never be copied: names of real countries
     are full of letters that no town of heraldry has. Without pieces always ""."""
     return "".join(rng.choices(pieces, k=rng.randint(1, 5))).strip() if pieces and rng.random() < share else ""
 

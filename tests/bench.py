@@ -7,7 +7,6 @@ both sides, since Llama has neither; eyes are the same module for both. In rollo
 turns, tools and stops are the same, and every logit is computed all the same. Writes results/bench.csv.
 """
 import argparse
-import csv
 import importlib.util
 import os
 import random
@@ -23,7 +22,9 @@ import data  # noqa: E402
 import gog  # noqa: E402
 import grpo  # noqa: E402
 from model import Cache, ModelConfig, Policy, Vocabulary  # noqa: E402
-from tools import ImageIndex, TextIndex  # noqa: E402
+from conftest import llama_twin  # noqa: E402
+from tools import TextIndex, describe  # noqa: E402
+from train import write_rows  # noqa: E402
 
 
 def peer(module):
@@ -48,31 +49,19 @@ class Bench:
     def twin(self):
         import transformers
         transformers.logging.set_verbosity_error()
-        c = self.policy.config
-        llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-            vocab_size=c.vocab, hidden_size=c.width, intermediate_size=c.mlp, num_hidden_layers=c.layers, num_attention_heads=c.heads,
-            num_key_value_heads=c.kv_heads, rms_norm_eps=1e-6, rope_theta=c.rope_base, tie_word_embeddings=True, max_position_embeddings=c.context,
-            bos_token_id=None, eos_token_id=None, pad_token_id=None))
-        inner = lambda k: k if "_proj" not in k or "self_attn" in k else k.replace("gate_proj", "mlp.gate_proj").replace("up_proj", "mlp.up_proj").replace("down_proj", "mlp.down_proj")
-        left = llama.load_state_dict({"model." + inner(k): w for k, w in self.policy.state_dict().items() if not k.startswith("vision")}, strict=False)
-        assert not left.unexpected_keys and set(left.missing_keys) <= {"lm_head.weight"}
-        return llama
+        return llama_twin(transformers, self.policy, max_position_embeddings=self.policy.config.context, bos_token_id=None, eos_token_id=None, pad_token_id=None)
 
     # every part: (what is counted, how many of them, ours, peer's name, peer's or None)
 
     def image_index(self):
-        index = ImageIndex((e.name, e.blazon, e.picture(48)) for e in self.world.pictured()[:300])
-        rows = np.tile(index.rows, (20, 1))  # 54,000 vectors
-        queries = index.rows[:256] + 0.01
-        index.names, index.rows = index.names * 20, rows
-        ours = lambda: [np.argpartition(-s, 5)[:5] for s in queries @ rows.T]
+        index, pictures = self.env.toolbox.image_index, [e.picture(80) for e in self.world.pictured()[:256]]
         other = None
         if peer("faiss"):
             import faiss
-            flat = faiss.IndexFlatIP(rows.shape[1])
-            flat.add(rows)
-            other = lambda: flat.search(queries, 5)
-        return "queries", len(queries), ours, "faiss IndexFlatIP", other
+            flat = faiss.IndexFlatIP(index.rows.shape[1])
+            flat.add(index.rows)
+            other = lambda: flat.search(describe(pictures), 5)
+        return "queries", len(pictures), lambda: index.search(pictures, 5), "faiss IndexFlatIP on the same descriptors", other
 
     def text_index(self):
         pages = self.world.passages()
@@ -100,7 +89,6 @@ class Bench:
         x = self.llama.model.embed_tokens(ids)
         return x.masked_scatter((ids == self.env.image[0])[..., None], self.policy.vision(pictures))
 
-    @torch.no_grad()
     def prefill(self):
         ids, pictures = self.prompts(128)
 
@@ -133,7 +121,7 @@ class Bench:
 
     def our_rollout(self):
         """gog.rollout, whose every choice is overruled by the expert's."""
-        scripts, bench = [t.ids + [0] for t in self.demos], self
+        scripts = [t.ids + [0] for t in self.demos]
 
         class Tagged(Cache):  # knows which trajectory a row belongs to
             def __init__(self, *args):
@@ -151,11 +139,11 @@ class Bench:
             wanted = torch.tensor([scripts[t][min(n, len(scripts[t]) - 1)] for t, n in zip(now.tags.tolist(), now.lengths.tolist())])
             return logits(hidden).scatter(1, wanted[:, None], 1e4)
 
-        logits, bench.policy.logits, gog.Cache = bench.policy.logits, forced, Tagged
+        logits, self.policy.logits, gog.Cache = self.policy.logits, forced, Tagged
         try:
-            tries = gog.rollout(bench.policy, bench.env, bench.questions, temperature=1.0, generator=torch.Generator().manual_seed(0))
+            tries = gog.rollout(self.policy, self.env, self.questions, temperature=1.0, generator=torch.Generator().manual_seed(0))
         finally:
-            del bench.policy.logits
+            del self.policy.logits
             gog.Cache = Cache
         assert [t.ids for t in tries] == [t.ids for t in self.demos]
 
@@ -266,11 +254,7 @@ def main():
         print(f"{part:<17}{mine:10.4f}{other:10.4f}{other / mine:8.2f}   {n / mine:,.0f} {unit} a second" + (f" (peer: {name})" if theirs else ""))
         rows.append(dict(part=part, unit=unit, n=n, ours_s=f"{mine:.5f}", peer_s=f"{other:.5f}", ratio=f"{other / mine:.3f}", peer=name if theirs else "", rounds=a.rounds,
                          threads=torch.get_num_threads()))
-    Path(a.out).parent.mkdir(parents=True, exist_ok=True)
-    with open(a.out, "w", encoding="utf-8", newline="") as f:
-        table = csv.DictWriter(f, list(rows[0]), lineterminator="\n")
-        table.writeheader()
-        table.writerows(rows)
+    write_rows(Path(a.out), rows, ("part", "threads"))
 
 
 if __name__ == "__main__":

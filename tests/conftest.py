@@ -13,6 +13,19 @@ import grpo  # noqa: E402
 from model import PRESETS, ModelConfig, Policy, Vocabulary  # noqa: E402
 
 
+def llama_twin(hf, policy, **options):
+    """transformers' Llama with the decoder weights of a policy without `smear`; `hf` is the package."""
+    c = policy.config
+    llama = hf.LlamaForCausalLM(hf.LlamaConfig(
+        vocab_size=c.vocab, hidden_size=c.width, intermediate_size=c.mlp, num_hidden_layers=c.layers, num_attention_heads=c.heads, num_key_value_heads=c.kv_heads,
+        rms_norm_eps=1e-6, rope_theta=c.rope_base, tie_word_embeddings=True, **options))
+    renamed = {"model." + (k if "_proj" not in k or "self_attn" in k else ".mlp.".join(k.rsplit(".", 2)[0:1] + [k.split(".", 2)[2]])): w
+               for k, w in policy.state_dict().items() if not k.startswith("vision")}
+    missing = llama.load_state_dict(renamed, strict=False)
+    assert not missing.unexpected_keys and set(missing.missing_keys) <= {"lm_head.weight"}
+    return llama
+
+
 @pytest.fixture(autouse=True)
 def no_sockets(monkeypatch):
     """Everything is offline: a test that reaches for the network fails."""

@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from conftest import llama_twin
 from safetensors.torch import load_file, save_file
 
 from model import PRESETS, Cache, CheckpointError, ModelConfig, Policy, load, pick, save
@@ -133,13 +134,7 @@ def test_logits_equal_those_of_transformers(policy):
     torch.manual_seed(0)
     ours, ids = Policy(c).eval(), torch.randint(0, 300, (3, 20))
     weights = ours.state_dict()
-    llama = hf.LlamaForCausalLM(hf.LlamaConfig(
-        vocab_size=c.vocab, hidden_size=c.width, intermediate_size=c.mlp, num_hidden_layers=c.layers, num_attention_heads=c.heads, num_key_value_heads=c.kv_heads,
-        rms_norm_eps=1e-6, rope_theta=c.rope_base, tie_word_embeddings=True, attn_implementation="eager")).eval()
-    renamed = {"model." + (k if "_proj" not in k or "self_attn" in k else ".mlp.".join(k.rsplit(".", 2)[0:1] + [k.split(".", 2)[2]])): w
-               for k, w in weights.items() if not k.startswith("vision")}
-    missing = llama.load_state_dict(renamed, strict=False)
-    assert not missing.unexpected_keys and set(missing.missing_keys) <= {"lm_head.weight"}
+    llama = llama_twin(hf, ours, attn_implementation="eager").eval()
     with torch.no_grad():
         torch.testing.assert_close(ours.logits(ours(ids)), llama(ids).logits, atol=1e-4, rtol=1e-4)
 
