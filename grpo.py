@@ -7,10 +7,11 @@ Here instead, numbered:
   2. A group whose answers are all right or all wrong has no advantage and leaves loss and denominator; it is counted as dead.
      Groups are judged on accuracy, not reward: with division by the standard deviation a group that differs only in format would
      turn lambda = 0.1 into a full +-1.
-  3. One update a batch, so the ratio is 1 and the clip never binds (the loss is the general one).
+  3. One update a batch, so the ratio is 1 (up to the rounding of bfloat16, where that is used) and the clip hardly ever binds (the loss is the
+     general one).
   4. The loss tells nothing about progress: advantages of a group sum to 0, and what is left (about 0.1 here) says only that wrong
      trajectories have more tokens than right ones. Watch accuracy and entropy instead.
-  5. `adaptive`, the default: questions are drawn by their current pass rate p, with weight 0.005 + p(1-p), re-scored while the policy changes:
+  5. `adaptive`, the default: questions are drawn by their current pass rate p, with weight 0.02 + p(1-p), re-scored while the policy changes:
      what is too easy or too hard now teaches nothing now. `level2` is the paper's curriculum.
   6. A base model of our own, where the paper takes one from the shelf: labels for the eyes, lessons in words, an exam.
 
@@ -28,10 +29,12 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 import data
 import gog
 from gog import Trajectory
+from model import autocast
 from tools import crop
 
 
@@ -78,14 +81,9 @@ def micro_batches(trajectories, budget, pad):
         longest = len(trajectories[order[-1]].ids)
         n = max(1, min(len(order), budget // longest))
         part, order = order[-n:], order[:-n]
-        ids = torch.full((n, longest), pad)
-        trained = torch.zeros(n, longest, dtype=torch.bool)
-        pictures = []
-        for row, i in enumerate(part):
-            t = trajectories[i]
-            ids[row, :len(t.ids)] = torch.tensor(t.ids)
-            trained[row, :len(t.ids)] = torch.tensor(t.is_action)
-            pictures += t.pictures
+        ids = pad_sequence([torch.tensor(trajectories[i].ids) for i in part], True, pad)  # (n, longest)
+        trained = pad_sequence([torch.tensor(trajectories[i].is_action) for i in part], True, False)
+        pictures = [p for i in part for p in trajectories[i].pictures]
         yield part, ids, trained, torch.from_numpy(np.stack(pictures)) if pictures else None
 
 
@@ -170,7 +168,8 @@ def iteration(policy, reference, env, questions, opts, a, generator):
     by_group = lambda values: torch.tensor(values).view(len(questions), a.group)  # (Q*G,) -> (Q, G)
     correct, rewards = by_group([t.correct for t in batch]), by_group([reward(t.correct, t.well_formed, a.lam) for t in batch])
     advantages, alive = group_advantages(rewards, correct, a.advantage)
-    stats = grpo_step(policy, reference, env, batch, advantages.flatten(), opts, a)
+    with autocast(policy.device.type):
+        stats = grpo_step(policy, reference, env, batch, advantages.flatten(), opts, a)
     did = gog.behaviour(batch)
     stats |= dict(reward=rewards.mean().item(), accuracy=did["accuracy"], dead=1 - alive.float().mean().item(), **{k: did[k] for k in LOGGED},
                   rollout_seconds=rollout_seconds, seconds=time.time() - began)
@@ -179,12 +178,21 @@ def iteration(policy, reference, env, questions, opts, a, generator):
 
 # ------------------------------------------------------------------------------- what RL learns from: GoG-Instruct, levels
 
-def pass_rates(policy, env, pool, n=4, temperature=1.0, seed=0, direct=False):
-    """Share of n sampled trajectories that are right, for every question; `direct`: when no tool may be used."""
-    generator = torch.Generator(policy.device).manual_seed(seed)
-    only = dict(schedule=gog.SCHEDULES["direct"], max_turns=1, rows=512, room=192) if direct else {}
-    tries = gog.rollout(policy, env, pool, n, temperature, generator=generator, progress=f"pass rates, {n} tries", **only)
+def pass_rates(policy, env, pool, n=4, temperature=1.0, seed=0):
+    """Share of n sampled trajectories that are right, for every question."""
+    tries = gog.rollout(policy, env, pool, n, temperature, generator=torch.Generator(policy.device).manual_seed(seed), progress=f"pass rates, {n} tries")
     return [sum(t.correct for t in tries[n * i:n * i + n]) / n for i in range(len(pool))]
+
+
+def uncertain(policy, env, pool, n=4, seed=0):
+    """The uncertainty filter: those questions of the pool that n sampled answers without any tool do not all get right. Once wrong is enough, so
+    such a question is not tried again."""
+    generator, sure = torch.Generator(policy.device).manual_seed(seed), list(range(len(pool)))
+    for k in range(n):
+        tries = gog.rollout(policy, env, [pool[i] for i in sure], max_turns=1, schedule=gog.SCHEDULES["direct"], generator=generator, rows=512, room=192,
+                            progress=f"uncertainty filter, try {k + 1}")
+        sure = [i for i, t in zip(sure, tries) if t.correct]
+    return [q for i, q in enumerate(pool) if i not in set(sure)]
 
 
 def instruct(policy, env, world, n=5750, seed=0, wrong_gaze=0.2, glance_first=0.05):
@@ -197,8 +205,7 @@ def instruct(policy, env, world, n=5750, seed=0, wrong_gaze=0.2, glance_first=0.
         drawn += len(pool)
         pool = [q for q in pool if len(chosen[q.search_free]) < quota[q.search_free]]
         asked += len(pool)
-        rates = pass_rates(policy, env, pool, 4, seed=seed, direct=True)
-        kept = [q for q, p in zip(pool, rates) if p < 1]  # the uncertainty filter, N=4: not always right without a tool
+        kept = uncertain(policy, env, pool, seed=seed)
         dropped += len(pool) - len(kept)
         missed = gog.misses(policy, env, kept)
         demos = gog.play(env, kept, [gog.expert(q, rng, wrong_gaze, glance_first, m) for q, m in zip(kept, missed)], progress="expert")
@@ -238,9 +245,9 @@ class Curriculum:
             raise data.WorldError(f"no question is left for --curriculum {self.mode}: use --curriculum all")
 
     def draw(self, n):
-        """Indices of the next n questions: reshuffled passes over the pool, or by lot with weight 0.005 + p(1-p) when adaptive."""
+        """Indices of the next n questions: reshuffled passes over the pool, or by lot with weight 0.02 + p(1-p) when adaptive."""
         if self.mode == "adaptive":
-            return self.rng.choices(self.pool, [0.005 + self.pass_rates[i] * (1 - self.pass_rates[i]) for i in self.pool], k=n)
+            return self.rng.choices(self.pool, [0.02 + self.pass_rates[i] * (1 - self.pass_rates[i]) for i in self.pool], k=n)
         while len(self.queue) < n:
             self.queue += self.rng.sample(self.pool, len(self.pool))
         taken, self.queue = self.queue[:n], self.queue[n:]
@@ -472,9 +479,9 @@ def text_lesson(env, rng, searches=2):
     return t
 
 
-def passages(env, rng, t, pieces, asked=3):
-    """A text search: two passages, and values to be copied from either, by lot: if it were the first and then the other, nobody would read the query."""
-    shown = rng.sample([(e.name, r, v) for e in (fresh_town(rng, 2, pieces), fresh_town(rng, 2, pieces)) for r, v in e.facts.items()], 2)
+def passages(env, rng, t, pieces, asked=5):
+    """A text search: two to four passages, and values to be copied, by lot: if it were the first and then the other, nobody would read the query."""
+    shown = rng.sample([(e.name, r, v) for e in (fresh_town(rng, 2, pieces), fresh_town(rng, 2, pieces)) for r, v in e.facts.items()], rng.choice((2, 2, 3, 4)))
     text, wanted = passage_list(rng, shown), rng.choices(shown, k=asked)
     show(env, t, "{} {}".format(*wanted[0]), text)
     if rng.random() < 0.3:  # nothing but copying, and much of it: this is what forms the circuit
@@ -489,8 +496,7 @@ def hits(env, rng, t, pieces):
     towns, depth = [fresh_town(rng, 0, pieces), fresh_town(rng, 0, pieces)], rng.choice((1, 2))
     wanted, seen, verdict = compared(rng, towns[0], depth)
     show(env, t, f"look at {wanted}", hit_list(rng, towns))
-    name = towns[0].name
-    found, answer = (f"yes, {name}", name) if verdict == "yes" else ("no", "no")
+    found, answer = (f"yes, {towns[0].name}", towns[0].name) if verdict == "yes" else ("no", "no")
     say(env, t, "", f"<think> want {wanted}, see {seen}: {found}</think><answer> {answer}</answer>", "reflect")
 
 
@@ -587,9 +593,9 @@ def exam(policy, env, n, seed="exam"):
 
 
 def replay(env, seed, n):
-    """n lessons of what SFT would unlearn: demonstrations know no crowded walls and no plans of more than three steps."""
+    """n lessons of what SFT would unlearn: demonstrations know no crowded walls, no long plans and no strange words."""
     rng = random.Random(f"replay/{seed}")
-    return [make(env, rng) for make in rng.choices((wall_lesson, errand_lesson), k=n)]
+    return [make(env, rng) for make in rng.choices((wall_lesson, errand_lesson, text_lesson), k=n)]
 
 
 class Lessons(torch.utils.data.Dataset):

@@ -32,7 +32,7 @@ import data
 import gog
 import grpo
 from grpo import supervised_step
-from model import PRESETS, CheckpointError, ModelConfig, Policy, Vocabulary, atomic, load, number_line, optimisers, save
+from model import PRESETS, CheckpointError, ModelConfig, Policy, Vocabulary, atomic, autocast, load, number_line, optimisers, save
 from tools import Toolbox
 
 # --------------------------------------------------------------------------------------------------------------- stages
@@ -82,10 +82,11 @@ def pretrain(a):
         for at, batch in enumerate(stream(lessons, first), first):
             lr = set_lr(opts, schedule(at, steps))
             policy.freeze_eyes(part != "see")
-            if part == "see":
-                loss, norm = grpo.see_step(policy, heads, [torch.from_numpy(x).to(a.device) for x in batch], word_ids, opts)
-            else:
-                loss, norm = supervised_step(policy, env, batch, opts, a.token_budget)
+            with autocast(a.device):
+                if part == "see":
+                    loss, norm = grpo.see_step(policy, heads, [torch.from_numpy(x).to(a.device) for x in batch], word_ids, opts)
+                else:
+                    loss, norm = supervised_step(policy, env, batch, opts, a.token_budget)
             run.log(step=before + at, part=part, loss=loss, grad_norm=norm, lr=lr, seconds=bar.format_dict["elapsed"])
             bar.update()
             bar.set_postfix(part=part, loss=f"{loss:.3f}")
@@ -124,7 +125,8 @@ def sft(a):
         at = step % per_epoch * a.sft_batch
         lr = set_lr(opts, schedule(step, total))
         again = grpo.replay(env, f"{a.seed}/{step}", round(a.replay * a.sft_batch))
-        loss, norm = supervised_step(policy, env, [demos[i] for i in order[at:at + a.sft_batch]] + again, opts, a.token_budget)
+        with autocast(a.device):
+            loss, norm = supervised_step(policy, env, [demos[i] for i in order[at:at + a.sft_batch]] + again, opts, a.token_budget)
         run.log(step=step, epoch=step // per_epoch, loss=loss, grad_norm=norm, lr=lr, seconds=bar.format_dict["elapsed"])
         bar.update()
         bar.set_postfix(loss=f"{loss:.3f}")
@@ -394,15 +396,15 @@ class Args:
     wrong_gaze: float = 0.2  # chance, for every object looked for, that the expert also looks where it is not
     glance_first: float = 0.05  # chance that it begins with a useless glance
     failure_rate: float = 0.03  # of tools while training
-    sft_epochs: int = 2  # passes over the demonstrations
+    sft_epochs: int = 1  # passes over the demonstrations
     sft_batch: int = 32  # trajectories a step
     replay: float = 0.2  # lessons of the base model among the demonstrations, so that pointing and long plans are not forgotten
     sft_muon_lr: float = 0.002  # of hidden matrices
     sft_adam_lr: float = 0.001  # of embeddings and norms
-    rl_questions: int = 1200  # that the SFT model is scored on, to find the hard ones
+    rl_questions: int = 800  # that the SFT model is scored on, to find the hard ones
     rl_dev: int = 300  # questions of the development split, for keeping the best policy
-    rl_steps: int = 20  # updates
-    rl_batch: int = 64  # questions a step
+    rl_steps: int = 40  # updates
+    rl_batch: int = 32  # questions a step
     group: int = 8  # rollouts a question
     rl_lr: float = 2e-4  # of AdamW, at its highest; it falls to 0
     lam: float = 0.1  # weight of the format reward
@@ -412,7 +414,7 @@ class Args:
     advantage: str = "std"  # std or mean
     curriculum: str = "adaptive"  # level1, level2, all, learnable or adaptive
     temperature: float = 0.8  # of rollouts
-    eval_every: int = 5  # RL steps between looks at the development split, and between checkpoints
+    eval_every: int = 10  # RL steps between looks at the development split, and between checkpoints
     show_every: int = 8  # RL steps between printed trajectories
     token_budget: int = 1000  # tokens a micro-batch: changes speed and memory, not the update (small ones have little padding)
     name: str = "rl"  # of the policy that rl writes

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -112,3 +114,12 @@ def test_levels_and_curriculum():
     assert c.pass_rates[4] == 0.5
     with pytest.raises(ValueError, match="curriculum"):
         grpo.Curriculum([1.0, 1.0], "level2")
+
+
+def test_the_uncertainty_filter_drops_only_what_is_right_every_time(monkeypatch, policy, env):
+    """Prevents dropping a question that is right three times of four, and trying again one that has been wrong (half of the filter's time)."""
+    answers = {"sure": [1, 1, 1, 1], "nearly": [1, 1, 1, 0], "late": [1, 0], "never": [0]}  # one more try would raise IndexError
+    left = {k: iter(v) for k, v in answers.items()}
+    monkeypatch.setattr(gog, "rollout", lambda policy, env, questions, **_: [SimpleNamespace(correct=bool(next(left[q]))) for q in questions])
+    assert grpo.uncertain(policy, env, list(answers)) == ["nearly", "late", "never"]
+    assert all(next(rest, None) is None for rest in left.values())
