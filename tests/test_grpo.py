@@ -1,3 +1,5 @@
+import random
+from copy import deepcopy
 from types import SimpleNamespace
 
 import pytest
@@ -86,6 +88,22 @@ def test_micro_batches_do_not_change_the_gradient(policy, env, questions):
         grpo.grpo_step(policy, None, env, batch, advantages, [], a)
         gradients.append(torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None]))
     torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-3)
+
+
+def test_bfloat16_gradient_points_the_same_way(policy, env, questions):
+    """Prevents a step whose bfloat16 products round the signal away (scores, norms and attention stay float32), and one that sees old weights."""
+    demos = gog.play(env, questions[:8], [gog.expert(q, random.Random(0)) for q in questions[:8]])
+
+    def step(bfloat16):
+        copy = deepcopy(policy)
+        for _ in range(2):  # a context that were kept open would give the second step the first one's weights
+            with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+                loss, _ = grpo.supervised_step(copy, env, demos, [torch.optim.SGD(copy.parameters(), 0.3)])
+        return loss, torch.cat([(new - old).flatten() for new, old in zip(copy.parameters(), policy.parameters())])
+
+    (loss, moved), (rough_loss, rough_moved) = step(False), step(True)
+    assert rough_loss == pytest.approx(loss, rel=0.01)
+    assert torch.cosine_similarity(moved, rough_moved, 0) > 0.99
 
 
 def test_dead_groups_leave_loss_and_denominator(policy, env, questions):
