@@ -67,7 +67,6 @@ class Trajectory:
     pictures: list = field(default_factory=list)  # uint8 (3, S, S)
     turns: list = field(default_factory=list)
     lesson: list = field(default_factory=list)  # of a lesson of the base model: (topic, response) of everything asked
-    truncated: bool = False  # a turn or the context was too long
 
     def observe(self, ids, picture=None):
         self.ids += ids
@@ -115,10 +114,9 @@ def parse(text):
         return Turn("malformed", "one optional thought, then exactly one action")
     thought, kind, argument = (part.strip() if part else "" for part in match.groups())
     if kind == "gaze":
-        numbers = argument.split()
-        if len(numbers) != 4 or not all(re.fullmatch(r"[0-9]{1,2}", n) for n in numbers):
+        if not re.fullmatch(r"[0-9]{1,2}(\s+[0-9]{1,2}){3}", argument):
             return Turn("malformed", "a gaze needs four whole numbers 0 to 99", thought)
-        argument = tuple(map(int, numbers))
+        argument = tuple(map(int, argument.split()))
     return Turn(kind, argument, thought)
 
 
@@ -202,10 +200,9 @@ def _rollout_batch(policy, env, questions, group, temperature, max_turns, schedu
         for t, (ids, logprobs) in zip(live, sampled):
             t.act(ids, logprobs)
         stop, unread = env.v.id["<stop>"], [len(t.ids) - 1 for t in live]  # the stop token has been sampled but not yet read
-        goes_on = env.step(live, [parse(env.v.decode(ids[:-1]) if ids[-1] == stop else "<") for ids, _ in sampled], scenes)
-        for t, (ids, _), go in zip(live, sampled, goes_on):
-            t.truncated = ids[-1] != stop or go and len(t.ids) + TURN_TOKENS >= room
-        keep = [i for i, (t, go) in enumerate(zip(live, goes_on)) if go and not t.truncated]
+        turns = [parse(env.v.decode(ids[:-1])) if ids[-1] == stop else Turn("malformed", "the turn is too long") for ids, _ in sampled]
+        goes_on = env.step(live, turns, scenes)
+        keep = [i for i, (t, (ids, _), go) in enumerate(zip(live, sampled, goes_on)) if go and ids[-1] == stop and len(t.ids) + TURN_TOKENS < room]
         if not keep or turn + 1 == max_turns:
             break
         if len(keep) < len(live):
@@ -227,7 +224,7 @@ def respond(policy, env, prompts, pictures):
 
 
 def misses(policy, env, questions, rows=256):
-    """Where the policy looks in vain when it is asked to point: for every question, {target: (what it takes it for, box of a gaze with IoU < 0.5)}."""
+    """Where the policy looks in vain when it is asked to point (a lesson of the base model, grpo.ask_about): for every question, {target: (what it takes it for, box of a gaze with IoU < 0.5)}."""
     out = [{} for _ in questions]
     asked = [(i, target, data.references(q.scene)[target][kind]) for i, q in enumerate(questions) if len(q.scene.boxes) > 1 and not q.search_free
              for target, kind in zip(q.targets, q.expressions) if kind != "detail"]  # look-alikes must all be looked at, anyway
@@ -332,7 +329,7 @@ def expert(q, rng, wrong_gaze=0.0, glance_first=0.0, missed=None):
     yield f"<think> {thought.removesuffix(', ')}</think><answer> {values[-1]}</answer>"
 
 
-def _find(q, target, phrase, kind, rng, slip, wrong_gaze, glance_first, thought, memory):
+def _find(q, target, phrase, kind, rng, missed_here, wrong_gaze, glance_first, thought, memory):
     """The expert's looks at one target, slips among them, until a hit fits what is wanted: returns (its name or None, what to think next)."""
     looks, boxes, places = [e.look for e in q.scene.entities], q.scene.boxes, [q.scene.boxes[target]]
     if len(looks) == 1:
@@ -342,8 +339,8 @@ def _find(q, target, phrase, kind, rng, slip, wrong_gaze, glance_first, thought,
     tries = [(phrase, place, False) for place in places]  # (what is wanted, where to look, is it a slip?)
     others = [b for b, l in zip(boxes, looks) if l != looks[target]]
     elsewhere = [b for b in (rng.choice(others or [None]), _bare_wall(boxes, rng)) if b]
-    if slip:
-        tries = [(*slip, True), *tries]
+    if missed_here:
+        tries = [(*missed_here, True), *tries]
     elif elsewhere and rng.random() < wrong_gaze:
         tries.insert(rng.randrange(len(tries)), (phrase, rng.choice(elsewhere), True))
     if len(looks) > 1 and rng.random() < glance_first:
@@ -481,7 +478,7 @@ def behaviour(trajectories):
     """What a policy does: {metric: value}, over a list of trajectories. Shares are 0..1, of trajectories or (action_share) of turns.
 
     no / single / mixed_search: none, one kind or several kinds of tool; gaze_correct: gazes with IoU >= 0.5 with a target; target_found: some
-    gaze of the trajectory had; reflection: vain gazes that a gaze elsewhere follows; truncated: ended without an answer.
+    gaze of the trajectory had (where there is more than one thing to look at); reflection: vain gazes that a gaze elsewhere follows; truncated: ended without an answer.
     """
     n = max(1, len(trajectories))
     mean = lambda values: float(np.mean(values)) if len(values) else float("nan")
@@ -497,26 +494,19 @@ def behaviour(trajectories):
             "gaze_correct": mean([u >= 0.5 for _, u in looked]), "gaze_iou": mean([u for _, u in looked]), "target_found": mean(found),
             "reflection": mean(misses), "turns": mean([len(x.turns) for x in trajectories]),
             "tool_calls": sum(acts[a] for a in ("search", "glance", "gaze")) / n,
-            "tokens": mean([sum(x.is_action) for x in trajectories]), "truncated": sum(x.truncated or x.answer is None for x in trajectories) / n}
+            "tokens": mean([sum(x.is_action) for x in trajectories]), "truncated": sum(x.answer is None for x in trajectories) / n}
 
 
-def evaluate(policy, env, questions, row, seed=0, temperature=0.0, progress=None):
-    """Trajectories of one row of the main table. Greedy unless told otherwise; `policy` may be None for oracle and random."""
+def evaluate(policy, env, questions, row="", seed=0, progress=None):
+    """Greedy trajectories of one row of the main table (default: no baseline); `policy` may be None for oracle and random."""
     rng = random.Random(f"{row}/{seed}")
     if row in ("oracle", "random"):
         words = sorted({a for q in questions for a in q.answers})
         return play(env, questions, [expert(q, rng) if row == "oracle" else chance(q, rng, words) for q in questions], progress=progress)
-    generator = torch.Generator(policy.device).manual_seed(seed)
-    return rollout(policy, env, questions, 1, temperature, schedule=SCHEDULES.get(row), generator=generator, progress=progress)
+    return rollout(policy, env, questions, 1, 0.0, schedule=SCHEDULES.get(row), progress=progress)
 
 
 # ---------------------------------------------------------------------------------------------- one picture, one question
-
-def answer_one(policy, env, image, question, seed=0):
-    """Greedy trajectory for a user's own picture (path) and question (text)."""
-    scene = data.Scene((), (), "picture", 0, data.Path(image))
-    return rollout(policy, env, [data.Question(question, (), scene, "own")], temperature=0.0)[0]
-
 
 def draw_gazes(t):
     """The picture with every gaze framed and numbered, in order."""
@@ -569,7 +559,8 @@ def main():
     except (CheckpointError, data.WorldError) as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
-    t = answer_one(policy, env, a.image, a.question)
+    scene = data.Scene((), (), "picture", 0, data.Path(a.image))
+    t = rollout(policy, env, [data.Question(a.question, (), scene, "own")], temperature=0.0)[0]
     print(tell(t))
     poster(t).save(a.save)
     print(f"  picture with the gazes: {a.save}")

@@ -18,7 +18,7 @@ Here instead, numbered:
 Reading order: reward and advantage -> policy loss -> batches and steps -> what RL learns from: GoG-Instruct, levels, curriculum -> the base
     model: what it can spell -> labels for the eyes -> lessons in words -> exam.
 
-Alphabet: Q questions, G rollouts a question (the group), M trained tokens.
+Alphabet: Q questions, G rollouts a question (the group), M trained tokens; `a`: the flags (train.Args), `env.v`: the vocabulary.
 """
 import math
 import random
@@ -65,10 +65,8 @@ def policy_loss(logp, old_logp, advantage, low=0.2, high=0.2, reference=None, be
     ratio = (logp - old_logp).exp()
     clipped = ratio.clamp(1 - low, 1 + high)
     loss = -torch.minimum(ratio * advantage, clipped * advantage).sum()
-    kl = torch.zeros((), device=logp.device)
-    if reference is not None:
-        d = reference - logp
-        kl = (d.exp() - d - 1).sum()
+    d = reference - logp if reference is not None else torch.zeros_like(logp)
+    kl = (d.exp() - d - 1).sum()
     return loss + beta * kl, ((ratio - clipped).abs() > 0).sum().item(), kl.item()
 
 
@@ -100,11 +98,7 @@ def token_logprobs(policy, env, ids, trained, pictures, temperature=1.0):
 
 
 class NotFinite(ArithmeticError):
-    """A gradient that is no number: nothing has been changed by it. `batch`: the trajectories that gave it."""
-
-    def __init__(self, batch):
-        super().__init__("the gradient is not finite")
-        self.batch = batch
+    """A gradient that is no number: nothing has been changed by it. Raised with the batch of trajectories that gave it."""
 
 
 def update(module, opts, batch=(), clip=1.0):
@@ -217,7 +211,7 @@ def instruct(policy, env, world, n=5750, seed=0, wrong_gaze=0.2, glance_first=0.
     demos = chosen[True][:quota[True]] + chosen[False][:quota[False]]
     random.Random(f"shuffle/{seed}").shuffle(demos)
     print(f"GoG-Instruct: {len(demos)} trajectories of {asked} questions asked, {dropped} dropped by the uncertainty filter; "
-          f"{sum(any(wrong for wrong in gog.wrong_gaze_then(t)) for t in demos)} reflective", file=sys.stderr)
+          f"{sum(any(gog.wrong_gaze_then(t)) for t in demos)} reflective", file=sys.stderr)
     return demos
 
 
@@ -232,12 +226,11 @@ class Curriculum:
     pass_rates: list
     mode: str = "adaptive"
     seed: int = 0
-    rng: random.Random = None
     pool: list = None
     queue: list = field(default_factory=list)
 
     def __post_init__(self):
-        self.rng = self.rng or random.Random(self.seed)
+        self.rng = random.Random(self.seed)
         wanted = {"level1": lambda p: level(p) == 1, "level2": lambda p: level(p) == 2, "learnable": lambda p: 0 < p < 0.5}
         keep = wanted.get(self.mode, lambda p: True)
         self.pool = self.pool or [i for i, p in enumerate(self.pass_rates) if keep(p)]
@@ -272,7 +265,7 @@ def corpus(seed=0):
     return texts
 
 
-PARTS = {  # what can be told about the shield that a cell shows (None: bare wall), how it hangs, and what is beside it
+PARTS = {  # what can be told about the shield that a cell shows (None: bare wall), how it hangs, and what is beside it (Sights.tell knows the order)
     "tincture": [None, *data.TINCTURES], "outline": [None, *data.OUTLINES], "ordinary": list(data.ORDINARIES), "ordinary_tincture": list(data.TINCTURES),
     "charge": [None, *data.CHARGES], "charge_tincture": list(data.TINCTURES), "count": [1, 2, 3], "row": range(3), "column": range(3), "size": range(3),
     **{(side, k): [None, *kinds] for side in data.SIDES for k, kinds in enumerate((data.TINCTURES, data.OUTLINES))}}
@@ -280,7 +273,7 @@ TIED = {  # parts that one word tells
     "tincture": list(data.TINCTURES), "outline": list(data.OUTLINES), "row": data.ROW[1:], "column": data.COLUMN[1:], "size": data.SIZE[1:], "charge": list(data.CHARGES)}
 
 
-class Sights(torch.utils.data.Dataset):
+class Sights:
     """Pictures with dense labels, on every patch and on every image token: where are the edges of the shield that covers most of it, what is
     it, how does it hang. Batch i depends on (seed, i) only.
 
@@ -288,14 +281,11 @@ class Sights(torch.utils.data.Dataset):
     0..1, labels int (B, P + N, parts), -1 where nothing can be told.
     """
 
-    def __init__(self, config, seed, size, steps):
-        self.side, self.seed, self.size, self.steps = config.picture, seed, size, steps
+    def __init__(self, config, seed, size):
+        self.side, self.seed, self.size = config.picture, seed, size
         self.grids = config.picture // config.patch, config.picture // config.patch // config.shuffle
 
-    def __len__(self):
-        return self.steps
-
-    def __getitem__(self, i):
+    def __call__(self, i):
         rng = random.Random(f"sights/{self.seed}/{i}")
         return [np.stack(x) for x in zip(*(self.sight(rng) for _ in range(self.size)))]
 
@@ -306,8 +296,8 @@ class Sights(torch.utils.data.Dataset):
             least, most, cells, sizes, px = 1, 1, 1, (0.8, 1.0), rng.randint(self.side // 3, self.side)
         towns = [fresh_town(rng) for _ in range(rng.randint(least, most))]
         scene = data.hang(towns, "shield", rng, cells, sizes)
-        told = np.array([self.tell(town, place, towns, box) for town, place, box in zip(towns, data.relations(scene), scene.boxes)])
-        return gog.to_array(scene.picture(px), self.side), *map(np.concatenate, zip(*(spread(scene.boxes, told, g) for g in self.grids)))
+        labels = np.array([self.tell(town, place, towns, box) for town, place, box in zip(towns, data.relations(scene), scene.boxes)])
+        return gog.to_array(scene.picture(px), self.side), *map(np.concatenate, zip(*(spread(scene.boxes, labels, g) for g in self.grids)))
 
     @staticmethod
     def tell(town, place, towns, box):
@@ -318,7 +308,7 @@ class Sights(torch.utils.data.Dataset):
         return label if box[3] - box[1] >= 35 else label[:2] + [-1] * 5 + label[7:]  # too small to tell ordinary, charge, count
 
 
-def spread(boxes, told, grid):
+def spread(boxes, labels, grid):
     """Lay boxes (n, 4) in percent and labels (n, parts) on a grid: every cell gets those of the box that covers most of it, cells without
     any are bare wall. Returns (grid^2, 4) in 0..1 and (grid^2, parts)."""
     edge, b = np.arange(grid + 1) / grid, np.array(boxes, np.float32) / 100
@@ -326,7 +316,7 @@ def spread(boxes, told, grid):
     cover = along(b[:, 1], b[:, 3])[:, :, None] * along(b[:, 0], b[:, 2])[:, None]  # (n, grid, grid)
     best, none = cover.argmax(0).ravel(), (cover.max(0) * grid**2 < 0.02).ravel()
     bare = [0, 0] + [-1] * (len(PARTS) - 2)
-    return np.where(none[:, None], 0, b[best]).astype(np.float32), np.where(none[:, None], bare, told[best])
+    return np.where(none[:, None], 0, b[best]).astype(np.float32), np.where(none[:, None], bare, labels[best])
 
 
 def fresh_town(rng, relations=0, pieces=()):
@@ -371,11 +361,7 @@ def see_step(policy, heads, batch, word_ids, opts):
 # ---------------------------------------------------------------------------------------- base model: lessons in words
 
 
-def look_alike(rng, town):
-    return data.Entity.with_arms(data.town_name(rng), {}, data.Arms.draw(rng, outline=town.arms.outline, tincture=town.arms.tincture))
-
-
-def told(town, depth):
+def in_words(town, depth):
     """A town's arms in the words of a thought: the tincture, the look, or look and detail."""
     return (town.arms.tincture, town.look, f"{town.look}, {town.detail}")[depth]
 
@@ -392,7 +378,7 @@ def wall(env, rng):
     least, most, cells, sizes, twins = data.SETTINGS[rng.choices(list(data.SETTINGS), (1, 5, 3, 2, 2))[0]]
     towns = [fresh_town(rng) for _ in range(rng.randint(least, most))]
     for i in range(1, min(len(towns), 1 + rng.randint(0, twins))):
-        towns[i] = look_alike(rng, towns[0])
+        towns[i] = data.Entity.with_arms(data.town_name(rng), {}, data.Arms.draw(rng, outline=towns[0].arms.outline, tincture=towns[0].arms.tincture))
     scene, t = data.hang(rng.sample(towns, len(towns)), rng.choice(("shield", "shield", "flag", "badge")), rng, cells, sizes), Trajectory(None)
     t.observe([env.v.id["<bos>"], *env.image], gog.to_array(scene.picture(2 * env.side), env.side))
     return t, scene
@@ -459,7 +445,7 @@ def compared(rng, town, depth):
         part = rng.choice(("tincture", "outline", "charge", "charge_tincture", "count")[:(1, 2, 5)[depth]])
         arms = arms if lot > 0.85 else replace(town.arms, **{part: getattr(arms, part)})
         other = data.Entity.with_arms("", {}, arms)
-    return told(other, depth), told(town, depth), "yes" if told(other, depth) == told(town, depth) else "no"
+    return in_words(other, depth), in_words(town, depth), "yes" if in_words(other, depth) == in_words(town, depth) else "no"
 
 
 def framed(town, rng):
@@ -479,9 +465,9 @@ def text_lesson(env, rng, searches=2):
     return t
 
 
-def passages(env, rng, t, pieces, asked=5):
-    """A text search: two to four passages, and values to be copied, by lot: if it were the first and then the other, nobody would read the query."""
-    shown = rng.sample([(e.name, r, v) for e in (fresh_town(rng, 2, pieces), fresh_town(rng, 2, pieces)) for r, v in e.facts.items()], rng.choice((2, 2, 3, 4)))
+def passages(env, rng, t, pieces, asked=3):
+    """A text search: two passages, and values to be copied from either, by lot: if it were the first and then the other, nobody would read the query."""
+    shown = rng.sample([(e.name, r, v) for e in (fresh_town(rng, 2, pieces), fresh_town(rng, 2, pieces)) for r, v in e.facts.items()], 2)
     text, wanted = passage_list(rng, shown), rng.choices(shown, k=asked)
     show(env, t, "{} {}".format(*wanted[0]), text)
     if rng.random() < 0.3:  # nothing but copying, and much of it: this is what forms the circuit
@@ -525,9 +511,9 @@ def errand_lesson(env, rng):
         turn = gog.parse(text)
         (t.observe if isinstance(text, gog.Slip) else t.act)(env.v.encode_turn(f"{thought}</think>"))
         (t.act if turn.kind in ("search", "answer") else t.observe)(env.v.encode_turn(action) + [env.v.id["<stop>"]])
-        if told := found(world, q.scene, turn, rng):
-            show(env, t, "", told)
-        text = gog.send(script, told)
+        if observation := found(world, q.scene, turn, rng):
+            show(env, t, "", observation)
+        text = gog.send(script, observation)
     return t
 
 
@@ -577,7 +563,7 @@ LESSONS = {point_lesson: 0.17, wall_lesson: 0.32, crop_lesson: 0.15, text_lesson
 
 
 def exam(policy, env, n, seed="exam"):
-    """The base model on at least n walls, crops and names never seen, one question each, greedy: {topic: (score, count)}. `iou KIND` is the mean
+    """The base model on about n walls, crops and names never seen (what asks nothing is left out), one question each, greedy: {topic: (score, count)}. `iou KIND` is the mean
     IoU of pointing by that kind of expression; every other topic is the share of exact answers."""
     rng, scores = random.Random(seed), {}
     for _ in range(0, n, 256):
@@ -598,15 +584,7 @@ def replay(env, seed, n):
     return [make(env, rng) for make in rng.choices((wall_lesson, errand_lesson, text_lesson), k=n)]
 
 
-class Lessons(torch.utils.data.Dataset):
+def lessons(env, seed, size, i):
     """Batch i of the pretraining stream: depends on (seed, i) only, so a resumed run sees what the unbroken one would have seen."""
-
-    def __init__(self, env, seed, size, steps):
-        self.env, self.seed, self.size, self.steps = env, seed, size, steps
-
-    def __len__(self):
-        return self.steps
-
-    def __getitem__(self, i):
-        rng = random.Random(f"lessons/{self.seed}/{i}")
-        return [make(self.env, rng) for make in rng.choices(list(LESSONS), LESSONS.values(), k=self.size)]
+    rng = random.Random(f"lessons/{seed}/{i}")
+    return [make(env, rng) for make in rng.choices(list(LESSONS), LESSONS.values(), k=size)]

@@ -19,6 +19,7 @@ import signal
 import sys
 import time
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,7 @@ from tools import Toolbox
 
 # --------------------------------------------------------------------------------------------------------------- stages
 
-def schedule(step, steps, warmup=30, decay=0.9):
+def lr_factor(step, steps, warmup=30, decay=0.9):
     """Learning-rate factor in 0..1: linear warm-up, flat for a while, linear decay to 0 over the last `decay` of the run (most of what the
     base model learns, it learns while the rate falls)."""
     return min(1.0, (step + 1) / warmup, (steps - step) / max(1, decay * steps))
@@ -50,14 +51,9 @@ def set_lr(opts, factor):
     return opts[0].param_groups[0]["lr"]
 
 
-def as_is(batch):
-    return batch
-
-
-def stream(dataset, start):
-    """Batches start.. of a dataset, made by one background process: drawing and training overlap."""
-    rest = torch.utils.data.Subset(dataset, range(start, len(dataset)))
-    return torch.utils.data.DataLoader(rest, batch_size=None, num_workers=1, prefetch_factor=4, collate_fn=as_is)
+def stream(make, start, steps):
+    """Batches make(start), make(start + 1) .. of a run of so many steps, made by one background process: drawing and training overlap."""
+    return torch.utils.data.DataLoader(range(start, steps), batch_size=None, num_workers=1, prefetch_factor=4, collate_fn=make)
 
 
 def pretrain(a):
@@ -70,23 +66,23 @@ def pretrain(a):
     number_line(policy.embed_tokens.weight, [v.word(n) for n in range(100)])
     word_ids = {part: [v.word(w) for w in told] for part, told in grpo.TIED.items()}
     heads = torch.nn.ModuleList(torch.nn.Linear(w, 4 + sum(map(len, grpo.PARTS.values()))) for w in (config.vit_width, config.width)).to(a.device)
+    # see_step draws image tokens towards words, and words towards image tokens: both parts train the embedding
     eye_opts = [*optimisers(policy.vision.named_parameters(), a.see_lr, a.adam_lr), torch.optim.AdamW([*heads.parameters(), policy.embed_tokens.weight], a.adam_lr, weight_decay=0.0)]
     word_opts = optimisers(((n, p) for n, p in policy.named_parameters() if "vision" not in n or "projector" in n), a.muon_lr, a.adam_lr)
     env = gog.Environment(v, None, config)
-    parts = (("see", a.see_steps, eye_opts, grpo.Sights(config, a.seed, a.see_batch, a.see_steps)),
-             ("words", a.word_steps, word_opts, grpo.Lessons(env, a.seed, a.word_batch, a.word_steps)))
+    parts = (("see", a.see_steps, eye_opts, grpo.Sights(config, a.seed, a.see_batch)),
+             ("words", a.word_steps, word_opts, partial(grpo.lessons, env, a.seed, a.word_batch)))
     start = run.resume([policy, heads], eye_opts + word_opts).get("step", 0) if a.resume else 0
     bar, before = tqdm(total=sum(n for _, n, *_ in parts), initial=start, desc="pretrain", unit="step"), 0
-    for part, steps, opts, lessons in parts:
+    for part, steps, opts, make in parts:
         first = min(max(0, start - before), steps)
-        for at, batch in enumerate(stream(lessons, first), first):
-            lr = set_lr(opts, schedule(at, steps))
+        for at, batch in enumerate(stream(make, first, steps), first):
+            lr = set_lr(opts, lr_factor(at, steps))
             policy.freeze_eyes(part != "see")
-            with autocast(a.device):
-                if part == "see":
-                    loss, norm = grpo.see_step(policy, heads, [torch.from_numpy(x).to(a.device) for x in batch], word_ids, opts)
-                else:
-                    loss, norm = supervised_step(policy, env, batch, opts, a.token_budget)
+            if part == "see":
+                loss, norm = grpo.see_step(policy, heads, [torch.from_numpy(x).to(a.device) for x in batch], word_ids, opts)
+            else:
+                loss, norm = supervised_step(policy, env, batch, opts, a.token_budget)
             run.log(step=before + at, part=part, loss=loss, grad_norm=norm, lr=lr, seconds=bar.format_dict["elapsed"])
             bar.update()
             bar.set_postfix(part=part, loss=f"{loss:.3f}")
@@ -95,8 +91,7 @@ def pretrain(a):
         before += steps
     bar.close()
     save(policy, run.weights, tokenizer=v.to_text())
-    run.curves(("loss", "lr"))
-    run.close()
+    run.close(("loss", "lr"))
     began, told = time.time(), grpo.exam(policy, env, a.exam)
     write_results(a, measure(a, "exam", "base", "lessons", "held-out", told, began))
     print("base model, held-out: " + ", ".join(f"{k} {value:.3f} ({n})" for k, (value, n) in told.items()), file=sys.stderr)
@@ -110,7 +105,6 @@ def read_weights(a, path):
 def sft(a):
     """Stage 1, reflective behaviour alignment: causal LM loss on the expert's own tokens, with some lessons of the base model in between."""
     run, (policy, v) = Run(a.folder(), "sft"), read_weights(a, a.weights("pretrain"))
-    torch.manual_seed(a.seed)
     world = data.open_world(a.world, a.seed_world, a.towns)
     env = gog.Environment(v, gog.make_toolbox(world, a.failure_rate, a.seed), policy.config)
     demos = grpo.instruct(policy, env, world, a.demos, a.seed, a.wrong_gaze, a.glance_first)
@@ -123,7 +117,7 @@ def sft(a):
         if step == start or step % per_epoch == 0:
             order = random.Random(f"epoch/{a.seed}/{step // per_epoch}").sample(range(len(demos)), len(demos))
         at = step % per_epoch * a.sft_batch
-        lr = set_lr(opts, schedule(step, total))
+        lr = set_lr(opts, lr_factor(step, total))
         again = grpo.replay(env, f"{a.seed}/{step}", round(a.replay * a.sft_batch))
         with autocast(a.device):
             loss, norm = supervised_step(policy, env, [demos[i] for i in order[at:at + a.sft_batch]] + again, opts, a.token_budget)
@@ -134,8 +128,7 @@ def sft(a):
             run.checkpoint([policy], opts, step=step + 1)
     bar.close()
     save(policy, run.weights, tokenizer=v.to_text())
-    run.curves(("loss", "grad_norm", "lr"))
-    run.close()
+    run.close(("loss", "grad_norm", "lr"))
     score, tries = development(env, world, a)(policy)
     print("\n".join([*map(gog.tell, tries[:3]), f"sft: development accuracy {score:.3f}"]), file=sys.stderr)
 
@@ -146,14 +139,14 @@ def development(env, world, a):
     asked = data.questions(world, data.RL_MIX, a.rl_dev, f"dev/{a.seed}", ("dev",))
 
     def score(policy):
-        tries = gog.evaluate(policy, gog.Environment(env.v, toolbox, policy.config), asked, "rl")
+        tries = gog.evaluate(policy, gog.Environment(env.v, toolbox, policy.config), asked)
         return gog.behaviour(tries)["accuracy"], tries
 
     return score
 
 
 def rl(a):
-    """Stage 2, complexity-adaptive reinforcement learning: pass rates of the SFT model, levels, GRPO on the hard questions."""
+    """Stage 2, complexity-adaptive reinforcement learning: pass rates of the SFT model, levels, GRPO on questions drawn by pass rate."""
     run, (policy, v) = Run(a.folder(), a.name), read_weights(a, a.weights("sft"))
     world = data.open_world(a.world, a.seed_world, a.towns)
     env = gog.Environment(v, gog.make_toolbox(world, a.failure_rate, a.seed), policy.config)
@@ -197,9 +190,8 @@ def rl(a):
             run.checkpoint([policy], opts, step=step + 1, pass_rates=rates, pool=curriculum.pool, queue=curriculum.queue, best=best,
                            python_rng=[curriculum.rng.getstate(), env.toolbox.rng.getstate()], torch_rng=generator.get_state().tolist())
     bar.close()
-    run.curves(("accuracy", "reward", "dead", "entropy", "gaze_correct", "reflection", "turns", "tool_calls", "loss"))
     atomic(run.weights, lambda p: shutil.copyfile(champion, p))
-    run.close()
+    run.close(("accuracy", "reward", "dead", "entropy", "gaze_correct", "reflection", "turns", "tool_calls", "loss"))
     champion.unlink()  # last: a kill in between loses nothing
     print(f"best: step {best[1]}, development accuracy {best[0]:.3f}, kept as {run.weights}", file=sys.stderr)
 
@@ -216,8 +208,8 @@ def evaluate(a):
     and seeds in that file stay. Baselines that are schedules (gog.SCHEDULES) and `withheld` play the RL policy."""
     world, table = data.open_world(a.world, a.seed_world, a.towns), []
     policies = {"base": read_weights(a, a.weights("pretrain")), "sft": read_weights(a, a.weights("sft")), "rl": read_weights(a, a.weights("rl"))}
-    label, known = world.name + ("-zero-shot" if a.trained_on else ""), gog.make_toolbox(world)
-    for name in (*data.SUITES, *(["own"] if world.own else [])):
+    label, known = a.labelled(world.name) + ("-zero-shot" if a.trained_on else ""), gog.make_toolbox(world)
+    for name in (*data.SUITES, *(["own"] if world.own[1:] else [])):
         try:
             searched, qs = (world, world.own[1::2]) if name == "own" else data.suite(world, name, a.suite_size)
         except data.WorldError as e:  # a small world may know no deep chains, or no look-alikes
@@ -228,7 +220,7 @@ def evaluate(a):
             policy, v = policies.get(row, policies["rl"])
             began, env = time.time(), gog.Environment(v, toolbox, policy.config, withhold=row == "withheld")
             tries = gog.evaluate(policy, env, qs, row, a.seed, progress=f"{name}, {row}")
-            table += measure(a, "main", row, label, name, {k: (x, len(qs)) for k, x in gog.behaviour(tries).items()}, began)
+            table += measure(a, "main", a.name if row == "rl" else row, label, name, {k: (x, len(qs)) for k, x in gog.behaviour(tries).items()}, began)
             for i, t in enumerate(tries[:2] if row == "rl" else ()):
                 atomic(Path(a.results) / f"{label}-{name}-{i}.png", lambda p: gog.poster(t).save(p, format="PNG"))
         write_results(a, table)  # suite by suite: what is measured is kept
@@ -242,14 +234,17 @@ class Run:
 
     def __init__(self, folder, stage):
         self.folder, self.stage = Path(folder), stage
-        self.weights, self.state, self.csv = (self.folder / f"{stage}.safetensors", self.folder / f"{stage}.state.safetensors",
-                                              self.folder / f"{stage}.csv")
+        self.weights, self.state, self.csv = (self.folder / f"{stage}.{end}" for end in ("safetensors", "state.safetensors", "csv"))
         self.rows, self.stopping = [], False
         signal.signal(signal.SIGINT, self.interrupt)
 
     def interrupt(self, *_):
         """Ctrl-C: finish the step, then save. A second one stops at once."""
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        if torch.utils.data.get_worker_info():  # Ctrl-C reaches the drawing process, too: not its business
+            return
+        if not self.rows:  # nothing to save yet
+            raise KeyboardInterrupt
         self.stopping = True
         print("\nCtrl-C: saving after this step (once more: stop at once, and lose what came after the last checkpoint)", file=sys.stderr)
 
@@ -298,9 +293,10 @@ class Run:
             text = "\n".join([",".join(columns), *(",".join(r.get(c, "") for c in columns) for r in self.rows)]) + "\n"
             atomic(self.csv, lambda p: p.write_text(text, encoding="utf-8"))
 
-    def close(self):
-        """The stage is done: its metrics stay, its training state goes."""
+    def close(self, columns):
+        """The stage is done: its metrics stay, with the curves of some columns, and its training state goes."""
         self.write_csv()
+        self.curves(columns)
         self.state.unlink(missing_ok=True)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -351,7 +347,7 @@ def write_rows(path, rows, key):
 def print_table(table):
     """Accuracy in percent: rows x suites, and their mean."""
     accuracy = {(r["row"], r["suite"]): float(r["value"]) for r in table if r["metric"] == "accuracy"}
-    suites = [s for s in data.SUITES if ("rl", s) in accuracy]
+    suites = [s for s in data.SUITES if ("sft", s) in accuracy]
     print(f"\n{'accuracy %':<12}" + "".join(f"{s:>8}" for s in (*suites, "mean")))
     for row in dict.fromkeys(r["row"] for r in table):
         values = [100 * accuracy[row, s] for s in suites]
@@ -388,7 +384,7 @@ class Args:
     see_batch: int = 24  # pictures a step
     word_steps: int = 2000  # every lesson in words
     word_batch: int = 24  # lessons a step
-    exam: int = 1536  # held-out questions that the base model is examined with
+    exam: int = 1536  # held-out questions, about so many, that the base model is examined with
     see_lr: float = 0.003  # of the eyes' matrices
     muon_lr: float = 0.002  # of the decoder's matrices
     adam_lr: float = 0.002  # of everything else in pretraining
@@ -398,10 +394,10 @@ class Args:
     failure_rate: float = 0.03  # of tools while training
     sft_epochs: int = 1  # passes over the demonstrations
     sft_batch: int = 32  # trajectories a step
-    replay: float = 0.2  # lessons of the base model among the demonstrations, so that pointing and long plans are not forgotten
+    replay: float = 0.2  # lessons of the base model on top, for each demonstration, so that pointing and long plans are not forgotten
     sft_muon_lr: float = 0.002  # of hidden matrices
     sft_adam_lr: float = 0.001  # of embeddings and norms
-    rl_questions: int = 800  # that the SFT model is scored on, to find the hard ones
+    rl_questions: int = 800  # that the SFT model is scored on, to find those that teach
     rl_dev: int = 300  # questions of the development split, for keeping the best policy
     rl_steps: int = 40  # updates
     rl_batch: int = 32  # questions a step
@@ -417,14 +413,18 @@ class Args:
     eval_every: int = 10  # RL steps between looks at the development split, and between checkpoints
     show_every: int = 8  # RL steps between printed trajectories
     token_budget: int = 1000  # tokens a micro-batch: changes speed and memory, not the update (small ones have little padding)
-    name: str = "rl"  # of the policy that rl writes
+    name: str = "rl"  # of the policy that rl writes, and of its row in the results
     suite_size: int = 300  # questions a held-out suite
     trained_on: str = ""  # eval only: examine the policies of another world (zero-shot); default --world
 
     def folder(self, kind=""):
         """The run folder; the base model knows no world, so all worlds share it."""
-        world = kind or Path(self.trained_on or self.world).name
+        world = kind or self.labelled(Path(self.trained_on or self.world).resolve().name)
         return Path(self.out) if self.out else Path("out") / f"{world}-{self.preset}-{self.seed}"
+
+    def labelled(self, world):
+        """The name of a world with what sets it apart from the usual one: runs and results of different worlds never mix."""
+        return world + (f"-world{self.seed_world}" if self.seed_world else "") + (f"-{self.towns}towns" if self.towns != Args.towns else "")
 
     def weights(self, stage):
         """What a stage leaves behind."""
@@ -462,9 +462,9 @@ def timed(a, stage):
     try:
         STAGES[stage](a)
     except grpo.NotFinite as e:
-        bad, text = a.weights(stage).with_suffix(".bad.json"), json.dumps([{k: getattr(x, k) for k in ("ids", "is_action", "logprobs")} for x in e.batch])
+        bad, text = a.weights(stage).with_suffix(".bad.json"), json.dumps([{k: getattr(x, k) for k in ("ids", "is_action", "logprobs")} for x in e.args[0]])
         atomic(bad, lambda p: p.write_text(text))
-        raise CheckpointError(f"{stage}: {e}. It has changed nothing; its batch is in {bad}. Go on from the last checkpoint with --resume and a lower learning rate") from None
+        raise CheckpointError(f"{stage}: the gradient is not finite. It has changed nothing; its batch is in {bad}. Go on from the last checkpoint with --resume and a lower learning rate") from None
     row = dict(stage=stage, preset=a.preset, world=Path(a.world).name, device=a.device, minutes=f"{(time.time() - began) / 60:.1f}", peak_memory_mb=peak_memory(), seed=a.seed)
     write_rows(path, [row], ("stage", "preset", "world", "device", "seed"))
     print(f"{stage}: {row['minutes']} minutes, peak memory {row['peak_memory_mb']} MB", file=sys.stderr)
@@ -481,14 +481,17 @@ def peak_memory():
 
 def main():
     a = arguments()
-    if a.device == "auto":
-        a.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    there = [d for d, found in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available()), ("cpu", True)) if found]
+    a.device = there[0] if a.device == "auto" else a.device
     torch.set_flush_denormal(True)  # a decayed momentum of denormal numbers would slow a CPU down tenfold
     try:
+        if a.device not in there:
+            raise CheckpointError(f"--device {a.device}: this machine has {' and '.join(there)} only. Leave the flag out")
         data.open_world(a.world, a.seed_world, a.towns)  # a bad world is refused before anything is trained
         order = list(STAGES)
         for stage in order[:order.index(a.stage) + 1]:
-            if stage != a.stage and a.weights(stage).is_file():
+            if a.weights(stage).is_file() and (stage != a.stage or a.resume and not a.weights(stage).with_suffix(".state.safetensors").is_file()):
+                print(f"{stage} is done: {a.weights(stage)}", file=sys.stderr)
                 continue
             if a.trained_on and stage != "eval":
                 raise CheckpointError(f"{a.weights(stage)} is missing. Run python train.py --stage rl --world {a.trained_on} first, then --stage eval --trained-on")
