@@ -420,7 +420,7 @@ class Args:
     def folder(self, kind=""):
         """The run folder; the base model knows no world, so all worlds share it."""
         world = kind or self.labelled(Path(self.trained_on or self.world).resolve().name)
-        return Path(self.out) if self.out else Path("out") / f"{world}-{self.preset}-{self.seed}"
+        return Path(self.out or f"out/{world}-{self.preset}-{self.seed}")
 
     def labelled(self, world):
         """The name of a world with what sets it apart from the usual one: runs and results of different worlds never mix."""
@@ -488,8 +488,7 @@ def main():
         if a.device not in there:
             raise CheckpointError(f"--device {a.device}: this machine has {' and '.join(there)} only. Leave the flag out")
         data.open_world(a.world, a.seed_world, a.towns)  # a bad world is refused before anything is trained
-        order = list(STAGES)
-        for stage in order[:order.index(a.stage) + 1]:
+        for stage in list(STAGES)[:list(STAGES).index(a.stage) + 1]:
             if a.weights(stage).is_file() and (stage != a.stage or a.resume and not a.weights(stage).with_suffix(".state.safetensors").is_file()):
                 print(f"{stage} is done: {a.weights(stage)}", file=sys.stderr)
                 continue

@@ -131,7 +131,8 @@ def good(n):
     ('{"name": ', ":9: not valid JSON"), ("[1]", ":9: a JSON object"), ({"name": "x"}, ":9: no 'image'"), ({"name": "n1", "image": "a.png"}, "given twice"),
     ({"name": "x", "image": "../../etc/passwd"}, "lies outside"), ({"name": "x", "image": "b.png"}, "does not exist"),
     ({"name": "x", "image": "entities.jsonl"}, "cannot be read"), ({"name": "x", "image": "a.png", "facts": {"r": None}}, "fact"),
-    ({"name": "x", "image": "a.png", "facts": {"r": float("nan")}}, "fact")])
+    ({"name": "x", "image": "a.png", "facts": {"r": float("nan")}}, "fact"), ({"name": "x: y", "image": "a.png"}, "holds"),
+    ({"name": "x", "image": "a.png", "facts": {"r": "a | b"}}, "holds")])
 def test_bad_folder_worlds_are_refused(tmp_path, bad, says):
     """Prevents a traceback or a silently wrong world: file, line and way out in one message."""
     with pytest.raises(data.WorldError, match=says):
@@ -140,7 +141,8 @@ def test_bad_folder_worlds_are_refused(tmp_path, bad, says):
 
 @pytest.mark.parametrize("bad, says", [
     ({"image": "a.png", "question": "What?", "answers": "Paris"}, ":2: 'question'"), ({"image": "../a.png", "question": "What?", "answers": ["x"]}, ":2: .*outside"),
-    ({"image": "a.png", "question": "What?", "answers": ["x"], "box": [9, 9, 5, 20]}, ":2: 'box'"), ({"image": "a.png", "question": "What?", "answers": ["x"], "box": [0, 0, 5, True]}, ":2: 'box'")])
+    ({"image": "a.png", "question": "What?", "answers": ["x"], "box": [9, 9, 5, 20]}, ":2: 'box'"), ({"image": "a.png", "question": "What?", "answers": ["x"], "box": [0, 0, 5, True]}, ":2: 'box'"),
+    ({"image": "a.png", "question": "What?", "answers": ["x"], "box": 5}, ":2: 'box'")])
 def test_own_questions(tmp_path, bad, says):
     """Prevents a user's own questions from being dropped silently, or a bad one from reaching training."""
     folder = write_world(tmp_path / "w", good(8))
@@ -151,6 +153,17 @@ def test_own_questions(tmp_path, bad, says):
     (folder / "questions.jsonl").write_text("\n".join(json.dumps(r) for r in [*rows, bad]))
     with pytest.raises(data.WorldError, match=says):
         data.folder_world(folder)
+
+
+def test_ribbons_and_counts_in_words(tmp_path):
+    """Prevents a traceback, an hour into a run, for a very long picture or for "about 6" where a number is compared."""
+    rows = [{"name": f"n{i}", "image": f"{i % 3}.png", "facts": {"number of neighbours": ("6", "about 6", "4")[i % 3]}} for i in range(12)]
+    folder = write_world(tmp_path / "countries", rows, [])
+    for i, size in enumerate([(30, 20), (900, 5), (4, 900)]):
+        Image.new("RGB", size, (200, 30, 40)).save(folder / f"{i}.png")
+    world = data.folder_world(folder)
+    for q in data.questions(world, [("name", "normal", 1), ("compare", "normal", 1), ("hop1", "single", 1)], 40, "ribbons"):
+        assert min(min(b[2] - b[0], b[3] - b[1]) for b in q.scene.boxes) >= 3 and q.scene.picture().size == (384, 384)
 
 
 def test_empty_and_missing_worlds(tmp_path):

@@ -34,12 +34,15 @@ def test_both_stages_from_nothing(tmp_path):
     assert {f"{s}.{e}" for s in ("pretrain", "sft", "rl") for e in ("safetensors", "csv")} <= {p.name for p in (tmp_path / "run").iterdir()}
     rows = list(csv.DictReader(open(tmp_path / "run" / "rl.csv")))
     assert [int(r["step"]) for r in rows] == [0, 1, 2] and all(0 <= float(r["reward"]) <= 1 for r in rows)
-    assert all(float(r["ratio_gap"]) < 1e-3 for r in rows)  # one update a batch: what is trained on is what was sampled
+    assert all(float(r["ratio_gap"]) < 0.05 for r in rows)  # one update a batch: what is trained on is what was sampled, but for bfloat16's rounding
+    before, again = (tmp_path / "run" / "rl.safetensors").read_bytes(), run("--stage", "rl", *TINY, "--out", "run", "--resume", cwd=tmp_path)
+    assert again.returncode == 0 and "rl is done" in again.stderr and before == (tmp_path / "run" / "rl.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("flags, says", [
     (["--sead", "1"], "did you mean --seed"), (["--stage", "rl", "--world", "nowhere"], "nowhere"), (["--preset", "huge"], "huge"),
-    (["--stage", "dance"], "dance"), (["--device", "abacus"], "abacus")])
+    (["--stage", "dance"], "dance"), (["--device", "abacus"], "abacus"), (["--device", "mps" if torch.cuda.is_available() else "cuda"], "this machine has"),
+    (["--towns", "5"], "--towns 5")])
 def test_mistakes_are_answered_in_one_line(tmp_path, flags, says):
     """Prevents a traceback for a user's mistake: exit code 2 and a last line that says what to do."""
     done = run(*flags, cwd=tmp_path)
@@ -187,3 +190,9 @@ def test_muon_orthogonalises():
     for shape in ((3, 16, 48), (3, 48, 16)):
         values = torch.linalg.svdvals(orthogonalise(torch.randn(shape)))
         assert 0.6 < values.min() and values.max() < 1.3
+
+
+def test_other_worlds_have_their_own_folders_and_rows():
+    """Prevents a policy of one world from being taken for another's, and its results from replacing those."""
+    folders = [str(train.Args(**flags).folder()) for flags in ({}, dict(seed_world=1), dict(towns=500), dict(seed=1), dict(world="worlds/countries"), dict(world="."))]
+    assert len(set(folders)) == len(folders) and folders[0] == "out/heraldry-nano-0" and not folders[-1].startswith("out/-")
