@@ -95,7 +95,7 @@ PLACES = {1: [(.5, .5, .28)], 2: [(.28, .5, .18), (.72, .5, .18)], 3: [(.29, .32
 
 @dataclass(frozen=True)
 class Arms:
-    """A coat of arms. `look` can be told at a glance; the rest of the `blazon` takes a closer look."""
+    """A coat of arms: outline and tincture can be told at a glance, the rest takes a closer look."""
     outline: str
     tincture: str
     ordinary: str
@@ -115,8 +115,8 @@ class Arms:
                      ordinary_tincture=other if ordinary else tincture, charge_tincture=charge_tincture)
         return cls(**{**parts, **fixed})
 
-    def blazon(self):
-        """(look, ordinary or "", detail), e.g. ("red round", "white bend", "2 gold crowns")."""
+    def told(self):
+        """In words: (look, ordinary or "", detail), e.g. ("red round", "white bend", "2 gold crowns")."""
         plural = {"fish": "", "cross": "es"}.get(self.charge, "s") if self.count > 1 else ""
         return (f"{self.tincture} {self.outline}", f"{self.ordinary_tincture} {self.ordinary}" if self.ordinary else "",
                 f"{self.count} {self.charge_tincture} {self.charge}{plural}")
@@ -157,8 +157,8 @@ class Entity:
 
     @classmethod
     def with_arms(cls, name, facts, arms):
-        blazon = arms.blazon()
-        return cls(name, facts, arms, None, blazon[0], blazon[2], ", ".join(filter(None, blazon)), ASPECT.get(arms.outline, 1.0))
+        look, ordinary, detail = arms.told()
+        return cls(name, facts, arms, None, look, detail, ", ".join(filter(None, (look, ordinary, detail))), ASPECT.get(arms.outline, 1.0))
 
     def picture(self, height):
         return self.arms.picture(height) if self.arms else _load(self.path).resize((max(1, round(height * self.aspect)), height), Image.BILINEAR)

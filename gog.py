@@ -172,7 +172,7 @@ def rollout(policy, env, questions, group=1, temperature=1.0, max_turns=MAX_TURN
     """Let the policy answer questions: list of Q * group trajectories, a question's group side by side.
 
     schedule: per turn the actions allowed (the last entry holds for all later turns), None: all four. rows: batch size.
-    room: tokens a trajectory may have. generator: torch.Generator on the policy's device.
+    room: tokens a trajectory may have; the next turn must fit in, or it ends. generator: torch.Generator on the policy's device.
     """
     out, per_batch = [], max(1, rows // group)
     bar = tqdm(total=len(questions) * group, desc=progress, unit="q", leave=False, disable=progress is None)

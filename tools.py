@@ -225,7 +225,7 @@ class TextIndex:
         return out | {_key(p): self.PAIRS for p in pairs}
 
     def search(self, queries, k):
-        """N strings -> N lists of at most k (score 0..1: share of the query's weight that is found, passage), best first."""
+        """N strings -> N lists of at most k (score 0..1: how much of the weight of those features of the query that are known at all, at most 1; passage), best first."""
         return [self._search(self._features(q, query=True), k) for q in queries]
 
     def _search(self, wanted, k):
