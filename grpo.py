@@ -11,8 +11,10 @@ Here instead, numbered:
      general one).
   4. The loss tells nothing about progress: advantages of a group sum to 0, and what is left (about 0.1 here) says only that wrong
      trajectories have more tokens than right ones. Watch accuracy and entropy instead.
-  5. `adaptive`, the default: questions are drawn by their current pass rate p, with weight 0.02 + p(1-p), re-scored while the policy changes:
-     what is too easy or too hard now teaches nothing now. `level2` is the paper's curriculum.
+  5. `fresh`, the default curriculum: what has a pass rate p is a kind of question (four hops, look-alikes ..), drawn with weight 0.02 + p(1-p) and
+     re-scored while the policy changes: what is too easy or too hard now teaches nothing now; and every question is a new one. Of 800 questions
+     that were scored one by one a policy learnt 170 by heart: +9.5 points on those, +3.2 on new ones. `level2` is the paper's curriculum,
+     `adaptive` the same with questions re-scored.
   6. A base model of our own, where the paper takes one from the shelf: labels for the eyes, lessons in words, an exam.
 
 Reading order: reward and advantage -> policy loss -> batches and steps -> what RL learns from: GoG-Instruct, levels, curriculum -> the base
@@ -20,6 +22,7 @@ Reading order: reward and advantage -> policy loss -> batches and steps -> what 
 
 Alphabet: Q questions, G rollouts a question (the group), M trained tokens; `a`: the flags (train.Args), `env.v`: the vocabulary.
 """
+import contextlib
 import math
 import random
 import sys
@@ -173,9 +176,12 @@ def iteration(policy, reference, env, questions, opts, a, generator):
 # ------------------------------------------------------------------------------- what RL learns from: GoG-Instruct, levels
 
 def pass_rates(policy, env, pool, n=4, temperature=1.0, seed=0):
-    """Share of n sampled trajectories that are right, for every question."""
+    """Share of n sampled trajectories that are right, for every question; says how many are of which level."""
     tries = gog.rollout(policy, env, pool, n, temperature, generator=torch.Generator(policy.device).manual_seed(seed), progress=f"pass rates, {n} tries")
-    return [sum(t.correct for t in tries[n * i:n * i + n]) / n for i in range(len(pool))]
+    rates = [sum(t.correct for t in tries[n * i:n * i + n]) / n for i in range(len(pool))]
+    counts = [sum(level(p) == k for p in rates) for k in range(3)]
+    print(f"levels: {counts[0]} easy, {counts[1]} of level 1, {counts[2]} of level 2 ({sum(p == 0 for p in rates)} never right)", file=sys.stderr)
+    return rates
 
 
 def uncertain(policy, env, pool, n=4, seed=0):
@@ -222,12 +228,13 @@ def level(p):
 
 @dataclass
 class Curriculum:
-    """Which question comes next. mode: "level1", "level2", "all", "learnable" (0 < p < 1/2) or "adaptive"."""
+    """What comes next: of questions by "level1", "level2", "all", "learnable" (0 < p < 1/2) or "adaptive", of kinds of questions by "fresh"."""
     pass_rates: list
-    mode: str = "adaptive"
+    mode: str = "fresh"
     seed: int = 0
     pool: list = None
     queue: list = field(default_factory=list)
+    worth: list = None  # of each, where they are drawn by lot; default: 1
 
     def __post_init__(self):
         self.rng = random.Random(self.seed)
@@ -238,18 +245,33 @@ class Curriculum:
             raise data.WorldError(f"no question is left for --curriculum {self.mode}: use --curriculum all")
 
     def draw(self, n):
-        """Indices of the next n questions: reshuffled passes over the pool, or by lot with weight 0.02 + p(1-p) when adaptive."""
-        if self.mode == "adaptive":
-            return self.rng.choices(self.pool, [0.02 + self.pass_rates[i] * (1 - self.pass_rates[i]) for i in self.pool], k=n)
+        """Indices of the next n questions: reshuffled passes over the pool, or by lot with weight 0.02 + p(1-p) when adaptive or fresh."""
+        if self.mode in ("adaptive", "fresh"):
+            return self.rng.choices(self.pool, [(self.worth[i] if self.worth else 1) * (0.02 + self.pass_rates[i] * (1 - self.pass_rates[i])) for i in self.pool], k=n)
         while len(self.queue) < n:
             self.queue += self.rng.sample(self.pool, len(self.pool))
         taken, self.queue = self.queue[:n], self.queue[n:]
         return taken
 
-    def seen(self, indices, rates, momentum=0.5):
-        """Re-score questions by the rollouts just made: an exponential mean of the pass rate."""
+    def seen(self, indices, rates):
+        """Re-score what the rollouts just made belong to, by an exponential mean of the pass rate: long for a kind, as its questions differ."""
         for i, p in zip(indices, rates):
-            self.pass_rates[i] += (1 - momentum) * (p - self.pass_rates[i])
+            self.pass_rates[i] += (0.1 if self.mode == "fresh" else 0.5) * (p - self.pass_rates[i])
+
+
+def kinds(world):
+    """What `fresh` draws from: every kind of RL_MIX that can be asked of this world, and the user's own questions."""
+    out = list(world.own[::2])
+    for kind in data.RL_MIX:
+        with contextlib.suppress(data.WorldError):
+            data.questions(world, [kind], 1, "can it be asked?")
+            out.append(kind)
+    return out
+
+
+def ask(world, wanted, seed):
+    """The questions themselves: of a kind a new one, which no other seed gives."""
+    return [w if isinstance(w, data.Question) else data.questions(world, [w], 1, f"{seed}/{i}")[0] for i, w in enumerate(wanted)]
 
 
 # ----------------------------------------------------------------------- base model: what it can spell, labels for the eyes

@@ -151,15 +151,14 @@ def rl(a):
     world = data.open_world(a.world, a.seed_world, a.towns)
     env = gog.Environment(v, gog.make_toolbox(world, a.failure_rate, a.seed), policy.config)
     validate = development(env, world, a)
-    pool = data.questions(world, data.RL_MIX, a.rl_questions, f"rl/{a.seed}") + list(world.own[::2])
+    fresh = a.curriculum == "fresh"
+    pool = grpo.kinds(world) if fresh else data.questions(world, data.RL_MIX, a.rl_questions, f"rl/{a.seed}") + list(world.own[::2])
     reference = read_weights(a, a.weights("sft"))[0].requires_grad_(False) if a.beta else None
     opts = [torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=a.rl_lr, betas=(0.9, 0.95), weight_decay=0.0)]
     generator = torch.Generator(policy.device).manual_seed(a.seed)
     saved = run.resume([policy], opts) if a.resume else {}
-    rates = saved.get("pass_rates") or grpo.pass_rates(policy, env, pool, 4, a.temperature, a.seed)
-    counts = [sum(grpo.level(p) == k for p in rates) for k in range(3)]
-    print(f"levels: {counts[0]} easy, {counts[1]} of level 1, {counts[2]} of level 2 ({sum(p == 0 for p in rates)} never right)", file=sys.stderr)
-    curriculum = grpo.Curriculum(rates, a.curriculum, a.seed, pool=saved.get("pool"), queue=saved.get("queue", []))
+    rates = saved.get("pass_rates") or ([0.5] * len(pool) if fresh else grpo.pass_rates(policy, env, pool, 4, a.temperature, a.seed))
+    curriculum = grpo.Curriculum(rates, a.curriculum, a.seed, pool=saved.get("pool"), queue=saved.get("queue", []), worth=[w[2] if isinstance(w, tuple) else 1 for w in pool] if fresh else None)
     if saved:
         for rng, state in zip((curriculum.rng, env.toolbox.rng), saved["python_rng"]):
             rng.setstate((state[0], tuple(state[1]), state[2]))
@@ -177,7 +176,7 @@ def rl(a):
             break
         lr = set_lr(opts, min((step + 1) / 3, 1 - step / a.rl_steps))
         chosen = curriculum.draw(a.rl_batch)
-        batch, advantages, solved, stats = grpo.iteration(policy, reference, env, [pool[i] for i in chosen], opts, a, generator)
+        batch, advantages, solved, stats = grpo.iteration(policy, reference, env, grpo.ask(world, [pool[i] for i in chosen], f"rl/{a.seed}/{step}"), opts, a, generator)
         curriculum.seen(chosen, solved)
         run.log(step=step, **stats, lr=lr)
         bar.update()
@@ -397,7 +396,7 @@ class Args:
     replay: float = 0.2  # lessons of the base model on top, for each demonstration, so that pointing and long plans are not forgotten
     sft_muon_lr: float = 0.002  # of hidden matrices
     sft_adam_lr: float = 0.001  # of embeddings and norms
-    rl_questions: int = 800  # that the SFT model is scored on, to find those that teach
+    rl_questions: int = 800  # that the SFT model is scored on, where the curriculum is not fresh
     rl_dev: int = 300  # questions of the development split, for keeping the best policy
     rl_steps: int = 40  # updates
     rl_batch: int = 32  # questions a step
@@ -408,7 +407,7 @@ class Args:
     clip_low: float = 0.2  # the ratio is clipped to 1 - clip_low
     clip_high: float = 0.28  # .. 1 + clip_high
     advantage: str = "std"  # std or mean
-    curriculum: str = "adaptive"  # level1, level2, all, learnable or adaptive
+    curriculum: str = "fresh"  # level1, level2, all, learnable, adaptive (all of scored questions) or fresh (of scored kinds)
     temperature: float = 0.8  # of rollouts
     eval_every: int = 10  # RL steps between looks at the development split, and between checkpoints
     show_every: int = 8  # RL steps between printed trajectories
@@ -433,7 +432,7 @@ class Args:
 
 STAGES = {"pretrain": pretrain, "sft": sft, "rl": rl, "eval": evaluate}
 CHOICES = {"stage": list(STAGES), "preset": list(PRESETS), "device": ["auto", "cuda", "mps", "cpu"], "advantage": ["std", "mean"],
-           "curriculum": ["level1", "level2", "all", "learnable", "adaptive"]}
+           "curriculum": ["level1", "level2", "all", "learnable", "adaptive", "fresh"]}
 
 
 def arguments(argv=None):

@@ -27,7 +27,7 @@ def run(*flags, cwd=ROOT):
 
 def test_both_stages_from_nothing(tmp_path):
     """Prevents a quick start that does not start: --stage rl alone trains base, SFT and RL, and says so; nothing but the run folder is written."""
-    done = run("--stage", "rl", *TINY, "--out", "run", cwd=tmp_path)
+    done = run("--stage", "rl", *TINY, "--curriculum", "fresh", "--out", "run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "sft runs first" in done.stderr and "pretrain runs first" in done.stderr
     assert {p.name for p in tmp_path.iterdir()} == {"run"}
