@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 import data
 from data import iou
-from model import Cache, CheckpointError, Vocabulary, load, pick
+from model import Cache, CheckpointError, Vocabulary, atomic, load, pick
 from tools import ImageIndex, TextIndex, Toolbox, unaccented
 
 MAX_TURNS, TURN_TOKENS = 8, 90
@@ -556,14 +556,16 @@ def main():
         policy, meta = load(a.checkpoint)
         data.check_image(a.image)
         env = Environment(Vocabulary.from_text(meta["tokenizer"]), make_toolbox(data.open_world(a.world)), policy.config)
-    except (CheckpointError, data.WorldError) as e:
+        if (long := len(env.v.encode(a.question))) > 300:
+            raise data.WorldError(f"the question has {long} tokens, and at most 300 leave room for turns. Ask more briefly")
+        scene = data.Scene((), (), "picture", 0, data.Path(a.image))
+        t = rollout(policy, env, [data.Question(a.question, (), scene, "own")], temperature=0.0)[0]
+        print(tell(t))
+        atomic(a.save, lambda path: poster(t).save(path, format="PNG"))
+        print(f"  picture with the gazes: {a.save}")
+    except (CheckpointError, data.WorldError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
-    scene = data.Scene((), (), "picture", 0, data.Path(a.image))
-    t = rollout(policy, env, [data.Question(a.question, (), scene, "own")], temperature=0.0)[0]
-    print(tell(t))
-    poster(t).save(a.save)
-    print(f"  picture with the gazes: {a.save}")
 
 
 if __name__ == "__main__":

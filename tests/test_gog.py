@@ -3,10 +3,11 @@ import re
 
 import pytest
 import torch
+from PIL import Image
 
 import data
 import gog
-from model import TAGS, pick
+from model import TAGS, pick, save
 
 
 @pytest.mark.parametrize("text, kind, argument", [
@@ -194,3 +195,20 @@ def test_slips_begin_where_the_policy_looked_in_vain(env, world, policy, monkeyp
             assert t.turns[1].thought.split(", next ")[0].endswith(q.phrases[0])
             reread += q.phrases[0] != "red round"
     assert 0 < sum(map(len, missed)) < len(qs) and reread > 5
+
+
+@pytest.mark.parametrize("question, where, says", [("What is the capital of the flag?", "gaze.png", ""), ("why " * 400, "gaze.png", "at most 300"),
+                                                   ("What is the capital of the flag?", "no/../picture.png/gaze.png", "error: ")])
+def test_one_picture_one_question(tmp_path, monkeypatch, capsys, vocabulary, policy, question, where, says):
+    """Prevents a command line that only its author can use: it answers and leaves a picture, or says in one line what is wrong."""
+    save(policy, tmp_path / "rl.safetensors", tokenizer=vocabulary.to_text())
+    Image.new("RGB", (60, 40), (200, 30, 40)).save(tmp_path / "picture.png")
+    monkeypatch.setattr("sys.argv", ["gog.py", str(tmp_path / "picture.png"), question, "--world", "worlds/countries", "--checkpoint", str(tmp_path / "rl.safetensors"),
+                                     "--save", str(tmp_path / where)])
+    if not says:
+        gog.main()
+        assert question in capsys.readouterr().out and Image.open(tmp_path / where).width > 700
+        return
+    with pytest.raises(SystemExit) as stop:
+        gog.main()
+    assert stop.value.code == 2 and says in capsys.readouterr().err and not (tmp_path / "gaze.png").exists()
