@@ -169,7 +169,7 @@ def rl(a):
         if step % a.eval_every == 0 or step == a.rl_steps:  # keep the best by validation, not the last
             score, _ = validate(policy)
             print(f"\nstep {step}: development accuracy {score:.3f}", file=sys.stderr)
-            if score > best[0]:
+            if score >= best[0]:  # of equals the later: the lower the learning rate, the less of a policy is noise
                 best = [score, step]
                 save(policy, champion, tokenizer=v.to_text())
         if step == a.rl_steps:
