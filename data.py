@@ -513,9 +513,9 @@ def ask(world, kind, setting, split, rng):
         return made(f"What is the name of the {pick[0][1]}?", target.name)
     if kind == "compare":
         relation = count_relation(world)
-        a, b = (int(v) if v.isdecimal() else -1 for v in (e.facts.get(relation, "") for e in found))
+        a, b = (e.facts.get(relation, "") for e in found)
         text = f"Which has more {relation}, the {pick[0][1]} or the {pick[1][1]}?"
-        return made(text, found[a < b].name, (relation,)) if a != b and min(a, b) >= 0 else None
+        return made(text, found[int(a) < int(b)].name, (relation,)) if a.isdecimal() and int(a) != int(b) else None  # b: see above
     chain, values, unknown = [], [target.name], set() if "late" in split else world.splits.get("late", ())  # no passage tells of these
     for left in range(int(kind[3:]), 0, -1):  # all but the last relation must lead to another entity
         facts = world.entities[values[-1]].facts

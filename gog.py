@@ -224,7 +224,8 @@ def respond(policy, env, prompts, pictures):
 
 
 def misses(policy, env, questions, rows=256):
-    """Where the policy looks in vain when it is asked to point (a lesson of the base model, grpo.ask_about): for every question, {target: (what it takes it for, box of a gaze with IoU < 0.5)}."""
+    """Where the policy looks in vain when it is asked to point (a lesson of the base model, grpo.ask_about): for every
+    question, {target: (what it takes it for, box of a gaze with IoU < 0.5)}."""
     out = [{} for _ in questions]
     asked = [(i, target, data.references(q.scene)[target][kind]) for i, q in enumerate(questions) if len(q.scene.boxes) > 1 and not q.search_free
              for target, kind in zip(q.targets, q.expressions) if kind != "detail"]  # look-alikes must all be looked at, anyway
@@ -478,7 +479,8 @@ def behaviour(trajectories):
     """What a policy does: {metric: value}, over a list of trajectories. Shares are 0..1, of trajectories or (action_share) of turns.
 
     no / single / mixed_search: none, one kind or several kinds of tool; gaze_correct: gazes with IoU >= 0.5 with a target; target_found: some
-    gaze of the trajectory had (where there is more than one thing to look at); reflection: vain gazes that a gaze elsewhere follows; truncated: ended without an answer.
+    gaze of the trajectory had (where there is more than one thing to look at); reflection: vain gazes that a gaze elsewhere follows;
+    truncated: ended without an answer.
     """
     n = max(1, len(trajectories))
     mean = lambda values: float(np.mean(values)) if len(values) else float("nan")

@@ -192,7 +192,8 @@ def uncertain(policy, env, pool, n=4, seed=0):
         tries = gog.rollout(policy, env, [pool[i] for i in sure], max_turns=1, schedule=gog.SCHEDULES["direct"], generator=generator, rows=512, room=192,
                             progress=f"uncertainty filter, try {k + 1}")
         sure = [i for i, t in zip(sure, tries) if t.correct]
-    return [q for i, q in enumerate(pool) if i not in set(sure)]
+    dropped = set(sure)
+    return [q for i, q in enumerate(pool) if i not in dropped]
 
 
 def instruct(policy, env, world, n=5750, seed=0, wrong_gaze=0.2, glance_first=0.05):
@@ -237,7 +238,7 @@ class Curriculum:
     worth: list = None  # of each, where they are drawn by lot; default: 1
 
     def __post_init__(self):
-        self.rng = random.Random(self.seed)
+        self.rng, self.worth = random.Random(self.seed), self.worth or [1] * len(self.pass_rates)
         wanted = {"level1": lambda p: level(p) == 1, "level2": lambda p: level(p) == 2, "learnable": lambda p: 0 < p < 0.5}
         keep = wanted.get(self.mode, lambda p: True)
         self.pool = self.pool or [i for i, p in enumerate(self.pass_rates) if keep(p)]
@@ -247,7 +248,7 @@ class Curriculum:
     def draw(self, n):
         """Indices of the next n questions: reshuffled passes over the pool, or by lot with weight 0.02 + p(1-p) when adaptive or fresh."""
         if self.mode in ("adaptive", "fresh"):
-            return self.rng.choices(self.pool, [(self.worth[i] if self.worth else 1) * (0.02 + self.pass_rates[i] * (1 - self.pass_rates[i])) for i in self.pool], k=n)
+            return self.rng.choices(self.pool, [self.worth[i] * (0.02 + self.pass_rates[i] * (1 - self.pass_rates[i])) for i in self.pool], k=n)
         while len(self.queue) < n:
             self.queue += self.rng.sample(self.pool, len(self.pool))
         taken, self.queue = self.queue[:n], self.queue[n:]
@@ -585,8 +586,8 @@ LESSONS = {point_lesson: 0.17, wall_lesson: 0.32, crop_lesson: 0.15, text_lesson
 
 
 def exam(policy, env, n, seed="exam"):
-    """The base model on about n walls, crops and names never seen (what asks nothing is left out), one question each, greedy: {topic: (score, count)}. `iou KIND` is the mean
-    IoU of pointing by that kind of expression; every other topic is the share of exact answers."""
+    """The base model on about n walls, crops and names never seen (what asks nothing is left out), one question each, greedy: {topic: (score,
+    count)}. `iou KIND` is the mean IoU of pointing by that kind of expression; every other topic is the share of exact answers."""
     rng, scores = random.Random(seed), {}
     for _ in range(0, n, 256):
         sheet = [make(env, rng, 1) for make in rng.choices((wall_lesson, crop_lesson, text_lesson), (6, 2, 3), k=256)]

@@ -225,7 +225,8 @@ class TextIndex:
         return out | {_key(p): self.PAIRS for p in pairs}
 
     def search(self, queries, k):
-        """N strings -> N lists of at most k (score 0..1: how much of the weight of those features of the query that are known at all, at most 1; passage), best first."""
+        """N strings -> N lists of at most k (score, passage), best first. Score 0..1: how much it has of the weight of those features of
+        the query that are known at all."""
         return [self._search(self._features(q, query=True), k) for q in queries]
 
     def _search(self, wanted, k):

@@ -158,7 +158,7 @@ def rl(a):
     generator = torch.Generator(policy.device).manual_seed(a.seed)
     saved = run.resume([policy], opts) if a.resume else {}
     rates = saved.get("pass_rates") or ([0.5] * len(pool) if fresh else grpo.pass_rates(policy, env, pool, 4, a.temperature, a.seed))
-    curriculum = grpo.Curriculum(rates, a.curriculum, a.seed, pool=saved.get("pool"), queue=saved.get("queue", []), worth=[w[2] if isinstance(w, tuple) else 1 for w in pool] if fresh else None)
+    curriculum = grpo.Curriculum(rates, a.curriculum, a.seed, pool=saved.get("pool"), queue=saved.get("queue", []), worth=[w[2] if isinstance(w, tuple) else 1 for w in pool])
     if saved:
         for rng, state in zip((curriculum.rng, env.toolbox.rng), saved["python_rng"]):
             rng.setstate((state[0], tuple(state[1]), state[2]))
@@ -207,7 +207,7 @@ def evaluate(a):
     and seeds in that file stay. Baselines that are schedules (gog.SCHEDULES) and `withheld` play the RL policy."""
     world, table = data.open_world(a.world, a.seed_world, a.towns), []
     policies = {"base": read_weights(a, a.weights("pretrain")), "sft": read_weights(a, a.weights("sft")), "rl": read_weights(a, a.weights("rl"))}
-    label, known = a.labelled(world.name) + ("-zero-shot" if a.trained_on else ""), gog.make_toolbox(world)
+    label, known = a.label(a.world) + ("-zero-shot" if a.trained_on else ""), gog.make_toolbox(world)
     for name in (*data.SUITES, *(["own"] if world.own[1:] else [])):
         try:
             searched, qs = (world, world.own[1::2]) if name == "own" else data.suite(world, name, a.suite_size)
@@ -418,12 +418,11 @@ class Args:
 
     def folder(self, kind=""):
         """The run folder; the base model knows no world, so all worlds share it."""
-        world = kind or self.labelled(Path(self.trained_on or self.world).resolve().name)
-        return Path(self.out or f"out/{world}-{self.preset}-{self.seed}")
+        return Path(self.out or f"out/{kind or self.label(self.trained_on or self.world)}-{self.preset}-{self.seed}")
 
-    def labelled(self, world):
-        """The name of a world with what sets it apart from the usual one: runs and results of different worlds never mix."""
-        return world + (f"-world{self.seed_world}" if self.seed_world else "") + (f"-{self.towns}towns" if self.towns != Args.towns else "")
+    def label(self, world):
+        """The name of a world (heraldry or a path) with what sets it apart from the usual one: runs and results of different worlds never mix."""
+        return Path(world).resolve().name + (f"-world{self.seed_world}" if self.seed_world else "") + (f"-{self.towns}towns" if self.towns != Args.towns else "")
 
     def weights(self, stage):
         """What a stage leaves behind."""
@@ -464,7 +463,7 @@ def timed(a, stage):
         bad, text = a.weights(stage).with_suffix(".bad.json"), json.dumps([{k: getattr(x, k) for k in ("ids", "is_action", "logprobs")} for x in e.args[0]])
         atomic(bad, lambda p: p.write_text(text))
         raise CheckpointError(f"{stage}: the gradient is not finite. It has changed nothing; its batch is in {bad}. Go on from the last checkpoint with --resume and a lower learning rate") from None
-    row = dict(stage=stage, preset=a.preset, world=Path(a.world).name, device=a.device, minutes=f"{(time.time() - began) / 60:.1f}", peak_memory_mb=peak_memory(), seed=a.seed)
+    row = dict(stage=stage, preset=a.preset, world=a.label(a.world), device=a.device, minutes=f"{(time.time() - began) / 60:.1f}", peak_memory_mb=peak_memory(), seed=a.seed)
     write_rows(path, [row], ("stage", "preset", "world", "device", "seed"))
     print(f"{stage}: {row['minutes']} minutes, peak memory {row['peak_memory_mb']} MB", file=sys.stderr)
 
