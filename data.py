@@ -471,8 +471,8 @@ SETTINGS = {  # name: (least, most objects, cells, sizes, look-alikes of the tar
 SFT_MIX = [("colour", "normal", 3), ("shape", "normal", 2), ("count", "normal", 2), ("colour", "single", 1), ("shape", "single", 1),
            ("name", "single", 1), ("hop1", "single", 1), ("name", "normal", 2), ("hop1", "normal", 4), ("name", "twins", 1),
            ("hop1", "twins", 2), ("hop2", "normal", 1.2), ("hop3", "normal", 0.4), ("compare", "normal", 1)]
-RL_MIX = [("colour", "normal", 0.5), ("count", "normal", 1), ("name", "normal", 0.5), ("hop1", "normal", 1), ("name", "twins", 1), ("hop1", "twins", 1), ("hop1", "small", 2),
-          ("hop2", "normal", 1), ("hop2", "twins", 1), ("hop3", "normal", 3), ("hop4", "normal", 5), ("hop5", "normal", 2), ("compare", "normal", 1.5)]
+RL_MIX = [("count", "normal", 1), ("hop2", "single", 1), ("hop2", "normal", 1), ("hop3", "single", 2), ("hop3", "normal", 1), ("hop4", "single", 4),
+          ("hop4", "normal", 2), ("hop5", "single", 4)]  # where failures are plans, not luck of sight (why: grpo.py, 5)
 SUITES = {  # the six held-out suites: what each isolates (the paper's benchmark that it stands for)
     "facts": [("hop1", "normal", 5), ("name", "normal", 2), ("colour", "normal", 1), ("shape", "normal", 1), ("count", "normal", 1)],  # FVQA
     "fine": [("name", "small", 1), ("hop1", "small", 1)],  # InfoSeek: small target among look-alikes
@@ -480,6 +480,7 @@ SUITES = {  # the six held-out suites: what each isolates (the paper's benchmark
     "crowd": [("name", "crowd", 1), ("hop1", "crowd", 2)],  # MMSearch: more and smaller objects than in any demonstration
     "live": [("hop1", "normal", 3), ("hop2", "normal", 1)],  # LiveVQA: facts rewritten, entities added after training
     "hops": [("hop4", "normal", 3), ("hop5", "normal", 1)]}  # DynVQA: more hops than any SFT trajectory shows
+DEV_MIX = [(kind, setting, weight / sum(w for *_, w in mix)) for mix in SUITES.values() for kind, setting, weight in mix]  # every suite's as often
 
 
 def ask(world, kind, setting, split, rng):

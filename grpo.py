@@ -11,10 +11,12 @@ Here instead, numbered:
      general one).
   4. The loss tells nothing about progress: advantages of a group sum to 0, and what is left (about 0.1 here) says only that wrong
      trajectories have more tokens than right ones. Watch accuracy and entropy instead.
-  5. `fresh`, the default curriculum: what has a pass rate p is a kind of question (four hops, look-alikes ..), drawn with weight 0.02 + p(1-p) and
+  5. `fresh`, the default curriculum: what has a pass rate p is a kind of question (four hops, counting ..), drawn with weight 0.02 + p(1-p) and
      re-scored while the policy changes: what is too easy or too hard now teaches nothing now; and every question is a new one. Of 800 questions
      that were scored one by one a policy learnt some by heart (+9.5 points on those, +3.9 on others); this way it gains as much on others (+4.1)
      and nothing must be scored first. `level2` is the paper's curriculum, `adaptive` the same with questions re-scored.
+     A pass rate cannot tell what is half learnt from what is half luck: look-alikes and comparisons succeed half of the time, too, and their
+     gradients have nothing in common (`signal`, grpo_step). So they are not in data.RL_MIX; without them the signal is five times as strong.
   6. A base model of our own, where the paper takes one from the shelf: labels for the eyes, lessons in words, an exam.
 
 Reading order: reward and advantage -> policy loss -> batches and steps -> what RL learns from: GoG-Instruct, levels, curriculum -> the base
@@ -53,10 +55,8 @@ def group_advantages(rewards, correct, normalise="std"):
     Dead groups get exactly 0; they are found by `correct`, since a standard deviation of equal floats need not be 0.
     """
     alive = correct.any(1) & ~correct.all(1)
-    centred = rewards - rewards.mean(1, keepdim=True)
-    if normalise == "std":
-        centred = centred / rewards.std(1, keepdim=True).clamp_min(1e-6)
-    return torch.where(alive[:, None], centred, torch.zeros_like(centred)), alive
+    scale = rewards.std(1, keepdim=True).clamp_min(1e-6) if normalise == "std" else 1.0
+    return torch.where(alive[:, None], (rewards - rewards.mean(1, keepdim=True)) / scale, 0.0), alive
 
 
 def policy_loss(logp, old_logp, advantage, low=0.2, high=0.2, reference=None, beta=0.0):
@@ -129,26 +129,29 @@ def supervised_step(policy, env, batch, opts, budget=12000):
 
 
 def grpo_step(policy, reference, env, batch, advantages, opts, a):
-    """One update from rollouts (list of Q*G) and their advantages (Q*G,). Dead trajectories leave; the denominator is fixed first."""
+    """One update from rollouts (list of Q*G) and their advantages (Q*G,). Dead trajectories leave; the denominator is fixed first. `signal`: the
+    cosine of the gradients of every other question and of the rest. What questions share is signal, all else is luck: 0 teaches nothing."""
     alive = [i for i in range(len(batch)) if advantages[i] != 0]
-    trained = [batch[i] for i in alive]
-    tokens = max(1, sum(sum(t.is_action) for t in trained))
-    totals = dict(loss=0.0, kl=0.0, clipped=0.0, entropy=0.0, ratio_gap=0.0)
-    for part, ids, mask, pictures in micro_batches(trained, a.token_budget, env.v.id["<pad>"]):
-        logp, all_logp = token_logprobs(policy, env, ids, mask, pictures, a.temperature)
-        old = torch.cat([torch.tensor([p for p, m in zip(trained[i].logprobs, trained[i].is_action) if m]) for i in part]).to(logp.device)
-        weight = torch.cat([advantages[alive[i]].expand(sum(trained[i].is_action)) for i in part]).to(logp.device)
-        with torch.no_grad():
-            ref = token_logprobs(reference, env, ids, mask, pictures, a.temperature)[0] if reference is not None else None
-        loss, clipped, kl = policy_loss(logp, old, weight, a.clip_low, a.clip_high, ref, a.beta)
-        (loss / tokens).backward()
-        with torch.no_grad():
-            totals["entropy"] -= (all_logp.exp() * all_logp.clamp_min(-1e4)).sum().item() / tokens
-            totals["ratio_gap"] = max(totals["ratio_gap"], (logp - old).abs().max().item())
-        totals["loss"] += loss.item() / tokens
-        totals["kl"] += kl / tokens
-        totals["clipped"] += clipped / tokens
-    totals["grad_norm"] = update(policy, opts, trained)  # nobody alive, no gradient: nothing moves
+    tokens = max(1, sum(sum(batch[i].is_action) for i in alive))
+    totals, halves = dict(loss=0.0, kl=0.0, clipped=0.0, entropy=0.0, ratio_gap=0.0), []
+    for half in (0, 1):
+        mine = [i for i in alive if i // a.group % 2 == half]
+        for part, ids, mask, pictures in micro_batches([batch[i] for i in mine], a.token_budget, env.v.id["<pad>"]):
+            trained = [mine[k] for k in part]
+            logp, all_logp = token_logprobs(policy, env, ids, mask, pictures, a.temperature)
+            old = torch.cat([torch.tensor(batch[i].logprobs)[torch.tensor(batch[i].is_action)] for i in trained]).to(logp.device)
+            weight = torch.cat([advantages[i].expand(sum(batch[i].is_action)) for i in trained]).to(logp.device)
+            with torch.no_grad():
+                ref = token_logprobs(reference, env, ids, mask, pictures, a.temperature)[0] if reference is not None else None
+                entropy = -(all_logp.exp() * all_logp.clamp_min(-1e4)).sum().item()
+                totals["ratio_gap"] = max(totals["ratio_gap"], (logp - old).abs().max().item())
+            loss, clipped, kl = policy_loss(logp, old, weight, a.clip_low, a.clip_high, ref, a.beta)
+            (loss / tokens).backward()
+            for name, value in dict(loss=loss.item(), kl=kl, clipped=clipped, entropy=entropy).items():
+                totals[name] += value / tokens
+        halves.append(torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in policy.parameters() if p.requires_grad]))
+    totals["signal"] = F.cosine_similarity(halves[0], halves[1] - halves[0], 0).item()
+    totals["grad_norm"] = update(policy, opts, [batch[i] for i in alive])  # nobody alive, no gradient: nothing moves
     return totals
 
 
@@ -590,8 +593,8 @@ def exam(policy, env, n, seed="exam"):
     count)}. `iou KIND` is the mean IoU of pointing by that kind of expression; every other topic is the share of exact answers."""
     rng, scores = random.Random(seed), {}
     for _ in range(0, n, 256):
-        sheet = [make(env, rng, 1) for make in rng.choices((wall_lesson, crop_lesson, text_lesson), (6, 2, 3), k=256)]
-        sheet = [t for t in sheet if t.lesson and t.lesson[0][0]]
+        drawn = [make(env, rng, 1) for make in rng.choices((wall_lesson, crop_lesson, text_lesson), (6, 2, 3), k=256)]
+        sheet = [t for t in drawn if t.lesson and t.lesson[0][0]]
         prompts = [t.ids[:t.is_action.index(True)] for t in sheet]
         for t, turn in zip(sheet, gog.respond(policy, env, prompts, [p for t in sheet for p in t.pictures])):
             (topic, response), *_ = t.lesson

@@ -200,10 +200,10 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(layer, k, v, positions, mask.shape[-1])
             q = q.reshape(B, self.kv_heads, -1, self.c)  # (B, H, T, C) -> (B, K, H/K*T, C): heads that share keys read them once
-            mask = mask.repeat(1, 1, self.heads // self.kv_heads, 1)
         if x.device.type == "cpu":  # where bfloat16 attention goes backwards at half the speed of float32
             q, k, v = q.float(), k.float(), v.float()
         with torch.autocast(x.device.type, enabled=False):
+            mask = mask.to(q.dtype) if mask is not None else None
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=cache is None)
         out = out.reshape(B, self.heads, T, self.c)
         return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))  # (B, H, T, C) -> (B, T, D)
@@ -343,7 +343,9 @@ class Policy(nn.Module):
             positions = positions.clamp(max=cache.room - 1)
             upto = int(positions.max()) + 1
             cache.grow(upto)
-            mask = (torch.arange(upto, device=ids.device) <= positions[..., None])[:, None]  # (B, 1, T, upto)
+            hidden = torch.arange(upto, device=ids.device) > positions[..., None]
+            mask = torch.zeros(B, T, upto, device=ids.device).masked_fill(hidden, float("-inf"))  # added to scores; made once for all layers
+            mask = mask.repeat(1, self.config.heads // self.config.kv_heads, 1)[:, None]  # (B, 1, H/K*T, upto)
         rope = rope_table(positions, self.config.width // self.config.heads, self.config.rope_base)
         for i, block in enumerate(self.layers):
             x = block(x, rope, mask, cache, i, positions)

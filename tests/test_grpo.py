@@ -120,6 +120,15 @@ def test_dead_groups_leave_loss_and_denominator(policy, env, questions):
     torch.testing.assert_close(*gradients)
 
 
+def test_signal_is_what_two_halves_share(policy, env, questions):
+    """Prevents a signal that compares a half with the whole: the same rollouts twice have 1, with the opposite advantages -1."""
+    batch, advantages = rollouts(policy, env, questions[:1]), torch.tensor([1.5, -0.5, -0.5, -0.5])
+    for sign in (1.0, -1.0):
+        policy.zero_grad()
+        told = grpo.grpo_step(policy, None, env, batch * 2, torch.cat([advantages, sign * advantages]), [], train.Args(group=4))
+        assert told["signal"] == pytest.approx(sign, abs=1e-3)
+
+
 def test_levels_and_curriculum():
     """Prevents a curriculum that trains on what it should not: Level 2 is p < 1/2, and each question comes once a pass."""
     rates = [0.0, 0.25, 0.5, 0.75, 1.0]

@@ -1,0 +1,64 @@
+"""By hand: which questions have gradients with something in common? A pass rate of a half may be half learnt or half luck; this tells which.
+
+    python tests/learnable.py [QUESTIONS A KIND, default 16] [POLICY, default out/heraldry-nano-0/sft.safetensors]    -> results/signal.csv
+
+Every kind of question that a stage or a suite asks, drawn equally often: 8 rollouts each, and of every group that is alive (both right and wrong
+answers) the gradient of the GRPO loss. Two groups share only what can be learnt: signal = the mean dot product of two groups of a kind,
+noise = the mean square of one, ratio = signal / noise (1 / ratio is about how many groups it takes to see anything); `others` = the mean dot product
+with groups of other kinds / noise.
+"""
+import csv
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import data
+import gog
+import grpo
+import train
+from model import Vocabulary, autocast, load
+
+
+def group_gradient(policy, env, group, advantages, a):
+    """Gradient of the summed loss of one group, flat. Advantages are made small before, and the gradient large after, lest it be clipped."""
+    policy.zero_grad()
+    with autocast(policy.device.type):
+        grpo.grpo_step(policy, None, env, group, advantages / 100, [], a)
+    flat = torch.cat([p.grad.flatten() for p in policy.parameters() if p.requires_grad])
+    return (100 * sum(sum(t.is_action) for t in group) * flat).bfloat16()
+
+
+def main(each=16, path="out/heraldry-nano-0/sft.safetensors"):
+    world, a = data.open_world("heraldry"), train.Args()
+    policy, meta = load(path)
+    policy.freeze_eyes()
+    env = gog.Environment(Vocabulary.from_text(meta["tokenizer"]), gog.make_toolbox(world), policy.config)
+    kinds = sorted({(kind, setting) for kind, setting, _ in data.SFT_MIX + data.RL_MIX + data.DEV_MIX})
+    told, found = [], []  # a row of the table for every kind; (index of its kind, gradient) for every group alive
+    for k, (kind, setting) in enumerate(tqdm(kinds)):
+        asked = data.questions(world, [(kind, setting, 1)], int(each), "signal")
+        tries = gog.rollout(policy, env, asked, a.group, a.temperature, generator=torch.Generator().manual_seed(k))
+        right = torch.tensor([t.correct for t in tries]).view(-1, a.group)
+        reward = torch.tensor([grpo.reward(t.correct, t.well_formed, a.lam) for t in tries]).view(-1, a.group)
+        advantages, alive = grpo.group_advantages(reward, right)
+        found += [(k, group_gradient(policy, env, tries[a.group * i:a.group * (i + 1)], advantages[i], a)) for i in alive.nonzero()[:, 0].tolist()]
+        told.append(dict(kind=kind, setting=setting, questions=len(asked), alive=int(alive.sum()), pass_rate=f"{right.float().mean():.3f}"))
+    of, stack = torch.tensor([k for k, _ in found]), torch.stack([g for _, g in found])  # (groups,), (groups, parameters)
+    dots = sum(part.float() @ part.float().T for part in stack.split(100_000, 1))  # (groups, groups)
+    for k, row in enumerate(told):
+        mine, n = of == k, int((of == k).sum())
+        own, noise = dots[mine][:, mine], dots.diagonal()[mine].mean()
+        ratio = (own.sum() - own.trace()) / max(1, n * (n - 1)) / noise if n > 1 else float("nan")
+        row.update(ratio=f"{ratio:.4f}", others=f"{dots[mine][:, ~mine].mean() / noise:.4f}" if n else "nan")
+        print(*(f"{v:>10}" for v in row.values()))
+    with open("results/signal.csv", "w", newline="", encoding="utf-8") as f:
+        writer = csv.DictWriter(f, list(told[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(told)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
