@@ -125,7 +125,7 @@ def test_signal_is_what_two_halves_share(policy, env, questions):
     batch, advantages = rollouts(policy, env, questions[:1]), torch.tensor([1.5, -0.5, -0.5, -0.5])
     for sign in (1.0, -1.0):
         policy.zero_grad()
-        told = grpo.grpo_step(policy, None, env, batch * 2, torch.cat([advantages, sign * advantages]), [], train.Args(group=4))
+        told = grpo.grpo_step(policy, None, env, batch * 2, torch.cat([advantages, sign * advantages]), [], train.Args(group=4, temperature=1.0))
         assert told["signal"] == pytest.approx(sign, abs=1e-3)
 
 
