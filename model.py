@@ -343,8 +343,8 @@ class Policy(nn.Module):
             positions = positions.clamp(max=cache.room - 1)
             upto = int(positions.max()) + 1
             cache.grow(upto)
-            hidden = torch.arange(upto, device=ids.device) > positions[..., None]
-            mask = torch.zeros(B, T, upto, device=ids.device).masked_fill(hidden, float("-inf"))  # added to scores; made once for all layers
+            unseen = torch.arange(upto, device=ids.device) > positions[..., None]
+            mask = torch.zeros(B, T, upto, device=ids.device).masked_fill(unseen, float("-inf"))  # added to scores; made once for all layers
             mask = mask.repeat(1, self.config.heads // self.config.kv_heads, 1)[:, None]  # (B, 1, H/K*T, upto)
         rope = rope_table(positions, self.config.width // self.config.heads, self.config.rope_base)
         for i, block in enumerate(self.layers):

@@ -7,7 +7,6 @@ answers) the gradient of the GRPO loss. Two groups share only what can be learnt
 noise = the mean square of one, ratio = signal / noise (1 / ratio is about how many groups it takes to see anything); `others` = the mean dot product
 with groups of other kinds / noise.
 """
-import csv
 import sys
 from pathlib import Path
 
@@ -54,10 +53,7 @@ def main(each=16, path="out/heraldry-nano-0/sft.safetensors"):
         ratio = (own.sum() - own.trace()) / max(1, n * (n - 1)) / noise if n > 1 else float("nan")
         row.update(ratio=f"{ratio:.4f}", others=f"{dots[mine][:, ~mine].mean() / noise:.4f}" if n else "nan")
         print(*(f"{v:>10}" for v in row.values()))
-    with open("results/signal.csv", "w", newline="", encoding="utf-8") as f:
-        writer = csv.DictWriter(f, list(told[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(told)
+    train.write_rows(Path("results/signal.csv"), told, ("kind", "setting"))
 
 
 if __name__ == "__main__":
