@@ -56,8 +56,8 @@ ALL_TOWNS = ("ruler", "towers")  # facts of every town; four others of VALUES an
 TOWN_LINKS = ("twin town", "rival town", "mother town", "nearest town")  # values that lead on to another town
 REGION_LINKS = ("capital", "oldest town")  # .. and from a region back to a town
 PASSAGES = (  # how a fact may be worded, the value last; the policy has to find the value, never to recall it
-    "The {r} of {n} is {v}.", "In {n} the {r} is {v}.", "{n} has one {r}: {v}.", "Asked for the {r}, people of {n} say {v}.",
-    "As for the {r}, chronicles of {n} name {v}.")
+    "In {n} the {r} is {v}.", "{n} has one {r}: {v}.", "As for {n}, its {r} is {v}.", "People of {n} say of their {r}: {v}.",
+    "Chronicles of {n} tell that the {r} is {v}.")
 CHATTER = ("Travellers praise the bridges of {n}.", "The market of {n} opens at dawn.", "{n} was rebuilt after a great fire.",
            "Maps often misplace {n}.", "Nobody agrees how to pronounce {n}.")
 

@@ -10,9 +10,9 @@ The environment answers <obs> [crop] text </obs>, and so on, until an answer or 
     <think> look at red round, next twin town, river</think><gaze> 3 36 30 63</gaze>
         [crop] 97 Brenna: red round, gold bend, 2 white crowns | 84 Old Vosk: red round, gold bend, 2 white rings
     <think> want red round, see red round: yes, Brenna, next twin town, river</think><search> Brenna twin town</search>
-        In Brenna the twin town is Karvel Ost. | The twin town of Dröse is Brenna.
+        In Brenna the twin town is Karvel Ost. | Dröse has one twin town: Brenna.
     <think> twin town is Karvel Ost, next river</think><search> Karvel Ost river</search>
-        As for the river, chronicles of Karvel Ost name Ilm. | The ruler of Karvel Ost is Te Gal IV.
+        As for Karvel Ost, its river is Ilm. | In Karvel Ost the ruler is Te Gal IV.
     <think> river is Ilm</think><answer> Ilm</answer>
 Had the crop shown a blue square: <think> want red round, see blue square: no, look at red round, next twin town, river</think><gaze> ...
 
@@ -43,6 +43,7 @@ from tools import ImageIndex, TextIndex, Toolbox, unaccented
 
 MAX_TURNS, TURN_TOKENS = 8, 90
 ACTIONS = ("answer", "search", "glance", "gaze")
+FREE = [ACTIONS] * MAX_TURNS  # the schedule of a policy that may do what it wants
 
 # ----------------------------------------------------------------------------------------------------------- trajectory
 
@@ -167,24 +168,23 @@ class Environment:
 # -------------------------------------------------------------------------------------------------------------- rollout
 
 @torch.no_grad()
-def rollout(policy, env, questions, group=1, temperature=1.0, max_turns=MAX_TURNS, schedule=None, generator=None, rows=256, room=832,
-            progress=None):
+def rollout(policy, env, questions, group=1, temperature=1.0, schedule=FREE, generator=None, rows=256, room=832, progress=None):
     """Let the policy answer questions: list of Q * group trajectories, a question's group side by side.
 
-    schedule: per turn the actions allowed (the last entry holds for all later turns), None: all four. rows: batch size.
+    schedule: the actions allowed, turn by turn; at its end a trajectory ends, too. rows: batch size.
     room: tokens a trajectory may have; the next turn must fit in, or it ends. generator: torch.Generator on the policy's device.
     """
     out, per_batch = [], max(1, rows // group)
     bar = tqdm(total=len(questions) * group, desc=progress, unit="q", leave=False, disable=progress is None)
     for start in range(0, len(questions), per_batch):
         batch = questions[start:start + per_batch]
-        out += _rollout_batch(policy, env, batch, group, temperature, max_turns, schedule, generator, room)
+        out += _rollout_batch(policy, env, batch, group, temperature, schedule, generator, room)
         bar.update(len(batch) * group)
     bar.close()
     return out
 
 
-def _rollout_batch(policy, env, questions, group, temperature, max_turns, schedule, generator, room):
+def _rollout_batch(policy, env, questions, group, temperature, schedule, generator, room):
     scenes = [q.scene.picture() for q in questions]
     glances = [to_array(s, env.side) for s in scenes]
     room = min(room, policy.config.context)
@@ -194,8 +194,8 @@ def _rollout_batch(policy, env, questions, group, temperature, max_turns, schedu
     everyone = torch.arange(len(questions), device=policy.device).repeat_interleave(group)  # the prompt is read once for the whole group
     cache, hidden = cache.take(everyone) if group > 1 else cache, hidden[everyone]
     live, scenes = list(done), [s for s in scenes for _ in range(group)]
-    for turn in range(max_turns):
-        allowed = _allowed(env.v, schedule[min(turn, len(schedule) - 1)] if schedule else ACTIONS, policy.device)
+    for turn, actions in enumerate(schedule, 1):
+        allowed = _allowed(env.v, actions, policy.device)
         sampled = _sample_turn(policy, env.v, cache, hidden, temperature, allowed, generator)
         for t, (ids, logprobs) in zip(live, sampled):
             t.act(ids, logprobs)
@@ -203,7 +203,7 @@ def _rollout_batch(policy, env, questions, group, temperature, max_turns, schedu
         turns = [parse(env.v.decode(ids[:-1])) if ids[-1] == stop else Turn("malformed", "the turn is too long") for ids, _ in sampled]
         goes_on = env.step(live, turns, scenes)
         keep = [i for i, (t, (ids, _), go) in enumerate(zip(live, sampled, goes_on)) if go and ids[-1] == stop and len(t.ids) + TURN_TOKENS < room]
-        if not keep or turn + 1 == max_turns:
+        if not keep or turn == len(schedule):
             break
         if len(keep) < len(live):
             cache = cache.take(torch.tensor(keep, device=policy.device))
@@ -457,7 +457,7 @@ def send(script, observation):
 # ------------------------------------------------------------------------------------------------------------ evaluation
 
 SCHEDULES = {  # baselines that need no other model: which actions a turn allows
-    "direct": [("answer",)], "full-search": [("glance",), ("search",), ("answer",)], "no-gaze": [("answer", "search", "glance")]}
+    "direct": [("answer",)], "full-search": [("glance",), ("search",), ("answer",)], "no-gaze": [("answer", "search", "glance")] * MAX_TURNS}
 
 
 def gazes(t):
@@ -505,7 +505,7 @@ def evaluate(policy, env, questions, row="", seed=0, progress=None):
     if row in ("oracle", "random"):
         words = sorted({a for q in questions for a in q.answers})
         return play(env, questions, [expert(q, rng) if row == "oracle" else chance(q, rng, words) for q in questions], progress=progress)
-    return rollout(policy, env, questions, 1, 0.0, schedule=SCHEDULES.get(row), progress=progress)
+    return rollout(policy, env, questions, 1, 0.0, schedule=SCHEDULES.get(row, FREE), progress=progress)
 
 
 # ---------------------------------------------------------------------------------------------- one picture, one question

@@ -34,7 +34,6 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.nn.utils.rnn import pad_sequence
 
 import data
 import gog
@@ -75,15 +74,17 @@ def policy_loss(logp, old_logp, advantage, low=0.2, high=0.2, reference=None, be
 
 # ----------------------------------------------------------------------------------------------------- batches of tokens
 
-def micro_batches(trajectories, budget, pad):
-    """Sort by length and cut into batches of at most `budget` tokens, so that little is padding. Yields (indices, ids, trained, pictures)."""
+def micro_batches(trajectories, budget, pad, step=8):
+    """Sort by length and cut into batches of at most `budget` tokens, so that little is padding. Lengths are rounded up to multiples of `step`: bfloat16
+    kernels are compiled for every new shape. Yields (indices, ids, trained, pictures)."""
     order = sorted(range(len(trajectories)), key=lambda i: len(trajectories[i].ids))
     while order:
-        longest = len(trajectories[order[-1]].ids)
+        longest = math.ceil(len(trajectories[order[-1]].ids) / step) * step
         n = max(1, min(len(order), budget // longest))
         part, order = order[-n:], order[:-n]
-        ids = pad_sequence([torch.tensor(trajectories[i].ids) for i in part], True, pad)  # (n, longest)
-        trained = pad_sequence([torch.tensor(trajectories[i].is_action) for i in part], True, False)
+        ids, trained = torch.full((n, longest), pad), torch.zeros(n, longest, dtype=torch.bool)
+        for row, t in enumerate(trajectories[i] for i in part):
+            ids[row, :len(t.ids)], trained[row, :len(t.ids)] = torch.tensor(t.ids), torch.tensor(t.is_action)
         pictures = [p for i in part for p in trajectories[i].pictures]
         yield part, ids, trained, torch.from_numpy(np.stack(pictures)) if pictures else None
 
@@ -136,7 +137,7 @@ def grpo_step(policy, reference, env, batch, advantages, opts, a):
     totals, halves = dict(loss=0.0, kl=0.0, clipped=0.0, entropy=0.0, ratio_gap=0.0), []
     for half in (0, 1):
         mine = [i for i in alive if i // a.group % 2 == half]
-        for part, ids, mask, pictures in micro_batches([batch[i] for i in mine], a.token_budget, env.v.id["<pad>"]):
+        for part, ids, mask, pictures in micro_batches([batch[i] for i in mine], a.rl_token_budget, env.v.id["<pad>"]):
             trained = [mine[k] for k in part]
             logp, all_logp = token_logprobs(policy, env, ids, mask, pictures, a.temperature)
             old = torch.cat([torch.tensor(batch[i].logprobs)[torch.tensor(batch[i].is_action)] for i in trained]).to(logp.device)
@@ -188,15 +189,10 @@ def pass_rates(policy, env, pool, n=4, temperature=1.0, seed=0):
 
 
 def uncertain(policy, env, pool, n=4, seed=0):
-    """The uncertainty filter: those questions of the pool that n sampled answers without any tool do not all get right. Once wrong is enough, so
-    such a question is not tried again."""
-    generator, sure = torch.Generator(policy.device).manual_seed(seed), list(range(len(pool)))
-    for k in range(n):
-        tries = gog.rollout(policy, env, [pool[i] for i in sure], max_turns=1, schedule=gog.SCHEDULES["direct"], generator=generator, rows=512, room=192,
-                            progress=f"uncertainty filter, try {k + 1}")
-        sure = [i for i, t in zip(sure, tries) if t.correct]
-    dropped = set(sure)
-    return [q for i, q in enumerate(pool) if i not in dropped]
+    """The uncertainty filter: those questions of the pool that n sampled answers without any tool do not all get right."""
+    tries = gog.rollout(policy, env, pool, n, schedule=gog.SCHEDULES["direct"], generator=torch.Generator(policy.device).manual_seed(seed), rows=1024,
+                        room=192, progress="uncertainty filter")
+    return [q for i, q in enumerate(pool) if not all(t.correct for t in tries[n * i:n * i + n])]
 
 
 def instruct(policy, env, world, n=5750, seed=0, wrong_gaze=0.2, glance_first=0.05):
@@ -317,7 +313,7 @@ class Sights:
 
     def sight(self, rng):
         least, most, cells, sizes, _ = data.SETTINGS[rng.choices(list(data.SETTINGS), (1, 4, 3, 3, 2))[0]]
-        px = self.side
+        px = 2 * self.side  # shrunk to half, edges lie between pixels, too
         if rng.random() < 0.35:  # as a crop shows it: one shield, nearly as large as the picture, and more or less blurred
             least, most, cells, sizes, px = 1, 1, 1, (0.8, 1.0), rng.randint(self.side // 3, self.side)
         towns = [fresh_town(rng) for _ in range(rng.randint(least, most))]
@@ -372,7 +368,7 @@ def see_step(policy, heads, batch, word_ids, opts):
     patches, tokens = policy.vision(pictures, both=True)
     out, where, label = torch.cat([heads[0](patches), heads[1](tokens)], 1).flatten(0, 1), boxes.flatten(0, 1), labels.flatten(0, 1)
     inside = where[:, 2] > 0
-    loss = 25 * (out[inside, :4] - where[inside]).abs().mean()
+    loss = 50 * (out[inside, :4] - where[inside]).abs().mean()
     for k, logits in enumerate(out[:, 4:].split([*map(len, PARTS.values())], 1)):
         loss = loss + F.cross_entropy(logits, label[:, k], ignore_index=-1)
     shown, tokens = labels[:, patches.shape[1]:].flatten(0, 1), tokens.flatten(0, 1)  # (B*N, parts), (B*N, D)
@@ -421,7 +417,7 @@ def point_lesson(env, rng):
     return t
 
 
-RARE = {"order": 2, "neighbour": 3, "size": 4}  # expressions that few objects of a wall have, and how much likelier they are taken
+RARE = {"order": 2, "neighbour": 3, "size": 6}  # expressions that few objects of a wall have, and how much likelier they are taken
 
 
 def wall_lesson(env, rng, questions=9):
@@ -585,7 +581,7 @@ def show(env, t, query, text):
     t.observe([*env.v.encode(query), env.v.id["<obs>"], *env.v.encode(text), env.v.id["</obs>"]])
 
 
-LESSONS = {point_lesson: 0.17, wall_lesson: 0.32, crop_lesson: 0.15, text_lesson: 0.18, errand_lesson: 0.1, decide_lesson: 0.08}  # and their shares
+LESSONS = {point_lesson: 0.17, wall_lesson: 0.34, crop_lesson: 0.15, text_lesson: 0.16, errand_lesson: 0.1, decide_lesson: 0.08}  # and their shares
 
 
 def exam(policy, env, n, seed="exam"):

@@ -410,9 +410,10 @@ def orthogonalise(g, steps=5):
     a, b, c = 3.4445, -4.7750, 2.0315
     x = g.transpose(1, 2) if g.shape[1] > g.shape[2] else g
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for _ in range(steps):
-        s = x @ x.transpose(1, 2)
-        x = a * x + (b * s + c * s @ s) @ x
+    with autocast(g.device.type):  # it does not mind a few bits
+        for _ in range(steps):
+            s = x @ x.transpose(1, 2)
+            x = a * x + (b * s + c * s @ s) @ x
     return x.transpose(1, 2) if g.shape[1] > g.shape[2] else x
 
 

@@ -227,7 +227,8 @@ class TextIndex:
     def search(self, queries, k):
         """N strings -> N lists of at most k (score, passage), best first. Score 0..1: how much it has of the weight of those features of
         the query that are known at all."""
-        return [self._search(self._features(q, query=True), k) for q in queries]
+        found = {q: self._search(self._features(q, query=True), k) for q in set(queries)}  # a group of rollouts asks much the same
+        return [found[q] for q in queries]
 
     def _search(self, wanted, k):
         known = [(*self.features[key], w) for key, w in wanted.items() if key in self.features]

@@ -92,8 +92,8 @@ def test_replaying_a_demonstration_gives_the_same_ids_and_mask(env, world, vocab
 
 def test_batch_of_one_equals_batch_of_many(policy, env, questions):
     """Prevents padding or caching from leaking between rows: greedy answers do not depend on the neighbours."""
-    many = gog.rollout(policy, env, questions[:8], temperature=0.0, max_turns=3)
-    alone = [gog.rollout(policy, env, [q], temperature=0.0, max_turns=3)[0] for q in questions[:8]]
+    many = gog.rollout(policy, env, questions[:8], temperature=0.0, schedule=gog.FREE[:3])
+    alone = [gog.rollout(policy, env, [q], temperature=0.0, schedule=gog.FREE[:3])[0] for q in questions[:8]]
     assert [t.ids for t in many] == [t.ids for t in alone]
 
 
@@ -109,6 +109,14 @@ def test_the_oracle_solves_every_suite(vocabulary, world, policy):
         searched, qs = data.suite(world, name, 40)
         env = gog.Environment(vocabulary, gog.make_toolbox(searched, late=name == "live"), policy.config)
         assert sum(t.correct for t in gog.evaluate(None, env, qs, "oracle")) >= 38
+
+
+@pytest.mark.parametrize("row", ["direct", "full-search", "no-gaze"])
+def test_a_baseline_keeps_to_its_schedule(policy, env, questions, row):
+    """Prevents a baseline that gets more turns or other tools than its name says."""
+    for t in gog.evaluate(policy, env, questions[:8], row):
+        assert len(t.turns) <= len(gog.SCHEDULES[row])
+        assert all(turn.kind in (*allowed, "malformed") for turn, allowed in zip(t.turns, gog.SCHEDULES[row]))
 
 
 def test_withheld_observations_show_nothing(policy, vocabulary, world, questions):

@@ -85,7 +85,7 @@ def test_micro_batches_do_not_change_the_gradient(policy, env, questions):
     advantages = torch.linspace(-1, 1, len(batch))
     gradients = []
     for budget in (300, 100000):
-        a = train.Args(token_budget=budget)
+        a = train.Args(rl_token_budget=budget)
         policy.zero_grad()
         grpo.grpo_step(policy, None, env, batch, advantages, [], a)
         gradients.append(torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None]))
@@ -163,9 +163,12 @@ def test_fresh_questions_are_never_asked_twice(world):
 
 
 def test_the_uncertainty_filter_drops_only_what_is_right_every_time(monkeypatch, policy, env):
-    """Prevents dropping a question that is right three times of four, and trying again one that has been wrong (half of the filter's time)."""
-    answers = {"sure": [1, 1, 1, 1], "nearly": [1, 1, 1, 0], "late": [1, 0], "never": [0]}  # one more try would raise IndexError
-    left = {k: iter(v) for k, v in answers.items()}
-    monkeypatch.setattr(gog, "rollout", lambda policy, env, questions, **_: [SimpleNamespace(correct=bool(next(left[q]))) for q in questions])
-    assert grpo.uncertain(policy, env, list(answers)) == ["nearly", "late", "never"]
-    assert all(next(rest, None) is None for rest in left.values())
+    """Prevents dropping a question that is right three times of four, mixing up whose tries are whose, and any tool or second turn in a try."""
+    answers = {"sure": [1, 1, 1, 1], "nearly": [1, 1, 1, 0], "once": [0, 0, 1, 0], "never": [0, 0, 0, 0]}
+
+    def rollout(policy, env, questions, group, schedule, **_):
+        assert schedule == [("answer",)]
+        return [SimpleNamespace(correct=bool(x)) for q in questions for x in answers[q][:group]]
+
+    monkeypatch.setattr(gog, "rollout", rollout)
+    assert grpo.uncertain(policy, env, list(answers)) == ["nearly", "once", "never"]
