@@ -480,7 +480,7 @@ def framed(town, rng):
 
 def text_lesson(env, rng, searches=2):
     """Read and copy, without pictures, in the forms that tools and thoughts have: passages or hits."""
-    t, search = Trajectory(None), passages if rng.random() < 0.6 else hits
+    t, search = Trajectory(None), passages if rng.random() < 0.5 else hits
     t.observe([env.v.id["<bos>"]])
     for _ in range(searches):
         search(env, rng, t, env.v.pieces if rng.random() < 0.35 else ())
@@ -581,7 +581,7 @@ def show(env, t, query, text):
     t.observe([*env.v.encode(query), env.v.id["<obs>"], *env.v.encode(text), env.v.id["</obs>"]])
 
 
-LESSONS = {point_lesson: 0.17, wall_lesson: 0.34, crop_lesson: 0.15, text_lesson: 0.16, errand_lesson: 0.1, decide_lesson: 0.08}  # and their shares
+LESSONS = {point_lesson: 0.17, wall_lesson: 0.36, crop_lesson: 0.15, text_lesson: 0.14, errand_lesson: 0.09, decide_lesson: 0.08}  # and their shares
 
 
 def exam(policy, env, n, seed="exam"):

@@ -410,10 +410,9 @@ def orthogonalise(g, steps=5):
     a, b, c = 3.4445, -4.7750, 2.0315
     x = g.transpose(1, 2) if g.shape[1] > g.shape[2] else g
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    with autocast(g.device.type):  # it does not mind a few bits
-        for _ in range(steps):
-            s = x @ x.transpose(1, 2)
-            x = a * x + (b * s + c * s @ s) @ x
+    for _ in range(steps):
+        s = x @ x.transpose(1, 2)
+        x = a * x + (b * s + c * s @ s) @ x
     return x.transpose(1, 2) if g.shape[1] > g.shape[2] else x
 
 
@@ -453,6 +452,19 @@ def optimisers(named, muon_lr, adam_lr):
     rest = [p for _, p in named if id(p) not in chosen]
     adam = torch.optim.AdamW(rest, lr=adam_lr, betas=(0.9, 0.95), weight_decay=0.0)
     return [Muon(matrices, muon_lr), adam] if matrices else [adam]
+
+
+def lr_factor(step, steps, warmup=30, decay=0.9):
+    """Learning-rate factor in 0..1: linear warm-up, flat for a while, linear decay to 0 over the last `decay` of the run (most of what the
+    base model learns, it learns while the rate falls)."""
+    return min(1.0, (step + 1) / warmup, (steps - step) / max(1, decay * steps))
+
+
+def set_lr(opts, factor):
+    """Every optimiser's learning rate: `factor` times the one it was made with. Returns the first."""
+    for group in (group for opt in opts for group in opt.param_groups):
+        group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
+    return opts[0].param_groups[0]["lr"]
 
 
 # ---------------------------------------------------------------------------------------------------------- save and load

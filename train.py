@@ -16,6 +16,7 @@ import random
 import re
 import shutil
 import signal
+import sqlite3
 import sys
 import time
 from dataclasses import dataclass, fields
@@ -33,23 +34,10 @@ import data
 import gog
 import grpo
 from grpo import supervised_step
-from model import PRESETS, CheckpointError, ModelConfig, Policy, Vocabulary, atomic, autocast, load, number_line, optimisers, save
+from model import PRESETS, CheckpointError, ModelConfig, Policy, Vocabulary, atomic, autocast, load, lr_factor, number_line, optimisers, save, set_lr
 from tools import Toolbox
 
 # --------------------------------------------------------------------------------------------------------------- stages
-
-def lr_factor(step, steps, warmup=30, decay=0.9):
-    """Learning-rate factor in 0..1: linear warm-up, flat for a while, linear decay to 0 over the last `decay` of the run (most of what the
-    base model learns, it learns while the rate falls)."""
-    return min(1.0, (step + 1) / warmup, (steps - step) / max(1, decay * steps))
-
-
-def set_lr(opts, factor):
-    """Every optimiser's learning rate: `factor` times the one it was made with. Returns the first."""
-    for group in (group for opt in opts for group in opt.param_groups):
-        group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
-    return opts[0].param_groups[0]["lr"]
-
 
 def stream(make, start, steps):
     """Batches make(start), make(start + 1) .. of a run of so many steps, made by one background process: drawing and training overlap."""
@@ -82,13 +70,11 @@ def pretrain(a):
             if part == "see":
                 loss, norm = grpo.see_step(policy, heads, [torch.from_numpy(x).to(a.device) for x in batch], word_ids, opts)
             else:
-                with autocast(a.device):  # not the eyes: they came to a loss of 2.65 in bfloat16, 2.51 in float32
-                    loss, norm = supervised_step(policy, env, batch, opts, a.token_budget)
+                loss, norm = supervised_step(policy, env, batch, opts, a.token_budget)  # in float32: in bfloat16 it did not learn to compare (README)
             run.log(step=before + at, part=part, loss=loss, grad_norm=norm, lr=lr, seconds=bar.format_dict["elapsed"])
             bar.update()
             bar.set_postfix(part=part, loss=f"{loss:.3f}")
-            if run.due(before + at + 1, a.save_every):
-                run.checkpoint([policy, heads], eye_opts + word_opts, step=before + at + 1)
+            run.checkpoint([policy, heads], eye_opts + word_opts, a.save_every, step=before + at + 1)
         before += steps
     bar.close()
     save(policy, run.weights, tokenizer=v.to_text())
@@ -105,7 +91,7 @@ def read_weights(a, path):
 
 def sft(a):
     """Stage 1, reflective behaviour alignment: causal LM loss on the expert's own tokens, with some lessons of the base model in between."""
-    run, (policy, v) = Run(a.folder(), "sft"), read_weights(a, a.weights("pretrain"))
+    (policy, v), run = read_weights(a, a.weights("pretrain")), Run(a.folder(), "sft")
     world = data.open_world(a.world, a.seed_world, a.towns)
     env = gog.Environment(v, gog.make_toolbox(world, a.failure_rate, a.seed), policy.config)
     demos = grpo.instruct(policy, env, world, a.demos, a.seed, a.wrong_gaze, a.glance_first)
@@ -125,8 +111,7 @@ def sft(a):
         run.log(step=step, epoch=step // per_epoch, loss=loss, grad_norm=norm, lr=lr, seconds=bar.format_dict["elapsed"])
         bar.update()
         bar.set_postfix(loss=f"{loss:.3f}")
-        if run.due(step + 1, a.save_every):
-            run.checkpoint([policy], opts, step=step + 1)
+        run.checkpoint([policy], opts, a.save_every, step=step + 1)
     bar.close()
     save(policy, run.weights, tokenizer=v.to_text())
     run.close(("loss", "grad_norm", "lr"))
@@ -148,7 +133,7 @@ def development(env, world, a):
 
 def rl(a):
     """Stage 2, complexity-adaptive reinforcement learning: pass rates of the SFT model, levels, GRPO on questions drawn by pass rate."""
-    run, (policy, v) = Run(a.folder(), a.name), read_weights(a, a.weights("sft"))
+    (policy, v), run = read_weights(a, a.weights("sft")), Run(a.folder(), a.name)
     world = data.open_world(a.world, a.seed_world, a.towns)
     env = gog.Environment(v, gog.make_toolbox(world, a.failure_rate, a.seed), policy.config)
     validate = development(env, world, a)
@@ -187,9 +172,8 @@ def rl(a):
         bar.set_postfix(acc=f"{stats['accuracy']:.2f}", dead=f"{stats['dead']:.2f}", entropy=f"{stats['entropy']:.2f}")
         if step % a.show_every == 0:
             print("\n" + gog.tell(batch[int(advantages.argmax())]), file=sys.stderr)
-        if run.due(step + 1, a.eval_every):
-            run.checkpoint([policy], opts, step=step + 1, pass_rates=rates, pool=curriculum.pool, queue=curriculum.queue, best=best,
-                           python_rng=[curriculum.rng.getstate(), env.toolbox.rng.getstate()], torch_rng=generator.get_state().tolist())
+        run.checkpoint([policy], opts, a.eval_every, step=step + 1, pass_rates=rates, pool=curriculum.pool, queue=curriculum.queue, best=best,
+                       python_rng=[curriculum.rng.getstate(), env.toolbox.rng.getstate()], torch_rng=generator.get_state().tolist())
     bar.close()
     atomic(run.weights, lambda p: shutil.copyfile(champion, p))
     run.close(("accuracy", "reward", "dead", "entropy", "gaze_correct", "reflection", "turns", "signal", "loss"))
@@ -235,8 +219,14 @@ class Run:
 
     def __init__(self, folder, stage):
         self.folder, self.stage = Path(folder), stage
-        self.weights, self.state, self.csv = (self.folder / f"{stage}.{end}" for end in ("safetensors", "state.safetensors", "csv"))
+        self.weights, self.state, self.csv, self.lock_file = (self.folder / f"{stage}.{end}" for end in ("safetensors", "state.safetensors", "csv", "lock"))
         self.rows, self.stopping = [], False
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock = sqlite3.connect(self.lock_file, timeout=0, isolation_level=None)
+        try:  # a lock that every system knows, and that ends with its process
+            self.lock.execute("BEGIN EXCLUSIVE")
+        except sqlite3.OperationalError as e:
+            raise CheckpointError(f"{self.lock_file}: {e}. Another run of this stage is at work in this folder: wait for it, or give this one a folder of its own with --out") from None
         signal.signal(signal.SIGINT, self.interrupt)
 
     def interrupt(self, *_):
@@ -249,22 +239,21 @@ class Run:
         self.stopping = True
         print("\nCtrl-C: saving after this step (once more: stop at once, and lose what came after the last checkpoint)", file=sys.stderr)
 
-    def due(self, step, every):
-        """Is it time for a checkpoint, after so many steps?"""
-        return self.stopping or step % every == 0
-
     def log(self, **row):
         self.rows.append({k: f"{v:.6g}" if isinstance(v, float) else str(v) for k, v in row.items()})
 
-    def checkpoint(self, modules, opts, **extra):
-        """Everything that the next step depends on, in one file without pickle: weights, optimisers, generators, counters, metrics."""
+    def checkpoint(self, modules, opts, every, step, **extra):
+        """If it is time: everything that the next step depends on, in one file without pickle: weights, optimisers, generators, counters, metrics."""
+        if step % every and not self.stopping:
+            return
         tensors = {f"module.{i}.{k}": v.detach().cpu().contiguous() for i, m in enumerate(modules) for k, v in m.state_dict().items()}
         for o, opt in enumerate(opts):
             for i, state in opt.state_dict()["state"].items():
                 tensors |= {f"optimiser.{o}.{i}.{k}": torch.as_tensor(v).cpu().contiguous() for k, v in state.items()}
-        atomic(self.state, lambda p: save_file(tensors, p, metadata={"extra": json.dumps(extra), "rows": json.dumps(self.rows)}))
+        atomic(self.state, lambda p: save_file(tensors, p, metadata={"extra": json.dumps({"step": step, **extra}), "rows": json.dumps(self.rows)}))
         self.write_csv()
         if self.stopping:
+            self.lock.close()
             raise KeyboardInterrupt
 
     def resume(self, modules, opts):
@@ -299,6 +288,8 @@ class Run:
         self.write_csv()
         self.curves(columns)
         self.state.unlink(missing_ok=True)
+        self.lock.close()
+        self.lock_file.unlink(missing_ok=True)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def curves(self, columns, across=3, w=330, h=190):

@@ -168,6 +168,19 @@ def test_kill_at_any_moment(tmp_path):
     assert tell("run") == tell("whole") and [int(s) for s, *_ in tell("run")] == list(range(8))
 
 
+def test_two_runs_in_one_folder(tmp_path):
+    """Prevents two runs of a stage that overwrite each other's checkpoints: the second is refused in one line. A lock ends with its process, however that ends."""
+    stage = ["--stage", "pretrain", *TINY, "--out", "run"]
+    first = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *stage, "--word-steps", "100000"], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    while first.poll() is None and "part=words" not in first.stderr.readline():
+        pass
+    second = run(*stage, cwd=tmp_path)
+    assert second.returncode == 2 and "pretrain.lock: database is locked" in second.stderr and "--out" in second.stderr and first.poll() is None
+    first.kill()
+    first.wait()
+    assert run(*stage, cwd=tmp_path).returncode == 0 and not (tmp_path / "run" / "pretrain.lock").exists()
+
+
 def test_a_full_disk_is_said_in_one_line(tmp_path, monkeypatch, capsys):
     """Prevents a traceback, and a checkpoint destroyed by its successor, when the disk is full."""
     monkeypatch.chdir(tmp_path)
