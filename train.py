@@ -222,11 +222,11 @@ class Run:
         self.weights, self.state, self.csv, self.lock_file = (self.folder / f"{stage}.{end}" for end in ("safetensors", "state.safetensors", "csv", "lock"))
         self.rows, self.stopping = [], False
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.lock = sqlite3.connect(self.lock_file, timeout=0, isolation_level=None)
         try:  # a lock that every system knows, and that ends with its process
+            self.lock = sqlite3.connect(self.lock_file, timeout=0, isolation_level=None)
             self.lock.execute("BEGIN EXCLUSIVE")
         except sqlite3.OperationalError as e:
-            raise CheckpointError(f"{self.lock_file}: {e}. Another run of this stage is at work in this folder: wait for it, or give this one a folder of its own with --out") from None
+            raise CheckpointError(f"{self.lock_file}: {e}. Another run of this stage is at work in this folder, or it cannot be written to: wait, or give this run a folder of its own with --out") from None
         signal.signal(signal.SIGINT, self.interrupt)
 
     def interrupt(self, *_):

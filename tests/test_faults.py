@@ -181,6 +181,13 @@ def test_two_runs_in_one_folder(tmp_path):
     assert run(*stage, cwd=tmp_path).returncode == 0 and not (tmp_path / "run" / "pretrain.lock").exists()
 
 
+def test_a_folder_without_a_lock_is_refused(tmp_path):
+    """Prevents a traceback where the lock cannot even be opened, as in a read-only folder."""
+    (tmp_path / "rl.lock").mkdir()
+    with pytest.raises(train.CheckpointError, match="rl.lock: unable to open.*--out"):
+        train.Run(tmp_path, "rl")
+
+
 def test_a_full_disk_is_said_in_one_line(tmp_path, monkeypatch, capsys):
     """Prevents a traceback, and a checkpoint destroyed by its successor, when the disk is full."""
     monkeypatch.chdir(tmp_path)
