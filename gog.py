@@ -352,7 +352,7 @@ def _find(q, target, phrase, kind, rng, missed_here, wrong_gaze, glance_first, t
         turn = f"<think> {thought}{plan(q.chain)}{memory}</think>{action}"
         obs = yield from _try(Slip(turn) if slipped else turn, action)
         name, seen = _best_hit(obs, wanted)
-        thought = f"want {wanted}, see {seen}: {'yes' if name else 'no'}, "
+        thought = f"{compare_aloud(wanted, seen)}, "
         if name:
             break
     return (name if wanted == phrase else None), f"{thought}{name}{plan(q.chain)}{memory}"
@@ -382,6 +382,14 @@ def look_thought(scene, i, kind, phrase):
     side, j = data.beside(looks, data.relations(scene)[i])
     x0, y0, x1, y1 = scene.boxes[j]
     return f"{looks[j]} at {(x0 + x1) // 2} {(y0 + y1) // 2}, {side} it {phrase}"
+
+
+def compare_aloud(wanted, seen):
+    """What to think about what was found: part by part (look, then detail), up to the first that differs. Five words at once are too much for a small
+    model: of look-alikes that differ in one of them some kind, by luck of the run, went unnoticed nearly always (README)."""
+    pairs = list(zip(wanted.split(", "), seen.split(", ")))
+    differ = next((i for i, (w, s) in enumerate(pairs) if w != s), len(pairs) - 1)
+    return ", ".join(f"want {w}, see {s}: {'yes' if w == s else 'no'}" for w, s in pairs[:differ + 1])
 
 
 def count_aloud(scene, colour):

@@ -361,14 +361,15 @@ def strange(rng, pieces, share=0.5):
 
 
 def see_step(policy, heads, batch, word_ids, opts):
-    """One step of the eyes' dense loss: L1 of the edges plus cross-entropy of each part, on patches and on image tokens. And the token that
-    shows the leftmost red round shall look like the words "red", "round" and "leftmost" in the decoder's own embedding, so that the decoder
-    finds what it reads about. `word_ids`: {part: ids of its words}."""
+    """One step of the eyes' dense loss: L1 of the edges, relative to the sides of the box (as IoU counts it), plus cross-entropy of each part, on
+    patches and on image tokens. And the token that shows the leftmost red round shall look like the words "red", "round" and "leftmost" in the
+    decoder's own embedding, so that the decoder finds what it reads about. `word_ids`: {part: ids of its words}."""
     pictures, boxes, labels = batch
     patches, tokens = policy.vision(pictures, both=True)
     out, where, label = torch.cat([heads[0](patches), heads[1](tokens)], 1).flatten(0, 1), boxes.flatten(0, 1), labels.flatten(0, 1)
     inside = where[:, 2] > 0
-    loss = 50 * (out[inside, :4] - where[inside]).abs().mean()
+    sides = (where[inside, 2:] - where[inside, :2]).repeat(1, 2)  # (n, 4): width, height, width, height
+    loss = 15 * ((out[inside, :4] - where[inside]).abs() / sides).mean()
     for k, logits in enumerate(out[:, 4:].split([*map(len, PARTS.values())], 1)):
         loss = loss + F.cross_entropy(logits, label[:, k], ignore_index=-1)
     shown, tokens = labels[:, patches.shape[1]:].flatten(0, 1), tokens.flatten(0, 1)  # (B*N, parts), (B*N, D)
@@ -455,7 +456,7 @@ def crop_lesson(env, rng, crops=3):
             say(env, t, "what is this", f"<answer> {town.blazon}</answer>", "caption")
         else:
             wanted, seen, verdict = compared(rng, town, 2)
-            say(env, t, f"look at {wanted}", f"<think> want {wanted}, see {seen}: {verdict}</think><answer> {verdict}</answer>", "verify")
+            say(env, t, f"look at {wanted}", f"<think> {gog.compare_aloud(wanted, seen)}</think><answer> {verdict}</answer>", "verify")
     return t
 
 
@@ -504,8 +505,8 @@ def hits(env, rng, t, pieces):
     towns, depth = [fresh_town(rng, 0, pieces), fresh_town(rng, 0, pieces)], rng.choice((1, 2))
     wanted, seen, verdict = compared(rng, towns[0], depth)
     show(env, t, f"look at {wanted}", hit_list(rng, towns))
-    found, answer = (f"yes, {towns[0].name}", towns[0].name) if verdict == "yes" else ("no", "no")
-    say(env, t, "", f"<think> want {wanted}, see {seen}: {found}</think><answer> {answer}</answer>", "reflect")
+    name = f", {towns[0].name}" if verdict == "yes" else ""
+    say(env, t, "", f"<think> {gog.compare_aloud(wanted, seen)}{name}</think><answer> {name[2:] or 'no'}</answer>", "reflect")
 
 
 def passage_list(rng, facts):
@@ -546,7 +547,7 @@ def little_world(rng, pieces=(), towns=8, links=3):
     world = {e.name: e for e in (fresh_town(rng, 0, pieces) for _ in range(towns))}
     for e in world.values():
         leads = {r: rng.choice([n for n in world if n != e.name]) for r in relations[:links]}
-        e.facts.update(leads, **{r: strange(rng, pieces) or rng.choice(list(data.VALUES.values()))(rng) for r in relations[links:]}, towers=data.VALUES["towers"](rng))
+        e.facts.update(leads | {r: strange(rng, pieces) or rng.choice(list(data.VALUES.values()))(rng) for r in relations[links:]} | {"towers": data.VALUES["towers"](rng)})
     return data.World("little", "shield", world, {"train": list(world)})
 
 
@@ -569,11 +570,14 @@ def decide_lesson(env, rng, decisions=9):
     t = Trajectory(None)
     t.observe([env.v.id["<bos>"]])
     for _ in range(decisions):
-        wanted, seen, verdict = compared(rng, fresh_town(rng), rng.randrange(3))
-        a, b = rng.sample(range(100), 2)
-        same = rng.random() < 0.7
-        t.observe(env.v.encode(f"want {wanted}, see {seen}:" if same else f"{a} more than {b}:"))
-        t.act(env.v.encode_turn(f" {verdict}" if same else " yes" if a > b else " no"))
+        wanted, seen, _ = compared(rng, fresh_town(rng), rng.randrange(3))
+        told = gog.compare_aloud(wanted.split(", ")[-1], seen.split(", ")[-1])
+        if rng.random() < 0.3:
+            a, b = rng.sample(range(100), 2)
+            told = f"{a} more than {b}: {'yes' if a > b else 'no'}"
+        question, _, verdict = told.rpartition(" ")
+        t.observe(env.v.encode(question))
+        t.act(env.v.encode_turn(f" {verdict}"))
     return t
 
 

@@ -55,7 +55,7 @@ def pretrain(a):
     word_ids = {part: [v.word(w) for w in told] for part, told in grpo.TIED.items()}
     heads = torch.nn.ModuleList(torch.nn.Linear(w, 4 + sum(map(len, grpo.PARTS.values()))) for w in (config.vit_width, config.width)).to(a.device)
     # see_step draws image tokens towards words, and words towards image tokens: both parts train the embedding
-    eye_opts = [*optimisers(policy.vision.named_parameters(), a.see_lr, a.adam_lr), torch.optim.AdamW([*heads.parameters(), policy.embed_tokens.weight], a.adam_lr, weight_decay=0.0)]
+    eye_opts = [*optimisers(policy.vision.named_parameters(), a.see_lr, a.see_adam_lr), torch.optim.AdamW([*heads.parameters(), policy.embed_tokens.weight], a.see_adam_lr, weight_decay=0.0)]
     word_opts = optimisers(((n, p) for n, p in policy.named_parameters() if "vision" not in n or "projector" in n), a.muon_lr, a.adam_lr)
     env = gog.Environment(v, None, config)
     parts = (("see", a.see_steps, eye_opts, grpo.Sights(config, a.seed, a.see_batch)),
@@ -377,9 +377,10 @@ class Args:
     word_steps: int = 2000  # every lesson in words
     word_batch: int = 24  # lessons a step
     exam: int = 1536  # held-out questions, about so many, that the base model is examined with
-    see_lr: float = 0.003  # of the eyes' matrices
+    see_lr: float = 0.006  # of the eyes' matrices
+    see_adam_lr: float = 0.005  # of everything else in the eyes
     muon_lr: float = 0.002  # of the decoder's matrices
-    adam_lr: float = 0.002  # of everything else in pretraining
+    adam_lr: float = 0.002  # of everything else in the lessons
     demos: int = 5750  # trajectories of GoG-Instruct
     wrong_gaze: float = 0.2  # chance, for every object looked for, that the expert also looks where it is not
     glance_first: float = 0.05  # chance that it begins with a useless glance
@@ -434,10 +435,8 @@ def arguments(argv=None):
     comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(Args), re.M))
     for f in fields(Args):
         flag, told = "--" + f.name.replace("_", "-"), dict(default=f.default, help=comments.get(f.name, " "))
-        if f.type is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, **told)
-        else:
-            parser.add_argument(flag, type=f.type, choices=CHOICES.get(f.name), **told)
+        how = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type, choices=CHOICES.get(f.name))
+        parser.add_argument(flag, **how, **told)
     known, unknown = parser.parse_known_args(argv)
     if unknown:
         near = difflib.get_close_matches(unknown[0].split("=")[0], ["--" + f.name.replace("_", "-") for f in fields(Args)], 1)

@@ -1,3 +1,4 @@
+import itertools
 import random
 import re
 
@@ -203,6 +204,18 @@ def test_slips_begin_where_the_policy_looked_in_vain(env, world, policy, monkeyp
             assert t.turns[1].thought.split(", next ")[0].endswith(q.phrases[0])
             reread += q.phrases[0] != "red round"
     assert 0 < sum(map(len, missed)) < len(qs) and reread > 5
+
+
+def test_comparing_stops_at_the_first_part_that_differs():
+    """Prevents a verdict over five words at once, which is luck of the run (README): one verdict a part, none behind a no, the last one is the whole's."""
+    parts = ("red round", "blue round", "red square"), ("1 tower", "2 towers", "1 star")
+    shields = [f"{look}, {detail}" for look in parts[0] for detail in parts[1]]
+    for wanted, seen in itertools.product([*shields, *parts[0]], [*shields, *parts[0]]):
+        if wanted.count(",") == seen.count(","):
+            told = re.findall(r"want ([^,]+), see ([^,]+): (yes|no)", gog.compare_aloud(wanted, seen))
+            assert all((w == s) == (said == "yes") for w, s, said in told) and [said for *_, said in told[:-1]] == ["yes"] * (len(told) - 1)
+            assert (told[-1][-1] == "yes") == (wanted == seen)
+    assert gog.compare_aloud("red round, 1 tower", "") == "want red round, see : no"  # nothing was found
 
 
 @pytest.mark.parametrize("question, where, says", [("What is the capital of the flag?", "gaze.png", ""), ("why " * 400, "gaze.png", "at most 300"),

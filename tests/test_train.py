@@ -176,6 +176,13 @@ def test_verdicts_are_true(env):
     assert seen == {"yes", "no"}
 
 
+def test_a_strange_relation_may_have_a_known_name(env, monkeypatch):
+    """Prevents a crash in the middle of pretraining, once in some ten thousand lessons: a string of any tokens can spell "towers", which every town has."""
+    monkeypatch.setattr(grpo, "fresh_relation", lambda rng, known, pieces: "towers")
+    towns = grpo.little_world(random.Random(0), env.v.pieces).entities.values()
+    assert all(e.facts["towers"].isdecimal() for e in towns)
+
+
 def test_every_flag_is_read():
     """Prevents a flag that does nothing: each field of Args appears in the code as a.NAME (or self.NAME)."""
     source = (ROOT / "train.py").read_text() + (ROOT / "grpo.py").read_text()
