@@ -70,7 +70,7 @@ def pretrain(a):
             if part == "see":
                 loss, norm = grpo.see_step(policy, heads, [torch.from_numpy(x).to(a.device) for x in batch], word_ids, opts)
             else:
-                loss, norm = supervised_step(policy, env, batch, opts, a.token_budget)  # in float32: in bfloat16 it did not learn to compare (README)
+                loss, norm = supervised_step(policy, env, batch, opts, a.token_budget)  # in float32; SFT and RL take bfloat16 (README has what was tried)
             run.log(step=before + at, part=part, loss=loss, grad_norm=norm, lr=lr, seconds=bar.format_dict["elapsed"])
             bar.update()
             bar.set_postfix(part=part, loss=f"{loss:.3f}")
