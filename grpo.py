@@ -25,6 +25,7 @@ Reading order: reward and advantage -> policy loss -> batches and steps -> what 
 Alphabet: Q questions, G rollouts a question (the group), M trained tokens; `a`: the flags (train.Args), `env.v`: the vocabulary.
 """
 import contextlib
+import itertools
 import math
 import random
 import sys
@@ -74,29 +75,29 @@ def policy_loss(logp, old_logp, advantage, low=0.2, high=0.2, reference=None, be
 
 # ----------------------------------------------------------------------------------------------------- batches of tokens
 
-def micro_batches(trajectories, budget, pad, step=8):
-    """Sort by length and cut into batches of at most `budget` tokens, so that little is padding. Lengths are rounded up to multiples of `step`: bfloat16
-    kernels are compiled for every new shape. Yields (indices, ids, trained, pictures)."""
-    order = sorted(range(len(trajectories)), key=lambda i: len(trajectories[i].ids))
-    while order:
-        longest = math.ceil(len(trajectories[order[-1]].ids) / step) * step
-        n = max(1, min(len(order), budget // longest))
-        part, order = order[-n:], order[:-n]
-        ids, trained = torch.full((n, longest), pad), torch.zeros(n, longest, dtype=torch.bool)
-        for row, t in enumerate(trajectories[i] for i in part):
-            ids[row, :len(t.ids)], trained[row, :len(t.ids)] = torch.tensor(t.ids), torch.tensor(t.is_action)
-        pictures = [p for i in part for p in trajectories[i].pictures]
-        yield part, ids, trained, torch.from_numpy(np.stack(pictures)) if pictures else None
+def micro_batches(trajectories, budget):
+    """Indices of the trajectories, cut wherever `budget` tokens are full: list of lists."""
+    ends = itertools.accumulate(len(t.ids) for t in trajectories)
+    return [[i for i, _ in part] for _, part in itertools.groupby(enumerate(ends), lambda at: at[1] // budget)]
 
 
-def token_logprobs(policy, env, ids, trained, pictures, temperature=1.0):
+def packed(trajectories, pad, step=256):
+    """One row of all trajectories, one behind the other: ids (1, T), their lengths, which are trained (1, T), pictures. Nothing is padding but a last
+    sequence that fills the row up to a multiple of `step`: bfloat16 kernels are compiled for every new shape."""
+    ids, trained = [i for t in trajectories for i in t.ids], [x for t in trajectories for x in t.is_action]
+    rest, pictures = -len(ids) % step, [p for t in trajectories for p in t.pictures]
+    lengths = [len(t.ids) for t in trajectories] + [rest] * (rest > 0)
+    return (torch.tensor([ids + [pad] * rest]), lengths, torch.tensor([trained + [False] * rest]), torch.from_numpy(np.stack(pictures)) if pictures else None)
+
+
+def token_logprobs(policy, env, trajectories, temperature=1.0):
     """Log-probability of every trained token, flat (M,), and of every other choice there, (M, vocab). The one mask rule of SFT and RL."""
-    device = policy.device
-    ids, trained = ids.to(device), trained.to(device)
-    hidden = policy(ids, pictures.to(device) if pictures is not None else None, env.image[0])
-    wanted = trained[:, 1:]  # token t is predicted at position t - 1
+    ids, lengths, trained, pictures = packed(trajectories, env.v.id["<pad>"])
+    ids, trained, pictures = ids.to(policy.device), trained.to(policy.device), pictures.to(policy.device) if pictures is not None else None
+    hidden = policy(ids, pictures, env.image[0], lengths=lengths)
+    wanted = trained[:, 1:]  # token t is predicted at position t - 1; a trajectory's first is <bos>, never trained, so none is predicted from its neighbour
     logits = policy.logits(hidden[:, :-1][wanted])
-    logits = logits.masked_fill(~torch.tensor(env.v.sampleable, device=device), float("-inf")) / temperature
+    logits = logits.masked_fill(~torch.tensor(env.v.sampleable, device=policy.device), float("-inf")) / temperature
     all_logp = F.log_softmax(logits.float(), -1)
     return all_logp.gather(1, ids[:, 1:][wanted][:, None])[:, 0], all_logp
 
@@ -116,13 +117,13 @@ def update(module, opts, batch=(), clip=1.0):
     return norm
 
 
-def supervised_step(policy, env, batch, opts, budget=12000):
+def supervised_step(policy, env, batch, opts, budget=4000):
     """One optimiser step of the causal LM loss on the policy's own tokens; the denominator is the whole batch's, so the
     size of micro-batches does not change the gradient."""
     total = sum(sum(t.is_action) for t in batch)
     loss = 0.0
-    for _, ids, trained, pictures in micro_batches(batch, budget, env.v.id["<pad>"]):
-        logp, _ = token_logprobs(policy, env, ids, trained, pictures)
+    for part in micro_batches(batch, budget):
+        logp, _ = token_logprobs(policy, env, [batch[i] for i in part])
         part = -logp.sum() / total
         part.backward()
         loss += part.item()
@@ -137,13 +138,14 @@ def grpo_step(policy, reference, env, batch, advantages, opts, a):
     totals, halves = dict(loss=0.0, kl=0.0, clipped=0.0, entropy=0.0, ratio_gap=0.0), []
     for half in (0, 1):
         mine = [i for i in alive if i // a.group % 2 == half]
-        for part, ids, mask, pictures in micro_batches([batch[i] for i in mine], a.rl_token_budget, env.v.id["<pad>"]):
-            trained = [mine[k] for k in part]
-            logp, all_logp = token_logprobs(policy, env, ids, mask, pictures, a.temperature)
-            old = torch.cat([torch.tensor(batch[i].logprobs)[torch.tensor(batch[i].is_action)] for i in trained]).to(logp.device)
-            weight = torch.cat([advantages[i].expand(sum(batch[i].is_action)) for i in trained]).to(logp.device)
+        for part in micro_batches([batch[i] for i in mine], a.token_budget):
+            part = [mine[k] for k in part]
+            trajectories = [batch[i] for i in part]
+            logp, all_logp = token_logprobs(policy, env, trajectories, a.temperature)
+            old = torch.cat([torch.tensor(t.logprobs)[torch.tensor(t.is_action)] for t in trajectories]).to(logp.device)
+            weight = torch.cat([advantages[i].expand(sum(batch[i].is_action)) for i in part]).to(logp.device)
             with torch.no_grad():
-                ref = token_logprobs(reference, env, ids, mask, pictures, a.temperature)[0] if reference is not None else None
+                ref = token_logprobs(reference, env, trajectories, a.temperature)[0] if reference is not None else None
                 entropy = -(all_logp.exp() * all_logp.clamp_min(-1e4)).sum().item()
                 totals["ratio_gap"] = max(totals["ratio_gap"], (logp - old).abs().max().item())
             loss, clipped, kl = policy_loss(logp, old, weight, a.clip_low, a.clip_high, ref, a.beta)
@@ -505,8 +507,8 @@ def hits(env, rng, t, pieces):
     towns, depth = [fresh_town(rng, 0, pieces), fresh_town(rng, 0, pieces)], rng.choice((1, 2))
     wanted, seen, verdict = compared(rng, towns[0], depth)
     show(env, t, f"look at {wanted}", hit_list(rng, towns))
-    name = f", {towns[0].name}" if verdict == "yes" else ""
-    say(env, t, "", f"<think> {gog.compare_aloud(wanted, seen)}{name}</think><answer> {name[2:] or 'no'}</answer>", "reflect")
+    found, answer = (f", {towns[0].name}", towns[0].name) if verdict == "yes" else ("", "no")
+    say(env, t, "", f"<think> {gog.compare_aloud(wanted, seen)}{found}</think><answer> {answer}</answer>", "reflect")
 
 
 def passage_list(rng, facts):

@@ -23,7 +23,7 @@ import json
 import os
 from copy import copy
 from dataclasses import asdict, dataclass, fields
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -191,7 +191,7 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(c.width, c.kv_heads * self.c, bias=False)
         self.o_proj = nn.Linear(c.heads * self.c, c.width, bias=False)
 
-    def forward(self, x, rope, mask, cache=None, layer=0, positions=None):
+    def forward(self, x, rope, mask, cache=None, layer=0, positions=None, lengths=None):
         B, T, _ = x.shape
         split = lambda y, n: y.view(B, T, n, self.c).transpose(1, 2)  # (B, T, n*C) -> (B, n, T, C)
         q = rotate(split(self.q_proj(x), self.heads), rope)
@@ -204,7 +204,9 @@ class Attention(nn.Module):
             q, k, v = q.float(), k.float(), v.float()
         with torch.autocast(x.device.type, enabled=False):
             mask = mask.to(q.dtype) if mask is not None else None
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=cache is None)
+            attend = partial(F.scaled_dot_product_attention, attn_mask=mask, is_causal=mask is None, enable_gqa=cache is None)
+            parts = zip(*(y.split(lengths or T, 2) for y in (q, k, v))) if cache is None else [(q, k, v)]  # packed: each sequence sees itself only
+            out = torch.cat([attend(*part) for part in parts], 2)
         out = out.reshape(B, self.heads, T, self.c)
         return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))  # (B, H, T, C) -> (B, T, D)
 
@@ -323,21 +325,22 @@ class Policy(nn.Module):
         self.vision.projector.requires_grad_(), self.vision.projector_norm.requires_grad_()
         return self
 
-    def forward(self, ids, pictures=None, image_id=None, cache=None, valid=None):
+    def forward(self, ids, pictures=None, image_id=None, cache=None, valid=None, lengths=None):
         """Hidden states (B, T, D) of token ids (B, T).
 
         pictures: uint8 (M, 3, S, S), or image tokens (M, N, D) from `self.vision`; they fill the M*N positions where ids == image_id.
-        cache: None (a whole sequence, causal) or a Cache (ids continue its rows). valid: (B,) how many of T are real, default all.
+        cache: None (whole sequences, causal) or a Cache (ids continue its rows). valid: (B,) how many of T are real, default all.
+        lengths: None, or a list: ids are one row in which sequences of these lengths stand one behind the other (packed: nothing is padding).
         """
+        B, T = ids.shape
+        start = cache.lengths[:, None] if cache is not None else torch.zeros(B, 1, dtype=torch.long, device=ids.device)
+        positions = start + torch.arange(T, device=ids.device) if not lengths else torch.cat([torch.arange(n, device=ids.device) for n in lengths])[None]  # (B, T)
         x = self.embed_tokens(ids)
         if self.smear:  # among words only: image tokens are put in afterwards, unmixed
-            x = x + self.smear(self._before(x, cache, valid))
+            x = x + self.smear(self._before(x, positions, cache, valid))
         if pictures is not None and len(pictures):
             tokens = self.vision(pictures) if pictures.dim() == 4 else pictures
             x = x.masked_scatter((ids == image_id)[..., None], tokens.to(x.dtype))
-        B, T = ids.shape
-        start = cache.lengths[:, None] if cache is not None else torch.zeros(B, 1, dtype=torch.long, device=ids.device)
-        positions = start + torch.arange(T, device=ids.device)  # (B, T)
         mask = None
         if cache is not None:  # a query at position p sees slots 0..p: this alone hides every garbage slot
             positions = positions.clamp(max=cache.room - 1)
@@ -348,19 +351,19 @@ class Policy(nn.Module):
             mask = mask.repeat(1, self.config.heads // self.config.kv_heads, 1)[:, None]  # (B, 1, H/K*T, upto)
         rope = rope_table(positions, self.config.width // self.config.heads, self.config.rope_base)
         for i, block in enumerate(self.layers):
-            x = block(x, rope, mask, cache, i, positions)
+            x = block(x, rope, mask, cache, i, positions, lengths)
         if cache is not None:
             cache.lengths += T if valid is None else valid
         return self.norm(x)
 
-    def _before(self, x, cache, valid):
-        """The embeddings before each position of x (B, T, D), nearest last: (B, T, smear * D). The cache remembers those of the last call."""
+    def _before(self, x, positions, cache, valid):
+        """The embeddings before each position of x (B, T, D), nearest last: (B, T, smear * D); 0 before a sequence's first. The cache remembers those of the last call."""
         (B, T, D), n = x.shape, self.config.smear
         row = torch.cat([x.new_zeros(B, n, D) if cache is None else cache.last, x], 1)  # (B, n + T, D): position t stands at n + t
         if cache is not None:
             count = torch.full_like(cache.lengths, T) if valid is None else valid
             cache.last = row[torch.arange(B, device=x.device)[:, None], count[:, None] + torch.arange(n, device=x.device)]
-        return torch.cat([row[:, k:k + T] for k in range(n)], -1)
+        return torch.cat([row[:, k:k + T] * (positions >= n - k)[..., None] for k in range(n)], -1)
 
     def logits(self, hidden):
         with torch.autocast(hidden.device.type, enabled=False):  # bfloat16 would round a score of 16 to steps of 1/8

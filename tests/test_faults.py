@@ -1,6 +1,8 @@
 """What can go wrong, and what happens then: hostile text, hostile files, kills, failing tools, a full disk."""
+import contextlib
 import csv
 import errno
+import os
 import random
 import re
 import signal
@@ -171,7 +173,7 @@ def test_kill_at_any_moment(tmp_path):
 def test_two_runs_in_one_folder(tmp_path):
     """Prevents two runs of a stage that overwrite each other's checkpoints: the second is refused in one line. A lock ends with its process, however that ends."""
     stage = ["--stage", "pretrain", *TINY, "--out", "run"]
-    first = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *stage, "--word-steps", "100000"], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    first = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *stage, "--word-steps", "100000"], cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True)
     while first.poll() is None and "part=words" not in first.stderr.readline():
         pass
     second = run(*stage, cwd=tmp_path)
@@ -179,6 +181,8 @@ def test_two_runs_in_one_folder(tmp_path):
     first.kill()
     first.wait()
     assert run(*stage, cwd=tmp_path).returncode == 0 and not (tmp_path / "run" / "pretrain.lock").exists()
+    with contextlib.suppress(ProcessLookupError):  # the process that drew for the first outlives its kill, stuck with a batch that nobody takes
+        os.killpg(first.pid, signal.SIGKILL)
 
 
 def test_a_folder_without_a_lock_is_refused(tmp_path):

@@ -71,9 +71,9 @@ def test_ratio_is_one_before_the_first_update(policy, env, questions, monkeypatc
     batch = rollouts(policy, env, questions[:6])
     assert len({len(t.ids) for t in batch}) > 12 and sum(len(t.turns) > 2 for t in batch) > 6
     worst = 0.0
-    for part, ids, trained, pictures in grpo.micro_batches(batch, 4000, env.v.id["<pad>"]):
+    for part in grpo.micro_batches(batch, 4000):
         with torch.no_grad():
-            logp, _ = grpo.token_logprobs(policy, env, ids, trained, pictures)
+            logp, _ = grpo.token_logprobs(policy, env, [batch[i] for i in part])
         old = torch.cat([torch.tensor([p for p, m in zip(batch[i].logprobs, batch[i].is_action) if m]) for i in part])
         worst = max(worst, (logp - old).abs().max().item())
     assert worst < 1e-4
@@ -85,7 +85,7 @@ def test_micro_batches_do_not_change_the_gradient(policy, env, questions):
     advantages = torch.linspace(-1, 1, len(batch))
     gradients = []
     for budget in (300, 100000):
-        a = train.Args(rl_token_budget=budget)
+        a = train.Args(token_budget=budget)
         policy.zero_grad()
         grpo.grpo_step(policy, None, env, batch, advantages, [], a)
         gradients.append(torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None]))

@@ -36,6 +36,17 @@ def test_cached_ragged_equals_uncached(policy):
             torch.testing.assert_close(torch.cat(got[r]), policy(row[None])[0], atol=1e-5, rtol=1e-4)
 
 
+def test_packed_sequences_do_not_see_their_neighbours(policy):
+    """Prevents a training row in which a trajectory reads the one before it: by attention, by positions that count on, by smear, or by its pictures."""
+    n, image, lengths = policy.config.image_tokens, 2, [policy.config.image_tokens + 5, 2, 9, 1, policy.config.image_tokens + 3]
+    ids, pictures = torch.randint(20, 300, (1, sum(lengths))), torch.randint(0, 255, (2, 3, policy.config.picture, policy.config.picture), dtype=torch.uint8)
+    ids[0, 2:n + 2], ids[0, -n:] = image, image
+    with torch.no_grad():
+        packed = policy(ids, pictures, image, lengths=lengths).split(lengths, 1)
+        for i, (got, alone) in enumerate(zip(packed, ids.split(lengths, 1))):
+            torch.testing.assert_close(got, policy(alone, pictures[i // 4:][:1] if image in alone else None, image), atol=1e-5, rtol=1e-4)
+
+
 def test_grouped_cache_rows(policy):
     """Prevents mixed-up rows: `take` must carry keys, values and lengths of exactly the rows asked for, in order, and `put` bring them back."""
     ids = torch.randint(20, 300, (3, 6))
