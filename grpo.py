@@ -25,8 +25,6 @@ Reading order: reward and advantage -> policy loss -> batches and steps -> what 
 Alphabet: Q questions, G rollouts a question (the group), M trained tokens; `a`: the flags (train.Args), `env.v`: the vocabulary.
 """
 import contextlib
-import itertools
-import math
 import random
 import sys
 import time
@@ -39,7 +37,7 @@ import torch.nn.functional as F
 import data
 import gog
 from gog import Trajectory
-from model import autocast
+from model import autocast, micro_batches, packed, update
 from tools import crop
 
 
@@ -73,26 +71,11 @@ def policy_loss(logp, old_logp, advantage, low=0.2, high=0.2, reference=None, be
     return loss + beta * kl, ((ratio - clipped).abs() > 0).sum().item(), kl.item()
 
 
-# ----------------------------------------------------------------------------------------------------- batches of tokens
-
-def micro_batches(trajectories, budget):
-    """Indices of the trajectories, cut wherever `budget` tokens are full: list of lists."""
-    ends = itertools.accumulate(len(t.ids) for t in trajectories)
-    return [[i for i, _ in part] for _, part in itertools.groupby(enumerate(ends), lambda at: at[1] // budget)]
-
-
-def packed(trajectories, pad, step=256):
-    """One row of all trajectories, one behind the other: ids (1, T), their lengths, which are trained (1, T), pictures. Nothing is padding but a last
-    sequence that fills the row up to a multiple of `step`: bfloat16 kernels are compiled for every new shape."""
-    ids, trained = [i for t in trajectories for i in t.ids], [x for t in trajectories for x in t.is_action]
-    rest, pictures = -len(ids) % step, [p for t in trajectories for p in t.pictures]
-    lengths = [len(t.ids) for t in trajectories] + [rest] * (rest > 0)
-    return (torch.tensor([ids + [pad] * rest]), lengths, torch.tensor([trained + [False] * rest]), torch.from_numpy(np.stack(pictures)) if pictures else None)
-
+# ------------------------------------------------------------------------------------------------ one step of each stage
 
 def token_logprobs(policy, env, trajectories, temperature=1.0):
     """Log-probability of every trained token, flat (M,), and of every other choice there, (M, vocab). The one mask rule of SFT and RL."""
-    ids, lengths, trained, pictures = packed(trajectories, env.v.id["<pad>"])
+    ids, trained, lengths, pictures = packed(trajectories, env.v.id["<pad>"])
     ids, trained, pictures = ids.to(policy.device), trained.to(policy.device), pictures.to(policy.device) if pictures is not None else None
     hidden = policy(ids, pictures, env.image[0], lengths=lengths)
     wanted = trained[:, 1:]  # token t is predicted at position t - 1; a trajectory's first is <bos>, never trained, so none is predicted from its neighbour
@@ -100,21 +83,6 @@ def token_logprobs(policy, env, trajectories, temperature=1.0):
     logits = logits.masked_fill(~torch.tensor(env.v.sampleable, device=policy.device), float("-inf")) / temperature
     all_logp = F.log_softmax(logits.float(), -1)
     return all_logp.gather(1, ids[:, 1:][wanted][:, None])[:, 0], all_logp
-
-
-class NotFinite(ArithmeticError):
-    """A gradient that is no number: nothing has been changed by it. Raised with the batch of trajectories that gave it."""
-
-
-def update(module, opts, batch=(), clip=1.0):
-    """One step of the optimisers on the gradients of `batch`, those of `module` clipped to norm `clip`; returns the norm before that."""
-    norm = torch.nn.utils.clip_grad_norm_(module.parameters(), clip).item()
-    if not math.isfinite(norm):
-        raise NotFinite(batch)
-    for o in opts:
-        o.step()
-        o.zero_grad(set_to_none=True)
-    return norm
 
 
 def supervised_step(policy, env, batch, opts, budget=4000):
@@ -522,12 +490,31 @@ def hit_list(rng, towns):
     return " | ".join(f"{s} {e.name}: {e.blazon}" for s, e in zip(scores, towns))
 
 
+def plan_lesson(env, rng, plans=7):
+    """Nothing but plans: a question tells backwards what is to be looked up, the first thought tells it forwards. An errand has but one such thought."""
+    t, world = Trajectory(None), little_world(rng, env.v.pieces if rng.random() < 0.35 else ())
+    t.observe([env.v.id["<bos>"]])
+    for _ in range(plans):
+        q = errand(world, rng)
+        thought, tag, _ = next(gog.expert(q, rng)).partition("</think>")
+        t.observe(env.v.encode(q.text) + [env.v.id["<sep>"]])
+        t.act(env.v.encode_turn(thought + tag))
+    return t
+
+
+def errand(world, rng):
+    """A question that names what it asks about by its look, so that it can be planned with closed eyes."""
+    while True:
+        q = data.ask(world, rng.choice(("hop1", "hop2", "hop3", "hop4", "hop5", "compare", "compare")), "normal", ("train",), rng)
+        if q and set(q.expressions) == {"look"}:
+            return q
+
+
 def errand_lesson(env, rng):
     """A whole errand with closed eyes: what the expert thinks and asks, and what the tools would tell. Towns and relations are invented for
-    it, so that what is learnt is to plan and to remember. What is asked for is named by its look; where that is is told, not learnt."""
-    world, q = little_world(rng, env.v.pieces if rng.random() < 0.35 else ()), None
-    while not q or set(q.expressions) != {"look"}:
-        q = data.ask(world, rng.choice(("hop1", "hop2", "hop3", "hop4", "hop5", "compare", "compare")), "normal", ("train",), rng)
+    it, so that what is learnt is to plan and to remember. Where that is what is asked about is told, not learnt."""
+    world = little_world(rng, env.v.pieces if rng.random() < 0.35 else ())
+    q = errand(world, rng)
     t, script = Trajectory(None), gog.expert(q, rng, wrong_gaze=0.2)
     t.observe([env.v.id["<bos>"], *env.v.encode(q.text), env.v.id["<sep>"]])
     text = next(script)
@@ -587,7 +574,7 @@ def show(env, t, query, text):
     t.observe([*env.v.encode(query), env.v.id["<obs>"], *env.v.encode(text), env.v.id["</obs>"]])
 
 
-LESSONS = {point_lesson: 0.17, wall_lesson: 0.36, crop_lesson: 0.15, text_lesson: 0.14, errand_lesson: 0.09, decide_lesson: 0.08}  # and their shares
+LESSONS = {point_lesson: 0.17, wall_lesson: 0.36, crop_lesson: 0.15, text_lesson: 0.14, errand_lesson: 0.07, plan_lesson: 0.05, decide_lesson: 0.08}  # and their shares
 
 
 def exam(policy, env, n, seed="exam"):
@@ -609,7 +596,7 @@ def exam(policy, env, n, seed="exam"):
 def replay(env, seed, n):
     """n lessons of what SFT would unlearn: demonstrations know no crowded walls, no long plans and no strange words."""
     rng = random.Random(f"replay/{seed}")
-    return [make(env, rng) for make in rng.choices((wall_lesson, errand_lesson, text_lesson), k=n)]
+    return [make(env, rng) for make in rng.choices((wall_lesson, errand_lesson, plan_lesson, text_lesson), k=n)]
 
 
 def lessons(env, seed, size, i):

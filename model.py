@@ -15,17 +15,20 @@ Additions that a small model on a small budget is glad of; the first two can be 
   3. Smooth starts: patch positions and the embeddings of 0..99 begin on waves, so that nearby places and numbers begin alike.
   4. Loud image tokens: a norm behind the projector makes them 4.5 times as long as words (why: Vision, below).
 
-Reading order: configuration -> vocabulary -> layers -> cache -> vision -> policy -> sampling -> optimiser -> save and load.
+Reading order: configuration -> vocabulary -> layers -> cache -> vision -> policy -> batches to train on -> sampling -> optimiser -> save and load.
 
 Alphabet: B batch, T tokens, P patches, N image tokens a picture, D width, H query heads, K key/value heads, C head width.
 """
+import itertools
 import json
+import math
 import os
 from copy import copy
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property, partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
@@ -370,13 +373,6 @@ class Policy(nn.Module):
             return hidden.float() @ self.embed_tokens.weight.float().T  # tied: (..., D) -> (..., vocab)
 
 
-def autocast(device):
-    """A context in which matrix products are taken in bfloat16, if the processor has units for that (then training is up to 1.3 times as fast); else it
-    changes nothing. Enter it anew for every step: it remembers weights until it is left."""
-    units = {"cpu": torch.cpu.get_capabilities().get("avx512_bf16", False), "cuda": torch.cuda.is_available() and torch.cuda.is_bf16_supported()}
-    return torch.autocast(device, torch.bfloat16, enabled=units.get(device, False))
-
-
 @torch.no_grad()
 def number_line(embedding, ids, waves=12):
     """Begin the embeddings (vocab, D) of the numbers 0..99 (their `ids`) on a smooth curve, so that what is learnt about 37 helps with
@@ -387,6 +383,32 @@ def number_line(embedding, ids, waves=12):
     std = embedding.std()
     embedding[ids] = 0.9 * std * (curve / curve.std()).to(embedding.device) + 0.3 * embedding[ids]
 
+
+# -------------------------------------------------------------------------------------------------- batches to train on
+
+def micro_batches(trajectories, budget):
+    """Indices of the trajectories, cut wherever `budget` tokens are full: list of lists."""
+    ends = itertools.accumulate(len(t.ids) for t in trajectories)
+    return [[i for i, _ in part] for _, part in itertools.groupby(enumerate(ends), lambda at: at[1] // budget)]
+
+
+def packed(trajectories, pad, step=128):
+    """All trajectories in one row, one behind the other: ids (1, T), which of them are trained (1, T), the lengths, the pictures. Nothing is padding
+    but a last sequence that fills the row up to a multiple of `step`: bfloat16 kernels are compiled for every new shape."""
+    ids, trained = [i for t in trajectories for i in t.ids], [x for t in trajectories for x in t.is_action]
+    rest, pictures = -len(ids) % step, [p for t in trajectories for p in t.pictures]
+    lengths = [len(t.ids) for t in trajectories] + [rest] * (rest > 0)
+    return torch.tensor([ids + [pad] * rest]), torch.tensor([trained + [False] * rest]), lengths, torch.from_numpy(np.stack(pictures)) if pictures else None
+
+
+def autocast(device):
+    """A context in which matrix products are taken in bfloat16, if the processor has units for that (then training is up to 1.3 times as fast); else it
+    changes nothing. Enter it anew for every step: it remembers weights until it is left."""
+    units = {"cpu": torch.cpu.get_capabilities().get("avx512_bf16", False), "cuda": torch.cuda.is_available() and torch.cuda.is_bf16_supported()}
+    return torch.autocast(device, torch.bfloat16, enabled=units.get(device, False))
+
+
+# -------------------------------------------------------------------------------------------------------------- sampling
 
 def pick(logits, temperature, allowed=None, generator=None):
     """Sample one id a row from logits (B, vocab), and its log-probability under that same distribution.
@@ -415,7 +437,7 @@ def orthogonalise(g, steps=5):
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(steps):
         s = x @ x.transpose(1, 2)
-        x = a * x + (b * s + c * s @ s) @ x
+        x = torch.baddbmm(x, torch.baddbmm(s, s, s, beta=b, alpha=c), x, beta=a)  # a x + (b s + c s^2) x
     return x.transpose(1, 2) if g.shape[1] > g.shape[2] else x
 
 
@@ -468,6 +490,21 @@ def set_lr(opts, factor):
     for group in (group for opt in opts for group in opt.param_groups):
         group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
     return opts[0].param_groups[0]["lr"]
+
+
+class NotFinite(ArithmeticError):
+    """A gradient that is no number: nothing has been changed by it. Raised with the batch of trajectories that gave it."""
+
+
+def update(module, opts, batch=(), clip=1.0):
+    """One step of the optimisers on the gradients of `batch`, those of `module` clipped to norm `clip`; returns the norm before that."""
+    norm = torch.nn.utils.clip_grad_norm_(module.parameters(), clip).item()
+    if not math.isfinite(norm):
+        raise NotFinite(batch)
+    for o in opts:
+        o.step()
+        o.zero_grad(set_to_none=True)
+    return norm
 
 
 # ---------------------------------------------------------------------------------------------------------- save and load

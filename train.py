@@ -34,7 +34,7 @@ import data
 import gog
 import grpo
 from grpo import supervised_step
-from model import PRESETS, CheckpointError, ModelConfig, Policy, Vocabulary, atomic, autocast, load, lr_factor, number_line, optimisers, save, set_lr
+from model import PRESETS, CheckpointError, ModelConfig, NotFinite, Policy, Vocabulary, atomic, autocast, load, lr_factor, number_line, optimisers, save, set_lr
 from tools import Toolbox
 
 # --------------------------------------------------------------------------------------------------------------- stages
@@ -376,8 +376,8 @@ class Args:
     save_every: int = 50  # steps between checkpoints of pretrain and sft
     see_steps: int = 1950  # of pretraining: the eyes alone
     see_batch: int = 24  # pictures a step
-    word_steps: int = 2000  # every lesson in words
-    word_batch: int = 24  # lessons a step
+    word_steps: int = 3300  # every lesson in words
+    word_batch: int = 12  # lessons a step: at equal time, many small ones teach more than few large ones
     exam: int = 1536  # held-out questions, about so many, that the base model is examined with
     see_lr: float = 0.006  # of the eyes' matrices
     see_adam_lr: float = 0.005  # of everything else in the eyes
@@ -453,7 +453,7 @@ def timed(a, stage):
     print(f"{stage}: preset {a.preset}, world {a.world}, seed {a.seed}, on {a.device}{expect}", file=sys.stderr)
     try:
         STAGES[stage](a)
-    except grpo.NotFinite as e:
+    except NotFinite as e:
         bad, text = a.weights(stage).with_suffix(".bad.json"), json.dumps([{k: getattr(x, k) for k in ("ids", "is_action", "logprobs")} for x in e.args[0]])
         atomic(bad, lambda p: p.write_text(text))
         raise CheckpointError(f"{stage}: the gradient is not finite. It has changed nothing; its batch is in {bad}. Go on from the last checkpoint with --resume and a lower learning rate") from None

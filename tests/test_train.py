@@ -163,6 +163,20 @@ def test_errands_can_be_run_with_closed_eyes(env):
     assert hops == {1, 2, 3, 4, 5}
 
 
+def test_a_plan_is_the_question_backwards(env):
+    """Prevents plans with a relation left out or in the wrong order: they are read off the question, from its end, and nothing else is taught."""
+    rng, hops = random.Random(0), set()
+    for _ in range(40):
+        t = grpo.plan_lesson(env, rng)
+        for question, plan in re.findall(r"What is the ([^?]*)\?<sep><think> look at [^,]*, next (.*?)</think>", env.v.decode(t.ids)):
+            asked = question.split(" of the ")[:-1]
+            assert plan == ", ".join(reversed(asked))
+            hops.add(len(asked))
+        taught = env.v.decode([token for token, is_action in zip(t.ids, t.is_action) if is_action])
+        assert taught.count("<think>") == taught.count("</think>") == 7 and "?" not in taught
+    assert hops == {1, 2, 3, 4, 5}
+
+
 def test_verdicts_are_true(env):
     """Prevents teaching that unlike is alike: every 'want X, see Y: yes' has X equal to Y, and both verdicts occur."""
     rng, seen = random.Random(0), set()
