@@ -20,8 +20,8 @@ From the paper: Selective Gaze, four actions, one a turn; reflection after a wro
 Here instead: exact match, where the paper asks an LLM judge; a program as the expert, where the paper filters a strong model's
     trajectories; an image hit carries a caption (`score name: blazon`), so that reflection is a comparison that a small model can make.
 
-Provenance is known at birth: `Trajectory.act` appends what the policy sampled (trained), `Trajectory.observe` what the environment
-wrote (never trained). Token ids are never decoded and encoded again, so training sees exactly what was sampled.
+Provenance is known at birth: `Trajectory.act` appends what the policy sampled or is to learn (trained), `Trajectory.observe` what the
+environment wrote, and the expert's slips (never trained). Token ids are never decoded and encoded again, so training sees exactly what was sampled.
 """
 import argparse
 import random
@@ -63,7 +63,7 @@ class Trajectory:
     """Parallel lists over tokens, and the pictures that fill the image placeholders in order."""
     question: data.Question
     ids: list = field(default_factory=list)
-    is_action: list = field(default_factory=list)  # True: sampled by the policy, trained. False: written by the environment
+    trained: list = field(default_factory=list)  # True: the policy's own token, to be learnt. False: written by the environment, or only shown
     logprobs: list = field(default_factory=list)  # of sampled tokens under the sampling policy, 0 elsewhere
     pictures: list = field(default_factory=list)  # uint8 (3, S, S)
     turns: list = field(default_factory=list)
@@ -71,14 +71,14 @@ class Trajectory:
 
     def observe(self, ids, picture=None):
         self.ids += ids
-        self.is_action += [False] * len(ids)
+        self.trained += [False] * len(ids)
         self.logprobs += [0.0] * len(ids)
         if picture is not None:
             self.pictures.append(picture)
 
     def act(self, ids, logprobs=None):
         self.ids += ids
-        self.is_action += [True] * len(ids)
+        self.trained += [True] * len(ids)
         self.logprobs += logprobs or [0.0] * len(ids)
 
     @property
@@ -275,7 +275,7 @@ def _sample_turn(policy, v, cache, hidden, temperature, allowed, generator, long
         if step + 1 == longest or not len(talking):
             break
         hidden = policy(token[:, None], cache=cache, valid=live.long())[:, 0]  # a waiting row's slot is overwritten later
-        if 2 * len(talking) < len(live):
+        if 2 * len(talking) < len(live):  # in a smaller cache, which is written back when they are done
             part = cache.take(talking)
             rest = _sample_turn(policy, v, part, hidden[talking], temperature, allowed, generator, longest - step - 1)
             cache.put(talking, part)
@@ -355,6 +355,7 @@ def _find(q, target, phrase, kind, rng, missed_here, wrong_gaze, glance_first, t
         thought = f"{compare_aloud(wanted, seen)}, "
         if name:
             break
+    # a hit that fits what somebody had taken the target for is not the target: None, and the demonstration is dropped
     return (name if wanted == phrase else None), f"{thought}{name}{plan(q.chain)}{memory}"
 
 
@@ -504,7 +505,7 @@ def behaviour(trajectories):
             "gaze_correct": mean([u >= 0.5 for _, u in looked]), "gaze_iou": mean([u for _, u in looked]), "target_found": mean(found),
             "reflection": mean(misses), "turns": mean([len(x.turns) for x in trajectories]),
             "tool_calls": sum(acts[a] for a in ("search", "glance", "gaze")) / n,
-            "tokens": mean([sum(x.is_action) for x in trajectories]), "truncated": sum(x.answer is None for x in trajectories) / n}
+            "tokens": mean([sum(x.trained) for x in trajectories]), "truncated": sum(x.answer is None for x in trajectories) / n}
 
 
 def evaluate(policy, env, questions, row="", seed=0, progress=None):

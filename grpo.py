@@ -11,7 +11,7 @@ Here instead, numbered:
      general one).
   4. The loss tells nothing about progress: advantages of a group sum to 0, and what is left (about 0.1 here) says only that wrong
      trajectories have more tokens than right ones. Watch accuracy and entropy instead.
-  5. `fresh`, the default curriculum: what has a pass rate p is a kind of question (four hops, counting ..), drawn with weight 0.02 + p(1-p) and
+  5. `fresh`, the default curriculum: what has a pass rate p is a kind of question (four hops, counting ..), drawn with weight 0.02 + p(1-p), times that of data.RL_MIX, and
      re-scored while the policy changes: what is too easy or too hard now teaches nothing now; and every question is a new one. Of 800 questions
      that were scored one by one a policy learnt some by heart (+9.5 points on those, +3.9 on others); this way it gains as much on others (+4.1)
      and nothing must be scored first. `level2` is the paper's curriculum, `adaptive` the same with questions re-scored.
@@ -19,8 +19,8 @@ Here instead, numbered:
      gradients have nothing in common (`signal`, grpo_step). So they are not in data.RL_MIX; without them the signal is five times as strong.
   6. A base model of our own, where the paper takes one from the shelf: labels for the eyes, lessons in words, an exam.
 
-Reading order: reward and advantage -> policy loss -> batches and steps -> what RL learns from: GoG-Instruct, levels, curriculum -> the base
-    model: what it can spell -> labels for the eyes -> lessons in words -> exam.
+Reading order: reward and advantage -> policy loss -> one step of each stage -> what they learn from: GoG-Instruct (SFT), levels and curriculum
+    (RL) -> the base model: what it can spell -> labels for the eyes -> lessons in words -> exam, replay.
 
 Alphabet: Q questions, G rollouts a question (the group), M trained tokens; `a`: the flags (train.Args), `env.v`: the vocabulary.
 """
@@ -61,7 +61,7 @@ def policy_loss(logp, old_logp, advantage, low=0.2, high=0.2, reference=None, be
     """Sum over tokens (M,) of -min(ratio A, clip(ratio, 1 - low, 1 + high) A) + beta KL; divide by the update's token count outside.
 
     ratio = exp(logp - old_logp); KL to a reference policy by the k3 estimator, exp(d) - d - 1 >= 0 with d = reference - logp.
-    Also returns how many tokens were clipped and the summed KL.
+    Also returns how many tokens lie outside the clip range and the summed KL.
     """
     ratio = (logp - old_logp).exp()
     clipped = ratio.clamp(1 - low, 1 + high)
@@ -88,13 +88,13 @@ def token_logprobs(policy, env, trajectories, temperature=1.0):
 def supervised_step(policy, env, batch, opts, budget=4000):
     """One optimiser step of the causal LM loss on the policy's own tokens; the denominator is the whole batch's, so the
     size of micro-batches does not change the gradient."""
-    total = sum(sum(t.is_action) for t in batch)
+    total = sum(sum(t.trained) for t in batch)
     loss = 0.0
     for part in micro_batches(batch, budget):
         logp, _ = token_logprobs(policy, env, [batch[i] for i in part])
-        part = -logp.sum() / total
-        part.backward()
-        loss += part.item()
+        part_loss = -logp.sum() / total
+        part_loss.backward()
+        loss += part_loss.item()
     return loss, update(policy, opts, batch)
 
 
@@ -102,16 +102,16 @@ def grpo_step(policy, reference, env, batch, advantages, opts, a):
     """One update from rollouts (list of Q*G) and their advantages (Q*G,). Dead trajectories leave; the denominator is fixed first. `signal`: the
     cosine of the gradients of every other question and of the rest. What questions share is signal, all else is luck: 0 teaches nothing."""
     alive = [i for i in range(len(batch)) if advantages[i] != 0]
-    tokens = max(1, sum(sum(batch[i].is_action) for i in alive))
+    tokens = max(1, sum(sum(batch[i].trained) for i in alive))
     totals, halves = dict(loss=0.0, kl=0.0, clipped=0.0, entropy=0.0, ratio_gap=0.0), []
     for half in (0, 1):
         mine = [i for i in alive if i // a.group % 2 == half]
-        for part in micro_batches([batch[i] for i in mine], a.token_budget):
-            part = [mine[k] for k in part]
+        for picked in micro_batches([batch[i] for i in mine], a.token_budget):
+            part = [mine[k] for k in picked]
             trajectories = [batch[i] for i in part]
             logp, all_logp = token_logprobs(policy, env, trajectories, a.temperature)
-            old = torch.cat([torch.tensor(t.logprobs)[torch.tensor(t.is_action)] for t in trajectories]).to(logp.device)
-            weight = torch.cat([advantages[i].expand(sum(batch[i].is_action)) for i in part]).to(logp.device)
+            old = torch.cat([torch.tensor(t.logprobs)[torch.tensor(t.trained)] for t in trajectories]).to(logp.device)
+            weight = torch.cat([advantages[i].expand(sum(batch[i].trained)) for i in part]).to(logp.device)
             with torch.no_grad():
                 ref = token_logprobs(reference, env, trajectories, a.temperature)[0] if reference is not None else None
                 entropy = -(all_logp.exp() * all_logp.clamp_min(-1e4)).sum().item()
@@ -120,7 +120,7 @@ def grpo_step(policy, reference, env, batch, advantages, opts, a):
             (loss / tokens).backward()
             for name, value in dict(loss=loss.item(), kl=kl, clipped=clipped, entropy=entropy).items():
                 totals[name] += value / tokens
-        halves.append(torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in policy.parameters() if p.requires_grad]))
+        halves.append(torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in policy.parameters() if p.requires_grad]))  # cumulative
     totals["signal"] = F.cosine_similarity(halves[0], halves[1] - halves[0], 0).item()
     totals["grad_norm"] = update(policy, opts, [batch[i] for i in alive])  # nobody alive, no gradient: nothing moves
     return totals
@@ -147,7 +147,7 @@ def iteration(policy, reference, env, questions, opts, a, generator):
     return batch, advantages.flatten(), correct.float().mean(1).tolist(), stats
 
 
-# ------------------------------------------------------------------------------- what RL learns from: GoG-Instruct, levels
+# ------------------------------------------------------------------------------- what they learn from: demonstrations, levels
 
 def pass_rates(policy, env, pool, n=4, temperature=1.0, seed=0):
     """Share of n sampled trajectories that are right, for every question; says how many are of which level."""
@@ -257,6 +257,7 @@ def corpus(seed=0):
     return texts
 
 
+# Label k of a part is its k-th value here (None: there is nothing of the kind); label -1 is left out of the loss.
 PARTS = {  # what can be told about the shield that a cell shows (None: bare wall), how it hangs, and what is beside it (Sights.tell knows the order)
     "tincture": [None, *data.TINCTURES], "outline": [None, *data.OUTLINES], "ordinary": list(data.ORDINARIES), "ordinary_tincture": list(data.TINCTURES),
     "charge": [None, *data.CHARGES], "charge_tincture": list(data.TINCTURES), "count": [1, 2, 3], "row": range(3), "column": range(3), "size": range(3),
@@ -392,7 +393,9 @@ RARE = {"order": 2, "neighbour": 3, "size": 6}  # expressions that few objects o
 
 
 def wall_lesson(env, rng, questions=9):
-    """Every object on a wall asked for once, by an expression: twice, and its box would be copied from the first answer with closed eyes."""
+    """Objects on a wall, each asked for once, by an expression (if one were asked for twice, its box would be copied with closed eyes from the first answer):
+
+        <bos> <image> x 16 point to the leftmost shield<sep> [<think> leftmost is red round</think><gaze> 3 36 30 63</gaze><stop>] What is the colour .."""
     t, scene = wall(env, rng)
     names = data.references(scene)
     for i in rng.sample(range(len(names)), len(names))[:questions]:
@@ -491,7 +494,9 @@ def hit_list(rng, towns):
 
 
 def plan_lesson(env, rng, plans=7):
-    """Nothing but plans: a question tells backwards what is to be looked up, the first thought tells it forwards. An errand has but one such thought."""
+    """Nothing but plans: a question tells backwards what is to be looked up, the first thought tells it forwards. An errand has but one such thought.
+
+        <bos>What is the river of the twin town of the red round shield?<sep> [<think> look at red round, next twin town, river</think>] What .."""
     t, world = Trajectory(None), little_world(rng, env.v.pieces if rng.random() < 0.35 else ())
     t.observe([env.v.id["<bos>"]])
     for _ in range(plans):
@@ -505,14 +510,18 @@ def plan_lesson(env, rng, plans=7):
 def errand(world, rng):
     """A question that names what it asks about by its look, so that it can be planned with closed eyes."""
     while True:
-        q = data.ask(world, rng.choice(("hop1", "hop2", "hop3", "hop4", "hop5", "compare", "compare")), "normal", ("train",), rng)
+        q = data.ask(world, rng.choice(("hop1", "hop2", "hop3", "hop4", "hop5", "compare", "compare")), rng.choice(("normal", "normal", "single")), ("train",), rng)
         if q and set(q.expressions) == {"look"}:
             return q
 
 
 def errand_lesson(env, rng):
     """A whole errand with closed eyes: what the expert thinks and asks, and what the tools would tell. Towns and relations are invented for
-    it, so that what is learnt is to plan and to remember. Where that is what is asked about is told, not learnt."""
+    it, so that what is learnt is to plan and to remember. Boxes are shown, not learnt (there is no picture); thoughts, searches and answers are:
+
+        <bos>What is the river of the twin town of the red round shield?<sep> [<think> look at red round, next twin town, river</think>] <gaze> 3 36
+        30 63</gaze><stop><obs> 97 Brenna: red round, gold bend, 2 white crowns | ..</obs> [<think> want red round, see red round: yes, Brenna, next
+        twin town, river</think><search> Brenna twin town</search><stop>] <obs> ..      (in brackets: trained)"""
     world = little_world(rng, env.v.pieces if rng.random() < 0.35 else ())
     q = errand(world, rng)
     t, script = Trajectory(None), gog.expert(q, rng, wrong_gaze=0.2)
@@ -549,8 +558,8 @@ def found(world, scene, turn, rng):
         asked = next(f for f in facts if f"{f[0]} {f[1]}" == turn.argument)
         near = rng.choice([f for f in facts if f != asked and asked[0] in (f[0], f[2])])
         return passage_list(rng, (asked, near))
-    at = max(range(len(scene.boxes)), key=lambda i: turn.kind == "gaze" and data.iou(turn.argument, scene.boxes[i]))
-    hit = scene.entities[at]
+    under = [turn.kind == "glance" or data.iou(turn.argument, box) > 0.1 for box in scene.boxes]
+    hit = scene.entities[under.index(True)] if True in under else rng.choice([e for e in world.entities.values() if e not in scene.entities])  # bare wall
     return hit_list(rng, (hit, rng.choice([e for e in world.entities.values() if e is not hit])))
 
 
@@ -559,11 +568,12 @@ def decide_lesson(env, rng, decisions=9):
     t = Trajectory(None)
     t.observe([env.v.id["<bos>"]])
     for _ in range(decisions):
-        wanted, seen, _ = compared(rng, fresh_town(rng), rng.randrange(3))
-        told = gog.compare_aloud(wanted.split(", ")[-1], seen.split(", ")[-1])
         if rng.random() < 0.3:
             a, b = rng.sample(range(100), 2)
             told = f"{a} more than {b}: {'yes' if a > b else 'no'}"
+        else:
+            wanted, seen, _ = compared(rng, fresh_town(rng), rng.randrange(3))
+            told = gog.compare_aloud(wanted.split(", ")[-1], seen.split(", ")[-1])
         question, _, verdict = told.rpartition(" ")
         t.observe(env.v.encode(question))
         t.act(env.v.encode_turn(f" {verdict}"))
@@ -574,7 +584,7 @@ def show(env, t, query, text):
     t.observe([*env.v.encode(query), env.v.id["<obs>"], *env.v.encode(text), env.v.id["</obs>"]])
 
 
-LESSONS = {point_lesson: 0.17, wall_lesson: 0.36, crop_lesson: 0.15, text_lesson: 0.14, errand_lesson: 0.07, plan_lesson: 0.05, decide_lesson: 0.08}  # and their shares
+LESSONS = {point_lesson: 0.17, wall_lesson: 0.36, crop_lesson: 0.15, text_lesson: 0.14, errand_lesson: 0.12, plan_lesson: 0.04, decide_lesson: 0.08}  # how often each is drawn, relative to the others
 
 
 def exam(policy, env, n, seed="exam"):
@@ -584,7 +594,7 @@ def exam(policy, env, n, seed="exam"):
     for _ in range(0, n, 256):
         drawn = [make(env, rng, 1) for make in rng.choices((wall_lesson, crop_lesson, text_lesson), (6, 2, 3), k=256)]
         sheet = [t for t in drawn if t.lesson and t.lesson[0][0]]
-        prompts = [t.ids[:t.is_action.index(True)] for t in sheet]
+        prompts = [t.ids[:t.trained.index(True)] for t in sheet]
         for t, turn in zip(sheet, gog.respond(policy, env, prompts, [p for t in sheet for p in t.pictures])):
             (topic, response), *_ = t.lesson
             wanted = gog.parse(response).argument

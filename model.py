@@ -167,7 +167,7 @@ class Cache:
         """Write k, v (B, K, T, C) at `positions` (B, T); return all keys and values of slots 0..upto-1."""
         rows = torch.arange(k.shape[0], device=k.device)[:, None]
         for store, new in zip(self.kv[layer], (k, v)):
-            store[rows, :, positions] = new.transpose(1, 2).to(store.dtype)
+            store[rows, :, positions] = new.transpose(1, 2).to(store.dtype)  # (B, T, K, C)
         return self.kv[layer, 0, :, :, :upto], self.kv[layer, 1, :, :, :upto]
 
     def take(self, rows):
@@ -208,7 +208,7 @@ class Attention(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             mask = mask.to(q.dtype) if mask is not None else None
             attend = partial(F.scaled_dot_product_attention, attn_mask=mask, is_causal=mask is None, enable_gqa=cache is None)
-            parts = zip(*(y.split(lengths or T, 2) for y in (q, k, v))) if cache is None else [(q, k, v)]  # packed: each sequence sees itself only
+            parts = zip(*(y.split(lengths or T, 2) for y in (q, k, v))) if cache is None else [(q, k, v)]  # packed, each sequence sees itself only; else there is one part, T long
             out = torch.cat([attend(*part) for part in parts], 2)
         out = out.reshape(B, self.heads, T, self.c)
         return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))  # (B, H, T, C) -> (B, T, D)
@@ -333,11 +333,12 @@ class Policy(nn.Module):
 
         pictures: uint8 (M, 3, S, S), or image tokens (M, N, D) from `self.vision`; they fill the M*N positions where ids == image_id.
         cache: None (whole sequences, causal) or a Cache (ids continue its rows). valid: (B,) how many of T are real, default all.
-        lengths: None, or a list: ids are one row in which sequences of these lengths stand one behind the other (packed: nothing is padding).
+        lengths: None, or a list: ids are one row in which sequences of these lengths stand one behind the other (`packed`); not with a cache.
         """
         B, T = ids.shape
         start = cache.lengths[:, None] if cache is not None else torch.zeros(B, 1, dtype=torch.long, device=ids.device)
-        positions = start + torch.arange(T, device=ids.device) if not lengths else torch.cat([torch.arange(n, device=ids.device) for n in lengths])[None]  # (B, T)
+        counted = torch.arange(T) if not lengths else torch.cat([torch.arange(n) for n in lengths])  # (T,), from 0 in every sequence
+        positions = start + counted.to(ids.device)  # (B, T)
         x = self.embed_tokens(ids)
         if self.smear:  # among words only: image tokens are put in afterwards, unmixed
             x = x + self.smear(self._before(x, positions, cache, valid))
@@ -387,15 +388,15 @@ def number_line(embedding, ids, waves=12):
 # -------------------------------------------------------------------------------------------------- batches to train on
 
 def micro_batches(trajectories, budget):
-    """Indices of the trajectories, cut wherever `budget` tokens are full: list of lists."""
-    ends = itertools.accumulate(len(t.ids) for t in trajectories)
-    return [[i for i, _ in part] for _, part in itertools.groupby(enumerate(ends), lambda at: at[1] // budget)]
+    """Indices of the trajectories, cut into parts of about `budget` tokens: part k is all that end within tokens k * budget .. (k + 1) * budget."""
+    ends = list(itertools.accumulate(len(t.ids) for t in trajectories))
+    return [list(part) for _, part in itertools.groupby(range(len(ends)), lambda i: ends[i] // budget)]
 
 
 def packed(trajectories, pad, step=128):
     """All trajectories in one row, one behind the other: ids (1, T), which of them are trained (1, T), the lengths, the pictures. Nothing is padding
     but a last sequence that fills the row up to a multiple of `step`: bfloat16 kernels are compiled for every new shape."""
-    ids, trained = [i for t in trajectories for i in t.ids], [x for t in trajectories for x in t.is_action]
+    ids, trained = [i for t in trajectories for i in t.ids], [x for t in trajectories for x in t.trained]
     rest, pictures = -len(ids) % step, [p for t in trajectories for p in t.pictures]
     lengths = [len(t.ids) for t in trajectories] + [rest] * (rest > 0)
     return torch.tensor([ids + [pad] * rest]), torch.tensor([trained + [False] * rest]), lengths, torch.from_numpy(np.stack(pictures)) if pictures else None
@@ -435,17 +436,18 @@ def orthogonalise(g, steps=5):
     a, b, c = 3.4445, -4.7750, 2.0315
     x = g.transpose(1, 2) if g.shape[1] > g.shape[2] else g
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for _ in range(steps):
-        s = x @ x.transpose(1, 2)
-        x = torch.baddbmm(x, torch.baddbmm(s, s, s, beta=b, alpha=c), x, beta=a)  # a x + (b s + c s^2) x
-    return x.transpose(1, 2) if g.shape[1] > g.shape[2] else x
+    with autocast(g.device.type):  # the method was made for bfloat16
+        for _ in range(steps):
+            s = x @ x.transpose(1, 2)
+            x = torch.baddbmm(x, torch.baddbmm(s, s, s, beta=b, alpha=c), x, beta=a)  # a x + (b s + c s^2) x
+    return (x.transpose(1, 2) if g.shape[1] > g.shape[2] else x).to(g.dtype)
 
 
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised (Jordan et al. 2024); update scaled to AdamW's size. Hidden matrices only.
 
-    torch.optim.Muon is the same rule, but works in bfloat16 and one matrix at a time: 4.7 s a step for `nano` on a CPU without bf16
-    units, against 0.06 s for this one, which stacks matrices of one shape.
+    torch.optim.Muon is the same rule, but works in bfloat16 everywhere and one matrix at a time: 4.7 s a step for `nano` on a CPU without
+    bf16 units, against 0.06 s for this one, which stacks matrices of one shape.
     """
 
     def __init__(self, params, lr, momentum=0.95, weight_decay=0.01):

@@ -40,7 +40,8 @@ from tools import Toolbox
 # --------------------------------------------------------------------------------------------------------------- stages
 
 def stream(make, start, steps):
-    """Batches make(start), make(start + 1) .. of a run of so many steps, made by one background process: drawing and training overlap."""
+    """Batches make(start), make(start + 1) .. of a run of so many steps, made by one background process: drawing and training overlap. To the loader
+    a step's number is the sample, and what it is made into the batch."""
     return torch.utils.data.DataLoader(range(start, steps), batch_size=None, num_workers=1, prefetch_factor=4, collate_fn=make)
 
 
@@ -71,7 +72,7 @@ def pretrain(a):
             if part == "see":
                 loss, norm = grpo.see_step(policy, heads, [torch.from_numpy(x).to(a.device) for x in batch], word_ids, opts)
             else:
-                with autocast(a.device):  # but not the eyes: their loss would end at 2.65 instead of 2.51
+                with autocast(a.device):  # the part before is in float32: in bfloat16 the eyes' loss ended at 2.65 instead of 2.51
                     loss, norm = supervised_step(policy, env, batch, opts, a.token_budget)
             run.log(step=before + at, part=part, loss=loss, grad_norm=norm, lr=lr, seconds=bar.format_dict["elapsed"])
             bar.update()
@@ -134,7 +135,7 @@ def development(env, world, a):
 
 
 def rl(a):
-    """Stage 2, complexity-adaptive reinforcement learning: pass rates of the SFT model, levels, GRPO on questions drawn by pass rate."""
+    """Stage 2, complexity-adaptive reinforcement learning: GRPO on kinds of questions (or on questions, scored by the SFT model first) drawn by pass rate."""
     (policy, v), run = read_weights(a, a.weights("sft")), Run(a.folder(), a.name)
     world = data.open_world(a.world, a.seed_world, a.towns)
     env = gog.Environment(v, gog.make_toolbox(world, a.failure_rate, a.seed), policy.config)
@@ -142,7 +143,7 @@ def rl(a):
     fresh = a.curriculum == "fresh"
     pool = grpo.kinds(world) if fresh else data.questions(world, data.RL_MIX, a.rl_questions, f"rl/{a.seed}") + list(world.own[::2])
     reference = read_weights(a, a.weights("sft"))[0].requires_grad_(False) if a.beta else None
-    # plain SGD: the gradients of two batches have a cosine of 0.16, those that AdamW would make of them 0.06, and Muon's 0.02
+    # SGD: the gradients of two batches have a cosine of 0.16, those that AdamW would make of them 0.06, and Muon's 0.02
     opts = [torch.optim.SGD([p for p in policy.parameters() if p.requires_grad], a.rl_lr, momentum=0.9)]
     generator = torch.Generator(policy.device).manual_seed(a.seed)
     saved = run.resume([policy], opts) if a.resume else {}
@@ -174,7 +175,7 @@ def rl(a):
         bar.set_postfix(acc=f"{stats['accuracy']:.2f}", dead=f"{stats['dead']:.2f}", entropy=f"{stats['entropy']:.2f}")
         if step % a.show_every == 0:
             print("\n" + gog.tell(batch[int(advantages.argmax())]), file=sys.stderr)
-        run.checkpoint([policy], opts, a.eval_every, step=step + 1, pass_rates=rates, pool=curriculum.pool, queue=curriculum.queue, best=best,
+        run.checkpoint([policy], opts, a.eval_every, step=step + 1, pass_rates=curriculum.pass_rates, pool=curriculum.pool, queue=curriculum.queue, best=best,
                        python_rng=[curriculum.rng.getstate(), env.toolbox.rng.getstate()], torch_rng=generator.get_state().tolist())
     bar.close()
     atomic(run.weights, lambda p: shutil.copyfile(champion, p))
@@ -345,7 +346,7 @@ def print_table(table):
     print(f"\n{'accuracy %':<12}" + "".join(f"{s:>8}" for s in (*suites, "mean")))
     for row in dict.fromkeys(r["row"] for r in table):
         values = [100 * accuracy[row, s] for s in suites]
-        print(f"{row:<12}" + "".join(f"{x:8.1f}" for x in (*values, sum(values) / len(values))))
+        print(f"{row:<12}" + "".join(f"{x:8.1f}" for x in (*values, sum(values) / max(1, len(values)))))
 
 
 def measure(a, table, row, world, suite, metrics, began):
@@ -454,7 +455,7 @@ def timed(a, stage):
     try:
         STAGES[stage](a)
     except NotFinite as e:
-        bad, text = a.weights(stage).with_suffix(".bad.json"), json.dumps([{k: getattr(x, k) for k in ("ids", "is_action", "logprobs")} for x in e.args[0]])
+        bad, text = a.weights(stage).with_suffix(".bad.json"), json.dumps([{k: getattr(x, k) for k in ("ids", "trained", "logprobs")} for x in e.args[0]])
         atomic(bad, lambda p: p.write_text(text))
         raise CheckpointError(f"{stage}: the gradient is not finite. It has changed nothing; its batch is in {bad}. Go on from the last checkpoint with --resume and a lower learning rate") from None
     row = dict(stage=stage, preset=a.preset, world=a.label(a.world), device=a.device, minutes=f"{(time.time() - began) / 60:.1f}", peak_memory_mb=peak_memory(), seed=a.seed)

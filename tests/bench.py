@@ -188,12 +188,12 @@ class Bench:
             self.llama(inputs_embeds=self.embed(ids, pictures), attention_mask=mask, labels=labels).loss.backward()
             grpo.update(self.llama, [their_opt])
 
-        return "trained tokens", sum(sum(t.is_action) for t in batch), ours, "transformers, one padded batch", theirs if self.llama else None
+        return "trained tokens", sum(sum(t.trained) for t in batch), ours, "transformers, one padded batch", theirs if self.llama else None
 
     def grpo_step(self):
         batch, advantages = self.demos[:32], torch.linspace(-1, 1, 32)
         for t in batch:
-            t.logprobs = [-0.1 * m for m in t.is_action]
+            t.logprobs = [-0.1 * m for m in t.trained]
         opt, their_opt = (torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], 1e-6) for m in (self.policy, self.llama or self.policy))
         flags = argparse.Namespace(token_budget=4000, temperature=1.0, clip_low=0.2, clip_high=0.28, beta=0.0)
         ours = lambda: grpo.grpo_step(self.policy, None, self.env, batch, advantages, [opt], flags)
@@ -206,13 +206,13 @@ class Bench:
             loss.backward()
             grpo.update(self.llama, [their_opt])
 
-        return "trained tokens", sum(sum(t.is_action) for t in batch), ours, "transformers, one padded batch", theirs if self.llama else None
+        return "trained tokens", sum(sum(t.trained) for t in batch), ours, "transformers, one padded batch", theirs if self.llama else None
 
     def padded(self, batch):
         longest = max(len(t.ids) for t in batch)
         fill = lambda rows, value: torch.tensor([list(r) + [value] * (longest - len(r)) for r in rows])
         ids = fill([t.ids for t in batch], 0)
-        return ids, fill([[1] * len(t.ids) for t in batch], 0), fill([t.is_action for t in batch], False), torch.from_numpy(np.stack([p for t in batch for p in t.pictures]))
+        return ids, fill([[1] * len(t.ids) for t in batch], 0), fill([t.trained for t in batch], False), torch.from_numpy(np.stack([p for t in batch for p in t.pictures]))
 
 
 def clock(work):

@@ -27,7 +27,7 @@ def group_gradient(policy, env, group, advantages, a):
     with autocast(policy.device.type):
         grpo.grpo_step(policy, None, env, group, advantages / 100, [], a)
     flat = torch.cat([p.grad.flatten() for p in policy.parameters() if p.requires_grad])
-    return (100 * sum(sum(t.is_action) for t in group) * flat).bfloat16()
+    return (100 * sum(sum(t.trained) for t in group) * flat).bfloat16()
 
 
 def main(each=16, path="out/heraldry-nano-0/sft.safetensors"):

@@ -38,8 +38,8 @@ def test_fuzz_the_turns(env, questions, vocabulary):
         t = env.prompt(questions[0], gog.to_array(questions[0].scene.picture(), env.side))
         t.act(ids)
         env.step([t], [gog.parse(text)], [questions[0].scene.picture()])
-        assert len(t.ids) == len(t.is_action) == len(t.logprobs)
-        assert sum(i == vocabulary.id["<image>"] for i, m in zip(t.ids, t.is_action) if not m) == len(t.pictures) * len(env.image)
+        assert len(t.ids) == len(t.trained) == len(t.logprobs)
+        assert sum(i == vocabulary.id["<image>"] for i, m in zip(t.ids, t.trained) if not m) == len(t.pictures) * len(env.image)
 
 
 def test_observation_ids_cannot_be_sampled(vocabulary):
@@ -85,10 +85,10 @@ def test_replaying_a_demonstration_gives_the_same_ids_and_mask(env, world, vocab
     demo = gog.play(env, [q], [gog.expert(q, random.Random(0))])[0]
     assert demo.correct and demo.well_formed
     again = gog.rollout(Parrot(policy.config, demo.ids, vocabulary), env, [q], generator=torch.Generator().manual_seed(0))[0]
-    assert again.ids == demo.ids and again.is_action == demo.is_action and again.correct
-    assert all((p != 0) <= m for p, m in zip(again.logprobs, again.is_action))
+    assert again.ids == demo.ids and again.trained == demo.trained and again.correct
+    assert all((p != 0) <= m for p, m in zip(again.logprobs, again.trained))
     ends = [i for i, t in enumerate(again.ids) if t == vocabulary.id["<stop>"]]
-    assert len(ends) == len(again.turns) and all(again.is_action[i] for i in ends)  # the stop token is the policy's own
+    assert len(ends) == len(again.turns) and all(again.trained[i] for i in ends)  # the stop token is the policy's own
 
 
 def test_batch_of_one_equals_batch_of_many(policy, env, questions):
@@ -162,7 +162,7 @@ def test_slips_are_shown_but_not_taught(env, world):
     demos = [t for t in gog.play(env, qs, [gog.expert(q, random.Random(5), wrong_gaze=1.0) for q in qs]) if gog.gazes(t)[-1][1] > 0.9]
     slipped = 0
     for t in demos:
-        trained = env.v.decode([i for i, own in zip(t.ids, t.is_action) if own])
+        trained = env.v.decode([i for i, own in zip(t.ids, t.trained) if own])
         wrong = [box for box, overlap in gog.gazes(t) if overlap < 0.5]
         right = [box for box, overlap in gog.gazes(t) if overlap >= 0.5]
         assert not any("<gaze> {} {} {} {}</gaze>".format(*box) in trained for box in wrong)

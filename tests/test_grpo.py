@@ -74,7 +74,7 @@ def test_ratio_is_one_before_the_first_update(policy, env, questions, monkeypatc
     for part in grpo.micro_batches(batch, 4000):
         with torch.no_grad():
             logp, _ = grpo.token_logprobs(policy, env, [batch[i] for i in part])
-        old = torch.cat([torch.tensor([p for p, m in zip(batch[i].logprobs, batch[i].is_action) if m]) for i in part])
+        old = torch.cat([torch.tensor([p for p, m in zip(batch[i].logprobs, batch[i].trained) if m]) for i in part])
         worst = max(worst, (logp - old).abs().max().item())
     assert worst < 1e-4
 

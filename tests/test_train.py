@@ -105,7 +105,7 @@ def test_a_gradient_that_is_no_number_changes_nothing(tmp_path, monkeypatch, env
     monkeypatch.setattr(grpo, "token_logprobs", poisoned)
     with pytest.raises(train.CheckpointError, match="sft.bad.json"):
         train.timed(a, "sft")
-    assert all(len(t["ids"]) == len(t["is_action"]) for t in json.loads(Path("run/sft.bad.json").read_text()))
+    assert all(len(t["ids"]) == len(t["trained"]) for t in json.loads(Path("run/sft.bad.json").read_text()))
     saved = load_file("run/sft.state.safetensors")
     assert saved and all(torch.isfinite(w).all() for w in saved.values())
 
@@ -153,8 +153,8 @@ def test_errands_can_be_run_with_closed_eyes(env):
     for _ in range(60):
         t = grpo.errand_lesson(env, rng)
         read, taught = "", ""
-        for token, is_action in zip(t.ids, t.is_action):
-            read, taught = (read, taught + env.v.decode([token])) if is_action else (read + env.v.decode([token]), taught)
+        for token, trained in zip(t.ids, t.trained):
+            read, taught = (read, taught + env.v.decode([token])) if trained else (read + env.v.decode([token]), taught)
         assert "<gaze>" not in taught and taught.count("<stop>") == 1 + taught.count("<search>")
         for said in re.findall(r"<search>(.*?)</search>|yes, (.*?), next|<answer>(.*?)</answer>| is (.*?)(?:,|</think>)", taught):
             said = next(filter(None, said)).strip()
@@ -172,7 +172,7 @@ def test_a_plan_is_the_question_backwards(env):
             asked = question.split(" of the ")[:-1]
             assert plan == ", ".join(reversed(asked))
             hops.add(len(asked))
-        taught = env.v.decode([token for token, is_action in zip(t.ids, t.is_action) if is_action])
+        taught = env.v.decode([token for token, trained in zip(t.ids, t.trained) if trained])
         assert taught.count("<think>") == taught.count("</think>") == 7 and "?" not in taught
     assert hops == {1, 2, 3, 4, 5}
 
