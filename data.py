@@ -472,7 +472,8 @@ SFT_MIX = [("colour", "normal", 3), ("shape", "normal", 2), ("count", "normal", 
            ("name", "single", 1), ("hop1", "single", 1), ("name", "normal", 2), ("hop1", "normal", 4), ("name", "twins", 1),
            ("hop1", "twins", 2), ("hop2", "normal", 1.2), ("hop3", "normal", 0.4), ("compare", "normal", 1)]
 RL_MIX = [("count", "normal", 1), ("hop2", "normal", 1), ("hop3", "single", 2), ("hop3", "normal", 1), ("hop4", "single", 4), ("hop4", "normal", 2), ("hop5", "single", 4),
-          ("hop1", "crowd", 1), ("hop2", "crowd", 1)]  # where failures are plans, not luck of sight (grpo.py, 5); and crowds, lest single shields teach to glance there, too
+          ("hop1", "crowd", 1), ("hop2", "crowd", 1), ("hop1", "small", 1)]  # where failures are plans, not luck of sight (grpo.py, 5); and what RL unlearnt without
+# practice: single shields teach to glance, and a glance shows nothing of crowds and of small look-alikes
 SUITES = {  # the six held-out suites: what each isolates (the paper's benchmark that it stands for)
     "facts": [("hop1", "normal", 5), ("name", "normal", 2), ("colour", "normal", 1), ("shape", "normal", 1), ("count", "normal", 1)],  # FVQA
     "fine": [("name", "small", 1), ("hop1", "small", 1)],  # InfoSeek: small target among look-alikes

@@ -90,8 +90,8 @@ def supervised_step(policy, env, batch, opts, budget=4000):
     size of micro-batches does not change the gradient."""
     total = sum(sum(t.trained) for t in batch)
     loss = 0.0
-    for part in micro_batches(batch, budget):
-        logp, _ = token_logprobs(policy, env, [batch[i] for i in part])
+    for part in micro_batches(batch, [len(t.ids) for t in batch], budget):
+        logp, _ = token_logprobs(policy, env, part)
         part_loss = -logp.sum() / total
         part_loss.backward()
         loss += part_loss.item()
@@ -106,8 +106,7 @@ def grpo_step(policy, reference, env, batch, advantages, opts, a):
     totals, halves = dict(loss=0.0, kl=0.0, clipped=0.0, entropy=0.0, ratio_gap=0.0), []
     for half in (0, 1):
         mine = [i for i in alive if i // a.group % 2 == half]
-        for picked in micro_batches([batch[i] for i in mine], a.token_budget):
-            part = [mine[k] for k in picked]
+        for part in micro_batches(mine, [len(batch[i].ids) for i in mine], a.token_budget):
             trajectories = [batch[i] for i in part]
             logp, all_logp = token_logprobs(policy, env, trajectories, a.temperature)
             old = torch.cat([torch.tensor(t.logprobs)[torch.tensor(t.trained)] for t in trajectories]).to(logp.device)
@@ -159,10 +158,12 @@ def pass_rates(policy, env, pool, n=4, temperature=1.0, seed=0):
 
 
 def uncertain(policy, env, pool, n=4, seed=0):
-    """The uncertainty filter: those questions of the pool that n sampled answers without any tool do not all get right."""
-    tries = gog.rollout(policy, env, pool, n, schedule=gog.SCHEDULES["direct"], generator=torch.Generator(policy.device).manual_seed(seed), rows=1024,
-                        room=192, progress="uncertainty filter")
-    return [q for i, q in enumerate(pool) if not all(t.correct for t in tries[n * i:n * i + n])]
+    """The uncertainty filter: those questions of the pool that n sampled answers without any tool do not all get right. One failure settles it."""
+    generator, sure = torch.Generator(policy.device).manual_seed(seed), list(range(len(pool)))
+    for _ in range(n):
+        tries = gog.rollout(policy, env, [pool[i] for i in sure], schedule=gog.SCHEDULES["direct"], generator=generator, rows=1024, room=192, progress="uncertainty filter")
+        sure = [i for i, t in zip(sure, tries) if t.correct]
+    return [q for i, q in enumerate(pool) if i not in set(sure)]
 
 
 def instruct(policy, env, world, n=5750, seed=0, wrong_gaze=0.2, glance_first=0.05):
@@ -331,6 +332,11 @@ def strange(rng, pieces, share=0.5):
     return "".join(rng.choices(pieces, k=rng.randint(1, 5))).strip() if pieces and rng.random() < share else ""
 
 
+def pieces_by_lot(env, rng):
+    """What strange strings of a lesson are made of; in two thirds of the lessons there are none."""
+    return env.v.pieces if rng.random() < 0.35 else ()
+
+
 def see_step(policy, heads, batch, word_ids, opts):
     """One step of the eyes' dense loss: L1 of the edges, relative to the sides of the box (as IoU counts it), plus cross-entropy of each part, on
     patches and on image tokens. And the token that shows the leftmost red round shall look like the words "red", "round" and "leftmost" in the
@@ -342,14 +348,19 @@ def see_step(policy, heads, batch, word_ids, opts):
     sides = (where[inside, 2:] - where[inside, :2]).repeat(1, 2)  # (n, 4): width, height, width, height
     loss = 15 * ((out[inside, :4] - where[inside]).abs() / sides).mean()
     for k, logits in enumerate(out[:, 4:].split([*map(len, PARTS.values())], 1)):
-        loss = loss + F.cross_entropy(logits, label[:, k], ignore_index=-1)
+        loss = loss + cell_loss(logits, label[:, k])
     shown, tokens = labels[:, patches.shape[1]:].flatten(0, 1), tokens.flatten(0, 1)  # (B*N, parts), (B*N, D)
     for part, ids in word_ids.items():
-        alike = tokens @ policy.embed_tokens.weight[ids].T / tokens.shape[-1]**0.5  # (B*N, words)
+        alike = 4 * tokens @ policy.embed_tokens.weight[ids].T / tokens.shape[-1]**0.5  # (B*N, words); without the 4 these words grew to four times the length of others
         alike = torch.cat([torch.zeros_like(alike[:, :1]), alike], 1)  # label 0, none of the words (bare wall, in the middle), scores 0
-        loss = loss + F.cross_entropy(alike, shown[:, list(PARTS).index(part)], ignore_index=-1)
+        loss = loss + cell_loss(alike, shown[:, list(PARTS).index(part)])
     loss.backward()
     return loss.item(), update(policy.vision, opts)
+
+
+def cell_loss(logits, label):
+    """Mean cross-entropy over the cells where something can be told (label >= 0); 0, not nan, where a small batch shows nothing of the kind."""
+    return F.cross_entropy(logits, label, ignore_index=-1, reduction="sum") / (label >= 0).sum().clamp_min(1)
 
 
 # ---------------------------------------------------------------------------------------- base model: lessons in words
@@ -457,7 +468,7 @@ def text_lesson(env, rng, searches=2):
     t, search = Trajectory(None), passages if rng.random() < 0.5 else hits
     t.observe([env.v.id["<bos>"]])
     for _ in range(searches):
-        search(env, rng, t, env.v.pieces if rng.random() < 0.35 else ())
+        search(env, rng, t, pieces_by_lot(env, rng))
     return t
 
 
@@ -497,7 +508,7 @@ def plan_lesson(env, rng, plans=7):
     """Nothing but plans: a question tells backwards what is to be looked up, the first thought tells it forwards. An errand has but one such thought.
 
         <bos>What is the river of the twin town of the red round shield?<sep> [<think> look at red round, next twin town, river</think>] What .."""
-    t, world = Trajectory(None), little_world(rng, env.v.pieces if rng.random() < 0.35 else ())
+    t, world = Trajectory(None), little_world(rng, pieces_by_lot(env, rng))
     t.observe([env.v.id["<bos>"]])
     for _ in range(plans):
         q = errand(world, rng)
@@ -522,7 +533,7 @@ def errand_lesson(env, rng):
         <bos>What is the river of the twin town of the red round shield?<sep> [<think> look at red round, next twin town, river</think>] <gaze> 3 36
         30 63</gaze><stop><obs> 97 Brenna: red round, gold bend, 2 white crowns | ..</obs> [<think> want red round, see red round: yes, Brenna, next
         twin town, river</think><search> Brenna twin town</search><stop>] <obs> ..      (in brackets: trained)"""
-    world = little_world(rng, env.v.pieces if rng.random() < 0.35 else ())
+    world = little_world(rng, pieces_by_lot(env, rng))
     q = errand(world, rng)
     t, script = Trajectory(None), gog.expert(q, rng, wrong_gaze=0.2)
     t.observe([env.v.id["<bos>"], *env.v.encode(q.text), env.v.id["<sep>"]])

@@ -55,9 +55,8 @@ def pretrain(a):
     number_line(policy.embed_tokens.weight, [v.word(n) for n in range(100)])
     word_ids = {part: [v.word(w) for w in told] for part, told in grpo.TIED.items()}
     heads = torch.nn.ModuleList(torch.nn.Linear(w, 4 + sum(map(len, grpo.PARTS.values()))) for w in (config.vit_width, config.width)).to(a.device)
-    # see_step draws image tokens towards words, and words towards image tokens: both parts train the embedding, at one rate
-    eye_opts = [*optimisers(policy.vision.named_parameters(), a.see_lr, a.see_adam_lr),
-                torch.optim.AdamW([dict(params=[*heads.parameters()], lr=a.see_adam_lr), dict(params=[policy.embed_tokens.weight])], a.adam_lr, weight_decay=0.0)]
+    eye_opts = [*optimisers(policy.vision.named_parameters(), a.see_lr, a.adam_lr),  # see_step draws image tokens towards words, and words towards image tokens
+                torch.optim.AdamW([*heads.parameters(), policy.embed_tokens.weight], a.adam_lr, weight_decay=0.0)]
     word_opts = optimisers(((n, p) for n, p in policy.named_parameters() if "vision" not in n or "projector" in n), a.muon_lr, a.adam_lr)
     env = gog.Environment(v, None, config)
     parts = (("see", a.see_steps, eye_opts, grpo.Sights(config, a.seed, a.see_batch)),
@@ -375,15 +374,14 @@ class Args:
     out: str = ""  # run folder; default out/WORLD-PRESET-SEED
     resume: bool = False  # go on from the last checkpoint
     save_every: int = 50  # steps between checkpoints of pretrain and sft
-    see_steps: int = 1950  # of pretraining: the eyes alone
-    see_batch: int = 24  # pictures a step
+    see_steps: int = 2600  # of pretraining: the eyes alone
+    see_batch: int = 12  # pictures a step
     word_steps: int = 3300  # every lesson in words
     word_batch: int = 12  # lessons a step: at equal time, many small ones teach more than few large ones
     exam: int = 1536  # held-out questions, about so many, that the base model is examined with
-    see_lr: float = 0.006  # of the eyes' matrices
-    see_adam_lr: float = 0.005  # of everything else in the eyes
+    see_lr: float = 0.004  # of the eyes' matrices
     muon_lr: float = 0.002  # of the decoder's matrices
-    adam_lr: float = 0.002  # of everything else in the lessons
+    adam_lr: float = 0.002  # of everything else in the base model
     demos: int = 5750  # trajectories of GoG-Instruct
     wrong_gaze: float = 0.2  # chance, for every object looked for, that the expert also looks where it is not
     glance_first: float = 0.05  # chance that it begins with a useless glance

@@ -71,10 +71,10 @@ def test_ratio_is_one_before_the_first_update(policy, env, questions, monkeypatc
     batch = rollouts(policy, env, questions[:6])
     assert len({len(t.ids) for t in batch}) > 12 and sum(len(t.turns) > 2 for t in batch) > 6
     worst = 0.0
-    for part in grpo.micro_batches(batch, 4000):
+    for part in grpo.micro_batches(batch, [len(t.ids) for t in batch], 4000):
         with torch.no_grad():
-            logp, _ = grpo.token_logprobs(policy, env, [batch[i] for i in part])
-        old = torch.cat([torch.tensor([p for p, m in zip(batch[i].logprobs, batch[i].trained) if m]) for i in part])
+            logp, _ = grpo.token_logprobs(policy, env, part)
+        old = torch.cat([torch.tensor([p for p, m in zip(t.logprobs, t.trained) if m]) for t in part])
         worst = max(worst, (logp - old).abs().max().item())
     assert worst < 1e-4
 
@@ -163,12 +163,14 @@ def test_fresh_questions_are_never_asked_twice(world):
 
 
 def test_the_uncertainty_filter_drops_only_what_is_right_every_time(monkeypatch, policy, env):
-    """Prevents dropping a question that is right three times of four, mixing up whose tries are whose, and any tool or second turn in a try."""
-    answers = {"sure": [1, 1, 1, 1], "nearly": [1, 1, 1, 0], "once": [0, 0, 1, 0], "never": [0, 0, 0, 0]}
+    """Prevents dropping a question that is right three times of four, mixing up whose tries are whose, any tool or second turn in a try, and tries
+    of what has already failed."""
+    answers = {"sure": [1, 1, 1, 1], "nearly": [1, 1, 1, 0], "once": [1, 0, 1, 1], "never": [0, 0, 0, 0]}
 
-    def rollout(policy, env, questions, group, schedule, **_):
+    def rollout(policy, env, questions, schedule, **_):
         assert schedule == [("answer",)]
-        return [SimpleNamespace(correct=bool(x)) for q in questions for x in answers[q][:group]]
+        return [SimpleNamespace(correct=bool(answers[q].pop(0))) for q in questions]
 
     monkeypatch.setattr(gog, "rollout", rollout)
     assert grpo.uncertain(policy, env, list(answers)) == ["nearly", "once", "never"]
+    assert [len(left) for left in answers.values()] == [0, 0, 2, 3]
