@@ -7,14 +7,14 @@ One turn of the policy:   [<think> text </think>]  exactly one action  <stop>
     <gaze> x0 y0 x1 y1</gaze>         crop (percent of the picture, 0..99), look at the crop, and search with it
 The environment answers <obs> [crop] text </obs>, and so on, until an answer or the last turn. One whole trajectory:
     What is the river of the twin town of the leftmost shield?
-    <think> look at red round, next twin town, river</think><gaze> 3 36 30 63</gaze>
+    <think> look at red round, for the river of the twin town</think><gaze> 3 36 30 63</gaze>
         [crop] 97 Brenna: red round, gold bend, 2 white crowns | 84 Old Vosk: red round, gold bend, 2 white rings
-    <think> want red round, see red round: yes, Brenna, next twin town, river</think><search> Brenna twin town</search>
+    <think> want red round, see red round: yes, Brenna, for the river of the twin town</think><search> Brenna twin town</search>
         In Brenna the twin town is Karvel Ost. | Dröse has one twin town: Brenna.
-    <think> twin town is Karvel Ost, next river</think><search> Karvel Ost river</search>
+    <think> twin town is Karvel Ost, for the river</think><search> Karvel Ost river</search>
         As for Karvel Ost, its river is Ilm. | In Karvel Ost the ruler is Te Gal IV.
     <think> river is Ilm</think><answer> Ilm</answer>
-Had the crop shown a blue square: <think> want red round, see blue square: no, look at red round, next twin town, river</think><gaze> ...
+Had the crop shown a blue square: <think> want red round, see blue square: no, look at red round, for the river of the twin town</think><gaze> ...
 
 From the paper: Selective Gaze, four actions, one a turn; reflection after a wrong gaze; full-search, direct and no-gaze baselines.
 Here instead: exact match, where the paper asks an LLM judge; a program as the expert, where the paper filters a strong model's
@@ -367,8 +367,9 @@ def _bare_wall(boxes, rng):
 
 
 def plan(chain):
-    """What is still to be looked up, in order. Every thought repeats it, so that the next step is never far to seek."""
-    return f", next {', '.join(chain)}" if chain else ""
+    """What is still to be looked up, in the question's own words, the next step last. Every thought repeats it, less what has been found: to copy a list
+    and stop one earlier is easier than to turn it round (results/trials.md)."""
+    return f", for the {' of the '.join(reversed(chain))}" if chain else ""
 
 
 def gaze(box):
@@ -387,7 +388,7 @@ def look_thought(scene, i, kind, phrase):
 
 def compare_aloud(wanted, seen):
     """What to think about what was found: part by part (look, then detail), up to the first that differs. Five words at once are too much for a small
-    model: of look-alikes that differ in one of them some kind, by luck of the run, went unnoticed nearly always (README)."""
+    model: of look-alikes that differ in one of them some kind, by luck of the run, went unnoticed nearly always (results/trials.md)."""
     pairs = list(zip(wanted.split(", "), seen.split(", ")))
     differ = next((i for i, (w, s) in enumerate(pairs) if w != s), len(pairs) - 1)
     return ", ".join(f"want {w}, see {s}: {'yes' if w == s else 'no'}" for w, s in pairs[:differ + 1])
@@ -559,7 +560,8 @@ def tell(t):
 def main():
     parser = argparse.ArgumentParser(description="Ask a trained policy about one picture.")
     parser.add_argument("image"), parser.add_argument("question")
-    parser.add_argument("--checkpoint", default="out/heraldry-nano-0/rl.safetensors", help="policy (default: %(default)s)")
+    own, ours = data.Path("out/heraldry-nano-0/rl.safetensors"), data.Path(__file__).parent / "policies" / "rl.safetensors"
+    parser.add_argument("--checkpoint", default=own if own.is_file() else ours, help=f"policy (default: {own}, or, until you have trained it, the one that comes with the code)")
     parser.add_argument("--world", default="heraldry", help="what to search in: heraldry, or a folder world (default: %(default)s)")
     parser.add_argument("--save", default="gaze.png", help="where the picture with the gazes goes (default: %(default)s)")
     a = parser.parse_args()
@@ -569,8 +571,7 @@ def main():
         env = Environment(Vocabulary.from_text(meta["tokenizer"]), make_toolbox(data.open_world(a.world)), policy.config)
         if (long := len(env.v.encode(a.question))) > 300:
             raise data.WorldError(f"the question has {long} tokens, and at most 300 leave room for turns. Ask more briefly")
-        scene = data.Scene((), (), "picture", 0, data.Path(a.image))
-        t = rollout(policy, env, [data.Question(a.question, (), scene, "own")], temperature=0.0)[0]
+        t = rollout(policy, env, [data.Question(a.question, (), data.Scene((), (), "picture", 0, data.Path(a.image)), "own")], temperature=0.0)[0]
         print(tell(t))
         atomic(a.save, lambda path: poster(t).save(path, format="PNG"))
         print(f"  picture with the gazes: {a.save}")

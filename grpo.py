@@ -158,11 +158,11 @@ def pass_rates(policy, env, pool, n=4, temperature=1.0, seed=0):
 
 
 def uncertain(policy, env, pool, n=4, seed=0):
-    """The uncertainty filter: those questions of the pool that n sampled answers without any tool do not all get right. One failure settles it."""
+    """The uncertainty filter: those questions of the pool that n sampled answers without any tool do not all get right. Who fails the first is not asked again."""
     generator, sure = torch.Generator(policy.device).manual_seed(seed), list(range(len(pool)))
-    for _ in range(n):
-        tries = gog.rollout(policy, env, [pool[i] for i in sure], schedule=gog.SCHEDULES["direct"], generator=generator, rows=1024, room=192, progress="uncertainty filter")
-        sure = [i for i, t in zip(sure, tries) if t.correct]
+    for tries in (1, n - 1):  # the others side by side: they share the reading of their prompt
+        answered = gog.rollout(policy, env, [pool[i] for i in sure], tries, schedule=gog.SCHEDULES["direct"], generator=generator, rows=1024, room=192, progress="uncertainty filter")
+        sure = [i for k, i in enumerate(sure) if all(t.correct for t in answered[tries * k:tries * k + tries])]
     return [q for i, q in enumerate(pool) if i not in set(sure)]
 
 
@@ -254,7 +254,7 @@ def corpus(seed=0):
     texts = [text for _, text in toy.passages(late=True)] + [e.blazon for e in toy.pictured()] + [q.text for q in data.questions(toy, asked, 1500, "vocabulary")]
     texts += [" " + " ".join(str(rng.randint(0, 99)) for _ in range(8)) for _ in range(3000)]
     texts += [f" {w}" for w in (*data.TINCTURES, *data.OUTLINES, *data.ORDINARIES, *data.CHARGES, *data.ROW, *data.COLUMN, *data.SIZE)] * 50
-    texts += ["point to the each see look at all want : no not is next yes what this list repeat shows nothing found search failed again bad box more"] * 50
+    texts += ["point to the each see look at all want : no not is for yes what this list repeat shows nothing found search failed again bad box more"] * 50
     return texts
 
 
@@ -507,7 +507,7 @@ def hit_list(rng, towns):
 def plan_lesson(env, rng, plans=7):
     """Nothing but plans: a question tells backwards what is to be looked up, the first thought tells it forwards. An errand has but one such thought.
 
-        <bos>What is the river of the twin town of the red round shield?<sep> [<think> look at red round, next twin town, river</think>] What .."""
+        <bos>What is the river of the twin town of the red round shield?<sep> [<think> look at red round, for the river of the twin town</think>] What .."""
     t, world = Trajectory(None), little_world(rng, pieces_by_lot(env, rng))
     t.observe([env.v.id["<bos>"]])
     for _ in range(plans):
@@ -530,9 +530,9 @@ def errand_lesson(env, rng):
     """A whole errand with closed eyes: what the expert thinks and asks, and what the tools would tell. Towns and relations are invented for
     it, so that what is learnt is to plan and to remember. Boxes are shown, not learnt (there is no picture); thoughts, searches and answers are:
 
-        <bos>What is the river of the twin town of the red round shield?<sep> [<think> look at red round, next twin town, river</think>] <gaze> 3 36
-        30 63</gaze><stop><obs> 97 Brenna: red round, gold bend, 2 white crowns | ..</obs> [<think> want red round, see red round: yes, Brenna, next
-        twin town, river</think><search> Brenna twin town</search><stop>] <obs> ..      (in brackets: trained)"""
+        <bos>What is the river of the twin town of the red round shield?<sep> [<think> look at red round, for the river of the twin town</think>] <gaze> 3 36
+        30 63</gaze><stop><obs> 97 Brenna: red round, gold bend, 2 white crowns | ..</obs> [<think> want red round, see red round: yes, Brenna, for
+        the river of the twin town</think><search> Brenna twin town</search><stop>] <obs> ..      (in brackets: trained)"""
     world = little_world(rng, pieces_by_lot(env, rng))
     q = errand(world, rng)
     t, script = Trajectory(None), gog.expert(q, rng, wrong_gaze=0.2)

@@ -275,7 +275,7 @@ class Vision(nn.Module):
         self.norm = nn.LayerNorm(w)
         self.projector = nn.Linear(w * c.shuffle**2, c.width, bias=False)
         self.projector_norm = RMSNorm(c.width)  # else image tokens grow without end (to 40 times a word's embedding, in a trial)
-        nn.init.constant_(self.projector_norm.weight, 4.5)  # loud, so that what text-trained layers add to them drowns nothing (README: 55 % -> 92 %)
+        nn.init.constant_(self.projector_norm.weight, 4.5)  # loud, so that what text-trained layers add to them drowns nothing (results/trials.md: 55 % -> 92 %)
 
     def patches(self, pictures):
         """Features (B, P, W) of every patch."""

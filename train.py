@@ -378,7 +378,7 @@ class Args:
     see_batch: int = 12  # pictures a step
     word_steps: int = 3300  # every lesson in words
     word_batch: int = 12  # lessons a step: at equal time, many small ones teach more than few large ones
-    exam: int = 1536  # held-out questions, about so many, that the base model is examined with
+    exam: int = 3072  # held-out questions, about so many, that the base model is examined with
     see_lr: float = 0.004  # of the eyes' matrices
     muon_lr: float = 0.002  # of the decoder's matrices
     adam_lr: float = 0.002  # of everything else in the base model
@@ -393,7 +393,7 @@ class Args:
     sft_adam_lr: float = 0.001  # of embeddings and norms
     rl_questions: int = 800  # that the SFT model is scored on, where the curriculum is not fresh
     rl_dev: int = 300  # questions of the development split, for keeping the best policy
-    rl_steps: int = 50  # updates
+    rl_steps: int = 40  # updates
     rl_batch: int = 32  # questions a step
     group: int = 8  # rollouts a question
     rl_lr: float = 0.04  # of SGD, at its highest; it falls to 0
@@ -404,7 +404,7 @@ class Args:
     advantage: str = "std"  # std or mean
     curriculum: str = "fresh"  # level1, level2, all, learnable, adaptive (all of scored questions) or fresh (of scored kinds)
     temperature: float = 0.8  # of rollouts
-    eval_every: int = 25  # RL steps between looks at the development split, and between checkpoints
+    eval_every: int = 20  # RL steps between looks at the development split, and between checkpoints
     show_every: int = 8  # RL steps between printed trajectories
     token_budget: int = 4000  # tokens a micro-batch: changes speed and memory, not the update
     name: str = "rl"  # of the policy that rl writes, and of its row in the results

@@ -172,12 +172,15 @@ def test_slips_are_shown_but_not_taught(env, world):
 
 
 def test_the_plan_names_the_searches_in_order(env, world):
-    """Prevents a plan that misleads: what the first thought lists after "next" is what is then searched for, one relation a search."""
+    """Prevents a plan that misleads: what the first thought lists, from its end, is what is then searched for, one relation a search, and
+    the plan is one shorter after each."""
     qs = [q for q in data.questions(world, data.RL_MIX, 60, "plan") if len(q.chain) > 1]
     for q, t in zip(qs, gog.play(env, qs, [gog.expert(q, random.Random(0)) for q in qs])):
         searched = [turn.argument for turn in t.turns if turn.kind == "search"]
-        planned = t.turns[0].thought.partition(", next ")[2].split(", ")
+        planned = t.turns[0].thought.partition(", for the ")[2].split(" of the ")[::-1]
+        left = [len(turn.thought.partition(", for the ")[2].split(" of the ")) for turn in t.turns if turn.kind == "search"]
         assert planned == list(q.chain) and len(searched) == len(planned) and all(s.endswith(f" {r}") for s, r in zip(searched, planned))
+        assert left == [*range(len(planned), 0, -1)]
     assert len(qs) > 10
 
 
@@ -200,14 +203,14 @@ def test_slips_begin_where_the_policy_looked_in_vain(env, world, policy, monkeyp
         lies_on_target = data.iou((3, 36, 30, 63), q.scene.boxes[q.targets[0]]) >= 0.5
         assert (m == {}) == lies_on_target and (t.turns[0].argument == (3, 36, 30, 63)) != lies_on_target
         if m and len(t.turns) > 1:
-            assert t.turns[0].thought.startswith("look at red round, next ") and t.turns[1].thought.startswith("want red round, see ")
-            assert t.turns[1].thought.split(", next ")[0].endswith(q.phrases[0])
+            assert t.turns[0].thought.startswith("look at red round, for the ") and t.turns[1].thought.startswith("want red round, see ")
+            assert t.turns[1].thought.split(", for the ")[0].endswith(q.phrases[0])
             reread += q.phrases[0] != "red round"
     assert 0 < sum(map(len, missed)) < len(qs) and reread > 5
 
 
 def test_comparing_stops_at_the_first_part_that_differs():
-    """Prevents a verdict over five words at once, which is luck of the run (README): one verdict a part, none behind a no, the last one is the whole's."""
+    """Prevents a verdict over five words at once, which is luck of the run (results/trials.md): one verdict a part, none behind a no, the last one is the whole's."""
     parts = ("red round", "blue round", "red square"), ("1 tower", "2 towers", "1 star")
     shields = [f"{look}, {detail}" for look in parts[0] for detail in parts[1]]
     for wanted, seen in itertools.product([*shields, *parts[0]], [*shields, *parts[0]]):

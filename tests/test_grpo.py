@@ -163,14 +163,14 @@ def test_fresh_questions_are_never_asked_twice(world):
 
 
 def test_the_uncertainty_filter_drops_only_what_is_right_every_time(monkeypatch, policy, env):
-    """Prevents dropping a question that is right three times of four, mixing up whose tries are whose, any tool or second turn in a try, and tries
-    of what has already failed."""
-    answers = {"sure": [1, 1, 1, 1], "nearly": [1, 1, 1, 0], "once": [1, 0, 1, 1], "never": [0, 0, 0, 0]}
+    """Prevents dropping a question that is right three times of four, mixing up whose tries are whose, any tool or second turn in a try, and more
+    tries of what has failed at once."""
+    answers = {"sure": [1, 1, 1, 1], "nearly": [1, 1, 1, 0], "once": [0, 1, 1, 1], "never": [0, 0, 0, 0]}
 
-    def rollout(policy, env, questions, schedule, **_):
+    def rollout(policy, env, questions, group, schedule, **_):
         assert schedule == [("answer",)]
-        return [SimpleNamespace(correct=bool(answers[q].pop(0))) for q in questions]
+        return [SimpleNamespace(correct=bool(answers[q].pop(0))) for q in questions for _ in range(group)]
 
     monkeypatch.setattr(gog, "rollout", rollout)
     assert grpo.uncertain(policy, env, list(answers)) == ["nearly", "once", "never"]
-    assert [len(left) for left in answers.values()] == [0, 0, 2, 3]
+    assert [len(left) for left in answers.values()] == [0, 0, 3, 3]

@@ -156,22 +156,21 @@ def test_errands_can_be_run_with_closed_eyes(env):
         for token, trained in zip(t.ids, t.trained):
             read, taught = (read, taught + env.v.decode([token])) if trained else (read + env.v.decode([token]), taught)
         assert "<gaze>" not in taught and taught.count("<stop>") == 1 + taught.count("<search>")
-        for said in re.findall(r"<search>(.*?)</search>|yes, (.*?), next|<answer>(.*?)</answer>| is (.*?)(?:,|</think>)", taught):
+        for said in re.findall(r"<search>(.*?)</search>|yes, (.*?), for the|<answer>(.*?)</answer>| is (.*?)(?:,|</think>)", taught):
             said = next(filter(None, said)).strip()
             assert said in read or all(part in read for part in (said.split()[0], said.split()[-1]))  # a query joins a name and a relation
         hops.add(taught.count("<search>"))
     assert hops == {1, 2, 3, 4, 5}
 
 
-def test_a_plan_is_the_question_backwards(env):
-    """Prevents plans with a relation left out or in the wrong order: they are read off the question, from its end, and nothing else is taught."""
+def test_a_plan_is_the_questions_own_words(env):
+    """Prevents plans with a relation left out, or that run on into the words for the shield; and nothing else is taught."""
     rng, hops = random.Random(0), set()
     for _ in range(40):
         t = grpo.plan_lesson(env, rng)
-        for question, plan in re.findall(r"What is the ([^?]*)\?<sep><think> look at [^,]*, next (.*?)</think>", env.v.decode(t.ids)):
-            asked = question.split(" of the ")[:-1]
-            assert plan == ", ".join(reversed(asked))
-            hops.add(len(asked))
+        for question, plan in re.findall(r"What is the ([^?]*)\?<sep><think> look at [^,]*, for the (.*?)</think>", env.v.decode(t.ids)):
+            assert plan == question.rpartition(" of the ")[0]
+            hops.add(len(plan.split(" of the ")))
         taught = env.v.decode([token for token, trained in zip(t.ids, t.trained) if trained])
         assert taught.count("<think>") == taught.count("</think>") == 7 and "?" not in taught
     assert hops == {1, 2, 3, 4, 5}
