@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 import data
 import grpo
 import train
+from model import Muon
 
 ROOT = Path(__file__).parent.parent
 TINY = ("--preset tiny --device cpu --towns 80 --see-steps 2 --see-batch 2 --word-steps 5 --word-batch 3 --exam 8 --demos 24 --sft-epochs 1 "
@@ -204,12 +205,17 @@ def test_every_flag_is_read():
 
 
 def test_muon_orthogonalises():
-    """Prevents an optimiser that is Muon in name only: singular values of the update go to about 1, for both orientations."""
-    from model import orthogonalise
+    """Prevents an optimiser that is Muon in name only: the singular values of an update are about 1 (times its scale), for both orientations, for
+    several matrices of one shape and for a convolution, whose kernel is one matrix."""
     torch.manual_seed(0)
-    for shape in ((3, 16, 48), (3, 48, 16)):
-        values = torch.linalg.svdvals(orthogonalise(torch.randn(shape)))
+    params = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((16, 48), (48, 16), (48, 16), (16, 5, 3, 3))]
+    for p in params:
+        p.grad = torch.randn_like(p)
+    Muon(params, lr=1.0, weight_decay=0.0).step()
+    for p in params:
+        values = torch.linalg.svdvals(p.detach().flatten(1)) / (0.2 * max(p.flatten(1).shape) ** 0.5)
         assert 0.6 < values.min() and values.max() < 1.3
+    assert not torch.equal(params[1], params[2])
 
 
 def test_other_worlds_have_their_own_folders_and_rows():
