@@ -1,6 +1,7 @@
 import itertools
 import random
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from PIL import Image
 
 import data
 import gog
-from model import TAGS, pick, save
+from model import TAGS, Vocabulary, load, pick, save
 
 
 @pytest.mark.parametrize("text, kind, argument", [
@@ -236,3 +237,12 @@ def test_one_picture_one_question(tmp_path, monkeypatch, capsys, vocabulary, pol
     with pytest.raises(SystemExit) as stop:
         gog.main()
     assert stop.value.code == 2 and says in capsys.readouterr().err and not (tmp_path / "gaze.png").exists()
+
+
+@pytest.mark.parametrize("name", ["sft"])
+def test_the_policies_that_come_with_the_code_answer(name, env, world):
+    """Prevents shipping weights that the code can no longer read, or to which it speaks another language than they have learnt."""
+    policy, meta = load(Path(__file__).parent.parent / "policies" / f"{name}.safetensors")
+    speaks = gog.Environment(Vocabulary.from_text(meta["tokenizer"]), env.toolbox, policy.config)
+    tries = gog.evaluate(policy, speaks, data.questions(world, data.SUITES["plain"], 60, "shipped", ("test",)))
+    assert gog.behaviour(tries)["accuracy"] > 0.7 and gog.behaviour(tries)["well_formed"] > 0.9
