@@ -239,7 +239,7 @@ def test_one_picture_one_question(tmp_path, monkeypatch, capsys, vocabulary, pol
     assert stop.value.code == 2 and says in capsys.readouterr().err and not (tmp_path / "gaze.png").exists()
 
 
-@pytest.mark.parametrize("name", ["sft"])
+@pytest.mark.parametrize("name", ["sft", "rl"])
 def test_the_policies_that_come_with_the_code_answer(name, env, world):
     """Prevents shipping weights that the code can no longer read, or to which it speaks another language than they have learnt."""
     policy, meta = load(Path(__file__).parent.parent / "policies" / f"{name}.safetensors")
