@@ -163,7 +163,8 @@ def uncertain(policy, env, pool, n=4, seed=0):
     for tries in (1, n - 1):  # the others side by side: they share the reading of their prompt
         answered = gog.rollout(policy, env, [pool[i] for i in sure], tries, schedule=gog.SCHEDULES["direct"], generator=generator, rows=1024, room=192, progress="uncertainty filter")
         sure = [i for k, i in enumerate(sure) if all(t.correct for t in answered[tries * k:tries * k + tries])]
-    return [q for i, q in enumerate(pool) if i not in set(sure)]
+    known = set(sure)
+    return [q for i, q in enumerate(pool) if i not in known]
 
 
 def instruct(policy, env, world, n=5750, seed=0, wrong_gaze=0.2, glance_first=0.05):
