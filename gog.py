@@ -7,14 +7,14 @@ One turn of the policy:   [<think> text </think>]  exactly one action  <stop>
     <gaze> x0 y0 x1 y1</gaze>         crop (percent of the picture, 0..99), look at the crop, and search with it
 The environment answers <obs> [crop] text </obs>, and so on, until an answer or the last turn. One whole trajectory:
     What is the river of the twin town of the leftmost shield?
-    <think> look at red round, for the river of the twin town</think><gaze> 3 36 30 63</gaze>
+    <think> for the river of the twin town, look at red round</think><gaze> 3 36 30 63</gaze>
         [crop] 97 Brenna: red round, gold bend, 2 white crowns | 84 Old Vosk: red round, gold bend, 2 white rings
     <think> want red round, see red round: yes, Brenna, for the river of the twin town</think><search> Brenna twin town</search>
         In Brenna the twin town is Karvel Ost. | Dröse has one twin town: Brenna.
     <think> twin town is Karvel Ost, for the river</think><search> Karvel Ost river</search>
         As for Karvel Ost, its river is Ilm. | In Karvel Ost the ruler is Te Gal IV.
     <think> river is Ilm</think><answer> Ilm</answer>
-Had the crop shown a blue square: <think> want red round, see blue square: no, look at red round, for the river of the twin town</think><gaze> ...
+Had the crop shown a blue square: <think> want red round, see blue square: no, for the river of the twin town, look at red round</think><gaze> ...
 
 From the paper: Selective Gaze, four actions, one a turn; reflection after a wrong gaze; full-search, direct and no-gaze baselines.
 Here instead: exact match, where the paper asks an LLM judge; a program as the expert, where the paper filters a strong model's
@@ -301,11 +301,8 @@ def expert(q, rng, wrong_gaze=0.0, glance_first=0.0, missed=None):
     missed: {target: (what somebody took it for, where they looked in vain)}: it begins there, then reads the picture anew. wrong_gaze: chance of
     a look at an object that does not fit, or at bare wall. glance_first: chance of a useless glance at a crowded wall. All three are slips.
     """
-    if q.kind == "count":
-        yield count_aloud(q.scene, q.text.split()[-1].strip("?"))
-        return
     if q.search_free:
-        yield f"<think> {look_thought(q.scene, q.targets[0], q.expressions[0], q.phrases[0])}</think><answer> {q.answers[0]}</answer>"
+        yield count_aloud(q.scene, q.text.split()[-1].strip("?")) if q.kind == "count" else f"<think> {look_thought(q.scene, q.targets[0], q.expressions[0], q.phrases[0])}</think><answer> {q.answers[0]}</answer>"
         return
     names, values, thought, memory = [], [], "", ""
     for target, phrase, kind in zip(q.targets, q.phrases, q.expressions):
@@ -319,15 +316,14 @@ def expert(q, rng, wrong_gaze=0.0, glance_first=0.0, missed=None):
             value = _read(obs, value, relation)
             if not value:
                 return
-            thought = f"{relation} is {value}" + plan(q.chain[k + 1:]) + memory
+            thought = joined(f"{relation} is {value}", plan(q.chain[k + 1:]), memory)
         names.append(name), values.append(value)
-        memory = f", {names[0]} {values[0]}"
-        thought += ", "
+        memory = f"{names[0]} {values[0]}"
     if q.kind == "compare":
         first = int(values[0]) > int(values[1])
-        thought += f"{values[0]} more than {values[1]}: {'yes' if first else 'no'}"
+        thought = joined(thought, f"{values[0]} more than {values[1]}: {'yes' if first else 'no'}")
         values = [names[not first]]
-    yield f"<think> {thought.removesuffix(', ')}</think><answer> {values[-1]}</answer>"
+    yield f"<think> {thought}</think><answer> {values[-1]}</answer>"
 
 
 def _find(q, target, phrase, kind, rng, missed_here, wrong_gaze, glance_first, thought, memory):
@@ -347,16 +343,16 @@ def _find(q, target, phrase, kind, rng, missed_here, wrong_gaze, glance_first, t
     if len(looks) > 1 and rng.random() < glance_first:
         tries = [(phrase, "glance", True), *tries]
     for wanted, place, slipped in tries:
-        thought += look_thought(q.scene, target, kind, phrase) if wanted == phrase else f"look at {wanted}"
+        look = look_thought(q.scene, target, kind, phrase) if wanted == phrase else f"look at {wanted}"
         action = "<glance></glance>" if place == "glance" else gaze(place)
-        turn = f"<think> {thought}{plan(q.chain)}{memory}</think>{action}"
+        turn = f"<think> {joined(thought, plan(q.chain), memory, look)}</think>{action}"  # the look comes last: the gaze that follows reads its words
         obs = yield from _try(Slip(turn) if slipped else turn, action)
         name, seen = _best_hit(obs, wanted)
-        thought = f"{compare_aloud(wanted, seen)}, "
+        thought = compare_aloud(wanted, seen)
         if name:
             break
     # a hit that fits what somebody had taken the target for is not the target: None, and the demonstration is dropped
-    return (name if wanted == phrase else None), f"{thought}{name}{plan(q.chain)}{memory}"
+    return (name if wanted == phrase else None), joined(thought, name, plan(q.chain), memory)
 
 
 def _bare_wall(boxes, rng):
@@ -369,7 +365,12 @@ def _bare_wall(boxes, rng):
 def plan(chain):
     """What is still to be looked up, in the question's own words, the next step last. Every thought repeats it, less what has been found: to copy a list
     and stop one earlier is easier than to turn it round (results/trials.md)."""
-    return f", for the {' of the '.join(reversed(chain))}" if chain else ""
+    return f"for the {' of the '.join(reversed(chain))}" if chain else ""
+
+
+def joined(*parts):
+    """Parts of a thought, those that there are, with commas between."""
+    return ", ".join(filter(None, parts))
 
 
 def gaze(box):

@@ -508,7 +508,7 @@ def hit_list(rng, towns):
 def plan_lesson(env, rng, plans=7):
     """Nothing but plans: a question tells backwards what is to be looked up, the first thought tells it forwards. An errand has but one such thought.
 
-        <bos>What is the river of the twin town of the red round shield?<sep> [<think> look at red round, for the river of the twin town</think>] What .."""
+        <bos>What is the river of the twin town of the red round shield?<sep> [<think> for the river of the twin town, look at red round</think>] What .."""
     t, world = Trajectory(None), little_world(rng, pieces_by_lot(env, rng))
     t.observe([env.v.id["<bos>"]])
     for _ in range(plans):
@@ -531,7 +531,7 @@ def errand_lesson(env, rng):
     """A whole errand with closed eyes: what the expert thinks and asks, and what the tools would tell. Towns and relations are invented for
     it, so that what is learnt is to plan and to remember. Boxes are shown, not learnt (there is no picture); thoughts, searches and answers are:
 
-        <bos>What is the river of the twin town of the red round shield?<sep> [<think> look at red round, for the river of the twin town</think>] <gaze> 3 36
+        <bos>What is the river of the twin town of the red round shield?<sep> [<think> for the river of the twin town, look at red round</think>] <gaze> 3 36
         30 63</gaze><stop><obs> 97 Brenna: red round, gold bend, 2 white crowns | ..</obs> [<think> want red round, see red round: yes, Brenna, for
         the river of the twin town</think><search> Brenna twin town</search><stop>] <obs> ..      (in brackets: trained)"""
     world = little_world(rng, pieces_by_lot(env, rng))
@@ -550,7 +550,7 @@ def errand_lesson(env, rng):
     return t
 
 
-def little_world(rng, pieces=(), towns=8, links=3):
+def little_world(rng, pieces=(), towns=8, links=5):
     """A few towns that exist for one lesson, each tied to others by relations that may have no other name than an invented one."""
     known = ["region", *data.TOWN_LINKS, *data.REGION_LINKS, *(r for r in data.VALUES if r != "towers")]
     relations = [fresh_relation(rng, r, pieces) for r in rng.sample(known, links + 2)]
@@ -621,7 +621,8 @@ def replay(env, seed, n):
     return [make(env, rng) for make in rng.choices((wall_lesson, errand_lesson, plan_lesson, text_lesson), k=n)]
 
 
-def lessons(env, seed, size, i):
-    """Batch i of the pretraining stream: depends on (seed, i) only, so a resumed run sees what the unbroken one would have seen."""
-    rng = random.Random(f"lessons/{seed}/{i}")
-    return [make(env, rng) for make in rng.choices(list(LESSONS), LESSONS.values(), k=size)]
+def lessons(env, seed, size, i, point_first=250):
+    """Batch i of the pretraining stream, the first of which do nothing but point: among other lessons that takes ten times as long to begin (results/trials.md).
+    Depends on (seed, i) only, so a resumed run sees what the unbroken one would have seen."""
+    rng, mix = random.Random(f"lessons/{seed}/{i}"), LESSONS if i >= point_first else {point_lesson: 1}
+    return [make(env, rng) for make in rng.choices(list(mix), mix.values(), k=size)]

@@ -55,9 +55,9 @@ def pretrain(a):
     number_line(policy.embed_tokens.weight, [v.word(n) for n in range(100)])
     word_ids = {part: [v.word(w) for w in told] for part, told in grpo.TIED.items()}
     heads = torch.nn.ModuleList(torch.nn.Linear(w, 4 + sum(map(len, grpo.PARTS.values()))) for w in (config.vit_width, config.width)).to(a.device)
-    eye_opts = [*optimisers(policy.vision.named_parameters(), a.see_lr, a.adam_lr),  # see_step draws image tokens towards words, and words towards image tokens
-                torch.optim.AdamW([*heads.parameters(), policy.embed_tokens.weight], a.adam_lr, weight_decay=0.0)]
-    word_opts = optimisers(((n, p) for n, p in policy.named_parameters() if "vision" not in n or "projector" in n), a.muon_lr, a.adam_lr)
+    eye_opts = [*optimisers(policy.vision.named_parameters(), a.see_lr, a.see_adam_lr),  # see_step draws image tokens towards words, and words towards image tokens
+                torch.optim.AdamW([*heads.parameters(), policy.embed_tokens.weight], a.see_adam_lr, weight_decay=0.0)]
+    word_opts = optimisers(((n, p) for n, p in policy.named_parameters() if "vision" not in n or "projector" in n), a.word_lr, a.word_adam_lr)
     env = gog.Environment(v, None, config)
     parts = (("see", a.see_steps, eye_opts, grpo.Sights(config, a.seed, a.see_batch)),
              ("words", a.word_steps, word_opts, partial(grpo.lessons, env, a.seed, a.word_batch)))
@@ -99,7 +99,7 @@ def sft(a):
     demos = grpo.instruct(policy, env, world, a.demos, a.seed, a.wrong_gaze, a.glance_first)
     per_epoch = max(1, len(demos) // a.sft_batch)
     total = a.sft_epochs * per_epoch
-    opts = optimisers(((n, p) for n, p in policy.named_parameters() if p.requires_grad), a.sft_muon_lr, a.sft_adam_lr)
+    opts = optimisers(((n, p) for n, p in policy.named_parameters() if p.requires_grad), a.sft_lr, a.sft_adam_lr)
     start = run.resume([policy], opts).get("step", 0) if a.resume else 0
     bar = tqdm(total=total, initial=start, desc="sft", unit="step")
     for step in range(start, total):
@@ -376,12 +376,13 @@ class Args:
     save_every: int = 50  # steps between checkpoints of pretrain and sft
     see_steps: int = 2600  # of pretraining: the eyes alone
     see_batch: int = 12  # pictures a step
-    word_steps: int = 3300  # every lesson in words
+    word_steps: int = 2700  # every lesson in words
     word_batch: int = 12  # lessons a step: at equal time, many small ones teach more than few large ones
     exam: int = 3072  # held-out questions, about so many, that the base model is examined with
     see_lr: float = 0.004  # of the eyes' matrices
-    muon_lr: float = 0.002  # of the decoder's matrices
-    adam_lr: float = 0.002  # of everything else in the base model
+    see_adam_lr: float = 0.002  # of everything else while the eyes learn
+    word_lr: float = 0.006  # of the decoder's matrices
+    word_adam_lr: float = 0.004  # of embeddings and norms
     demos: int = 5750  # trajectories of GoG-Instruct
     wrong_gaze: float = 0.2  # chance, for every object looked for, that the expert also looks where it is not
     glance_first: float = 0.05  # chance that it begins with a useless glance
@@ -389,7 +390,7 @@ class Args:
     sft_epochs: int = 1  # passes over the demonstrations
     sft_batch: int = 32  # trajectories a step
     replay: float = 0.2  # lessons of the base model on top, for each demonstration, so that pointing and long plans are not forgotten
-    sft_muon_lr: float = 0.002  # of hidden matrices
+    sft_lr: float = 0.002  # of hidden matrices
     sft_adam_lr: float = 0.001  # of embeddings and norms
     rl_questions: int = 800  # that the SFT model is scored on, where the curriculum is not fresh
     rl_dev: int = 300  # questions of the development split, for keeping the best policy

@@ -178,8 +178,9 @@ def test_the_plan_names_the_searches_in_order(env, world):
     qs = [q for q in data.questions(world, data.RL_MIX, 60, "plan") if len(q.chain) > 1]
     for q, t in zip(qs, gog.play(env, qs, [gog.expert(q, random.Random(0)) for q in qs])):
         searched = [turn.argument for turn in t.turns if turn.kind == "search"]
-        planned = t.turns[0].thought.partition(", for the ")[2].split(" of the ")[::-1]
-        left = [len(turn.thought.partition(", for the ")[2].split(" of the ")) for turn in t.turns if turn.kind == "search"]
+        plan = lambda turn: re.search(r"for the ([^,]*)", turn.thought)[1].split(" of the ")
+        planned = plan(t.turns[0])[::-1]
+        left = [len(plan(turn)) for turn in t.turns if turn.kind == "search"]
         assert planned == list(q.chain) and len(searched) == len(planned) and all(s.endswith(f" {r}") for s, r in zip(searched, planned))
         assert left == [*range(len(planned), 0, -1)]
     assert len(qs) > 10
@@ -204,8 +205,8 @@ def test_slips_begin_where_the_policy_looked_in_vain(env, world, policy, monkeyp
         lies_on_target = data.iou((3, 36, 30, 63), q.scene.boxes[q.targets[0]]) >= 0.5
         assert (m == {}) == lies_on_target and (t.turns[0].argument == (3, 36, 30, 63)) != lies_on_target
         if m and len(t.turns) > 1:
-            assert t.turns[0].thought.startswith("look at red round, for the ") and t.turns[1].thought.startswith("want red round, see ")
-            assert t.turns[1].thought.split(", for the ")[0].endswith(q.phrases[0])
+            assert re.fullmatch("for the .*, look at red round", t.turns[0].thought) and t.turns[1].thought.startswith("want red round, see ")
+            assert t.turns[1].thought.endswith(q.phrases[0])
             reread += q.phrases[0] != "red round"
     assert 0 < sum(map(len, missed)) < len(qs) and reread > 5
 

@@ -91,18 +91,18 @@ def test_a_patch_begins_as_loud_as_its_place(world):
 
 
 def test_smear_mixes_words_and_leaves_pictures_alone(policy):
-    """Prevents blurred sight: what enters the decoder is word + W [three words before], spelt out in a loop, and image tokens untouched (mixed
+    """Prevents blurred sight: what enters the decoder is word + W [words before], spelt out in a loop, and image tokens untouched (mixed
     with their neighbours, they cost half of all boxes: 43 % of shields found instead of 97 %)."""
-    n, image, seen = policy.config.image_tokens, 2, []
+    n, before, image, seen = policy.config.image_tokens, policy.config.smear, 2, []
     picture = torch.randint(0, 255, (1, 3, policy.config.picture, policy.config.picture), dtype=torch.uint8)
     ids = torch.tensor([[30, *[image] * n, 41, 52, 63, 74]])
     hook = policy.layers[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     with torch.no_grad():
         policy(ids, picture, image)
         hook.remove()
-        words = [torch.zeros(policy.config.width)] * 3 + list(policy.embed_tokens(ids[0]))
+        words = [torch.zeros(policy.config.width)] * before + list(policy.embed_tokens(ids[0]))
         for t in (0, *range(n + 1, n + 5)):
-            torch.testing.assert_close(seen[0][0, t], words[t + 3] + policy.smear.weight @ torch.cat(words[t:t + 3]))
+            torch.testing.assert_close(seen[0][0, t], words[t + before] + policy.smear.weight @ torch.cat(words[t:t + before]))
         assert torch.equal(seen[0][0, 1:n + 1], policy.vision(picture)[0])
 
 
