@@ -516,7 +516,7 @@ def evaluate(policy, env, questions, row="", seed=0, progress=None):
     if row in ("oracle", "random"):
         words = sorted({a for q in questions for a in q.answers})
         return play(env, questions, [expert(q, rng) if row == "oracle" else chance(q, rng, words) for q in questions], progress=progress)
-    return rollout(policy, env, questions, 1, 0.0, schedule=SCHEDULES.get(row, FREE), progress=progress)
+    return rollout(policy, env, questions, 1, 0.0, schedule=SCHEDULES.get(row, FREE), rows=320, progress=progress)  # a whole suite at once
 
 
 # ---------------------------------------------------------------------------------------------- one picture, one question
