@@ -6,7 +6,7 @@ Here instead: an invented world of *heraldry* (towns with coats of arms drawn by
     construction, offline, and because every box, fact and search need is known exactly; or any *folder world* (real pictures
     and facts). What can be known about a question (its targets, phrases and chain) is kept with it: the expert in gog.py lives on that.
 
-Reading order: names -> arms -> entities and worlds -> folder worlds -> scenes -> referring expressions -> questions -> suites.
+Reading order: names -> arms -> entities and worlds -> scenes -> referring expressions -> questions -> suites -> folder worlds (skip at first).
 Boxes are (x0, y0, x1, y1), integers 0..99: percent of the picture's width and height. There is no other box format outside the labels of the eyes.
 """
 import json
@@ -172,7 +172,7 @@ class World:
     entities: dict
     splits: dict
     seed: int = 0
-    own: tuple = ()  # a user's questions about pictures of their own
+    own: tuple = ()  # a user's questions about pictures of their own: every other one joins RL's pool, the rest are suite "own"
 
     def pictured(self, *splits):
         return [self.entities[n] for s in splits or ("train", "dev", "test") for n in self.splits[s]]
@@ -221,106 +221,6 @@ def heraldry(seed=0, towns=3000):
     return World("heraldry", "shield", entities, splits, seed)
 
 
-# --------------------------------------------------------------------------------------------------------- folder worlds
-
-class WorldError(ValueError):
-    """A world that cannot be used; the message names file, line and way out."""
-
-
-def folder_world(path, seed=0):
-    """A world of the user's own: `entities.jsonl`, one {"name", "image", "facts": {relation: value}} a line, and the images.
-
-    A value that is another entity's name leads on (a hop). What a glance tells (main colour and shape) is read off the picture.
-    """
-    root, entities = Path(path), {}
-    for where, row in read_jsonl(root / "entities.jsonl"):
-        name, facts = row.get("name"), row.get("facts", {})
-        if not isinstance(name, str) or not name.strip() or name in entities or ": " in name or " | " in name:
-            raise WorldError(f"{where}: 'name' is missing, given twice or holds ': ' or ' | ' ({name!r}). Give every entity one name of its own")
-        if not isinstance(facts, dict) or any(not isinstance(v, str) or not v.strip() or " | " in v for v in facts.values()):
-            raise WorldError(f"{where}: a fact of {name!r} is not a non-empty string, or holds ' | '. Write facts as {{\"relation\": \"value\"}}")
-        image = image_path(root, row.get("image"), where)
-        colours, aspect = _colours(image, where)
-        look, detail = f"{colours[0]} {'banner' if aspect > 1.2 else 'square'}", " and ".join(colours[1:]) or "plain"
-        entities[name] = Entity(name, {k.replace("_", " "): v for k, v in facts.items()}, None, image, look, detail, f"{look}, {detail}", aspect)
-    if len(entities) < 8:
-        raise WorldError(f"{root / 'entities.jsonl'}: {len(entities)} entities, and splits need at least 8. Add more")
-    return World(root.resolve().name, "flag" if root.resolve().name == "countries" else "picture", entities,
-                 split_names(entities, random.Random(f"folder/{seed}")), seed, tuple(own_questions(root)))
-
-
-def own_questions(root):
-    """The optional `questions.jsonl` of a folder world: {"image", "question", "answers": [..], "box": [x0, y0, x1, y1] of the target or left out}."""
-    for where, row in read_jsonl(root / "questions.jsonl") if (root / "questions.jsonl").is_file() else ():
-        text, answers, box = row.get("question"), row.get("answers"), row.get("box", [])
-        if not isinstance(text, str) or not isinstance(answers, list) or not answers or not all(isinstance(a, str) and a.strip() for a in answers):
-            raise WorldError(f"{where}: 'question' must be text and 'answers' a list of texts, e.g. [\"Paris\"]")
-        if box and not (isinstance(box, list) and len(box) == 4 and all(type(x) is int and 0 <= x <= 99 for x in box) and box[0] < box[2] and box[1] < box[3]):
-            raise WorldError(f"{where}: 'box' must be four whole numbers 0 to 99, left < right and top < bottom (percent of the picture), not {box!r}")
-        path = image_path(root, row.get("image"), where)
-        check_image(path, where)
-        yield Question(text, tuple(answers), Scene((), (tuple(box),) if box else (), "picture", 0, path), "own", targets=(0,) if box else ())
-
-
-@lru_cache(maxsize=4)
-def open_world(where, seed=0, towns=3000):
-    """"heraldry", or the folder of a world."""
-    if where == "heraldry" and towns < 40:
-        raise WorldError(f"--towns {towns}: too few to be split. Ask for 40 or more")
-    return heraldry(seed, towns) if where == "heraldry" else folder_world(where, seed)
-
-
-def read_jsonl(path):
-    """Yield ("file:line", dict) a line; raises WorldError naming the line that is no JSON object."""
-    try:
-        with open(path, encoding="utf-8-sig") as f:
-            for n, line in enumerate(f, 1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except ValueError as e:
-                    raise WorldError(f"{path}:{n}: not valid JSON ({e}). Mend or remove that line") from None
-                if not isinstance(row, dict):
-                    raise WorldError(f"{path}:{n}: a JSON object is expected, e.g. {{\"name\": ..., \"image\": ...}}")
-                yield f"{path}:{n}", row
-    except (OSError, UnicodeDecodeError) as e:
-        raise WorldError(f"{path}: cannot be read ({e}). A folder world needs this file, in UTF-8") from None
-
-
-def image_path(root, image, where):
-    """Path of an image inside the world's folder; never one outside it."""
-    if not isinstance(image, str) or not image:
-        raise WorldError(f"{where}: no 'image'. Every entity needs a picture, as a path inside {root}")
-    path = (root / image).resolve()
-    if not path.is_relative_to(root.resolve()):
-        raise WorldError(f"{where}: image {image!r} lies outside {root}. Copy it into the folder")
-    if not path.is_file():
-        raise WorldError(f"{where}: image {image!r} does not exist in {root}. Add the file or remove the line")
-    return path
-
-
-@lru_cache(maxsize=512)
-def _load(path):
-    return ImageOps.exif_transpose(Image.open(path)).convert("RGBA")
-
-
-def check_image(path, where="command line"):
-    """The picture at `path`, RGBA; WorldError if it cannot be read."""
-    try:
-        return _load(Path(path))
-    except (OSError, ValueError, Image.DecompressionBombError) as e:
-        raise WorldError(f"{where}: image {path} cannot be read ({e}). Replace it with a PNG or JPEG") from None
-
-
-def _colours(path, where):
-    """The tincture names that cover at least an eighth of a picture, largest first, and its aspect (width / height)."""
-    art = check_image(path, where)
-    nearest = lambda rgba: min(TINCTURES, key=lambda t: sum((a - b) ** 2 for a, b in zip(rgba, TINCTURES[t])))
-    count = Counter(nearest(rgba) for rgba in art.resize((24, 24), Image.BOX).get_flattened_data() if rgba[3] > 127)
-    return [t for t in sorted(TINCTURES, key=lambda t: -count[t]) if count[t] >= max(1, count.total() / 8)] or ["white"], art.width / art.height
-
-
 # --------------------------------------------------------------------------------------------------------------- scenes
 
 PLASTERS = ((14, 4, -14), (0, 0, 0), (-8, 0, 10), (8, -2, -8), (-6, 6, -4))
@@ -357,7 +257,7 @@ class Scene:
 
 
 def to_pixels(box, size):
-    """Percent box -> pixel box (x0, y0, x1, y1) inside a picture of `size` (width, height). tools.crop does the same, and may not know this file."""
+    """Percent box -> pixel box (x0, y0, x1, y1) inside a picture of `size` (width, height). tools.crop repeats this line, since tools.py imports nothing of ours."""
     return tuple(round(v * s / 100) for v, s in zip(box, 2 * tuple(size)))
 
 
@@ -485,39 +385,40 @@ DEV_MIX = [(kind, setting, weight / sum(w for *_, w in mix)) for mix in SUITES.v
 
 
 def ask(world, kind, setting, split, rng):
-    """One question of this kind, or None when the lot fell badly (no unambiguous expression, no chain that long)."""
+    """One question of this kind, or None if the draw fails (no unambiguous expression, no chain that long)."""
     pool = world.pictured(*split)
     least, most, cells, sizes, twins = SETTINGS[setting]
     target = rng.choice(pool)
     alike = [e for e in pool if e.look == target.look and e.detail != target.detail]
     chosen = {e.name: e for e in [target, *rng.sample(alike, min(twins, len(alike))), *rng.sample(pool, min(most, len(pool)))]}
+    # the target first, then its look-alikes: this cut never drops them
     shown = list(chosen.values())[:max(rng.randint(least, most), min(len(chosen), twins + 1))]
     scene = hang(rng.sample(shown, len(shown)), world.noun, rng, cells, sizes)
-    names, named = references(scene), [e.name for e in scene.entities]
+    names, targets = references(scene), [scene.entities.index(target)]
     if kind == "count":
         colour = rng.choice(shown).look.split()[0]
         return Question(f"How many {scene.noun}s are {colour}?", (str(sum(e.look.split()[0] == colour for e in shown)),), scene, kind, setting)
-    targets = [named.index(target.name)]
     if kind == "compare":
-        other = [i for i in range(len(shown)) if i != targets[0] and scene.entities[i].facts.get(count_relation(world), "").isdecimal()]
+        relation = count_relation(world)
+        other = [i for i in range(len(shown)) if i != targets[0] and scene.entities[i].facts.get(relation, "").isdecimal()]
         targets += rng.sample(other, min(1, len(other)))
     # with look-alikes only an expression that names the detail will do; without, never that one
     pick = [rng.choice(sorted((k, t) for k, t in names[i].items() if (k == "detail") == bool(twins)) or [None]) for i in targets]
     if None in pick or kind == "compare" and len(targets) < 2:
         return None
+    by, expressions = zip(*pick)  # kinds of expressions, and their words
     found = [scene.entities[i] for i in targets]
-    phrases = tuple(f"{e.look}, {e.detail}" if k == "detail" else e.look for e, (k, _) in zip(found, pick))
-    made = lambda text, answer, chain=(): Question(text, (answer,), scene, kind, setting, tuple(targets), phrases, chain, tuple(k for k, _ in pick))
+    phrases = tuple(f"{e.look}, {e.detail}" if k == "detail" else e.look for e, k in zip(found, by))
+    made = lambda text, answer, chain=(): Question(text, (answer,), scene, kind, setting, tuple(targets), phrases, chain, by)
     if kind in VISUAL:
-        told = pick[0][0] in ("look", kind)  # the question would contain its answer
-        return made(f"What is the {kind} of the {pick[0][1]}?", target.look.split()[VISUAL.index(kind)]) if not told and (kind == "colour" or world.noun == "shield") else None
+        useless = by[0] in ("look", kind) or kind == "shape" and world.noun != "shield"  # it would contain its answer; and all flags have one shape
+        return None if useless else made(f"What is the {kind} of the {expressions[0]}?", target.look.split()[VISUAL.index(kind)])
     if kind == "name":
-        return made(f"What is the name of the {pick[0][1]}?", target.name)
+        return made(f"What is the name of the {expressions[0]}?", target.name)
     if kind == "compare":
-        relation = count_relation(world)
-        a, b = (e.facts.get(relation, "") for e in found)
-        text = f"Which has more {relation}, the {pick[0][1]} or the {pick[1][1]}?"
-        return made(text, found[int(a) < int(b)].name, (relation,)) if a.isdecimal() and int(a) != int(b) else None  # b: see above
+        a, b = (e.facts.get(relation, "") for e in found)  # b is a number: `other` holds only such
+        text = f"Which has more {relation}, the {expressions[0]} or the {expressions[1]}?"
+        return made(text, found[int(a) < int(b)].name, (relation,)) if a.isdecimal() and int(a) != int(b) else None
     chain, values, unknown = [], [target.name], set() if "late" in split else world.splits.get("late", ())  # no passage tells of these
     for left in range(int(kind[3:]), 0, -1):  # all but the last relation must lead to another entity
         facts = world.entities[values[-1]].facts
@@ -526,7 +427,7 @@ def ask(world, kind, setting, split, rng):
             return None
         chain.append(rng.choice([r for r in options if r not in chain] or options))  # "twin town of the twin town" only where nothing else leads on
         values.append(facts[chain[-1]])
-    return made(f"What is the {' of the '.join(reversed(chain))} of the {pick[0][1]}?", values[-1], tuple(chain))
+    return made(f"What is the {' of the '.join(reversed(chain))} of the {expressions[0]}?", values[-1], tuple(chain))
 
 
 def count_relation(world):
@@ -549,3 +450,103 @@ def suite(world, name, n=300):
     """A held-out suite: (world to search in, questions)."""
     searched = world.aged() if name == "live" else world
     return searched, questions(searched, SUITES[name], n, f"suite/{name}", ("test", "late") if name == "live" else ("test",))
+
+
+# --------------------------------------------------------------------------------------------------------- folder worlds
+
+class WorldError(ValueError):
+    """A world that cannot be used; the message names file, line and way out."""
+
+
+def folder_world(path, seed=0):
+    """A world of the user's own: `entities.jsonl`, one {"name", "image", "facts": {relation: value}} a line, and the images.
+
+    A value that is another entity's name leads on (a hop). What a glance tells (main colour and shape) is read off the picture.
+    """
+    root, entities = Path(path), {}
+    for where, row in read_jsonl(root / "entities.jsonl"):
+        name, facts = row.get("name"), row.get("facts", {})
+        if not isinstance(name, str) or not name.strip() or name in entities or ": " in name or " | " in name:
+            raise WorldError(f"{where}: 'name' is missing, given twice or holds ': ' or ' | ' ({name!r}). Give every entity one name of its own")
+        if not isinstance(facts, dict) or any(not isinstance(v, str) or not v.strip() or " | " in v for v in facts.values()):
+            raise WorldError(f"{where}: a fact of {name!r} is not a non-empty string, or holds ' | '. Write facts as {{\"relation\": \"value\"}}")
+        image = image_path(root, row.get("image"), where)
+        colours, aspect = _colours(image, where)
+        look, detail = f"{colours[0]} {'banner' if aspect > 1.2 else 'square'}", " and ".join(colours[1:]) or "plain"
+        entities[name] = Entity(name, {k.replace("_", " "): v for k, v in facts.items()}, None, image, look, detail, f"{look}, {detail}", aspect)
+    if len(entities) < 8:
+        raise WorldError(f"{root / 'entities.jsonl'}: {len(entities)} entities, and splits need at least 8. Add more")
+    return World(root.resolve().name, "flag" if root.resolve().name == "countries" else "picture", entities,
+                 split_names(entities, random.Random(f"folder/{seed}")), seed, tuple(own_questions(root)))
+
+
+def own_questions(root):
+    """The optional `questions.jsonl` of a folder world: {"image", "question", "answers": [..], "box": [x0, y0, x1, y1] of the target or left out}."""
+    for where, row in read_jsonl(root / "questions.jsonl") if (root / "questions.jsonl").is_file() else ():
+        text, answers, box = row.get("question"), row.get("answers"), row.get("box", [])
+        if not isinstance(text, str) or not isinstance(answers, list) or not answers or not all(isinstance(a, str) and a.strip() for a in answers):
+            raise WorldError(f"{where}: 'question' must be text and 'answers' a list of texts, e.g. [\"Paris\"]")
+        if box and not (isinstance(box, list) and len(box) == 4 and all(type(x) is int and 0 <= x <= 99 for x in box) and box[0] < box[2] and box[1] < box[3]):
+            raise WorldError(f"{where}: 'box' must be four whole numbers 0 to 99, left < right and top < bottom (percent of the picture), not {box!r}")
+        path = image_path(root, row.get("image"), where)
+        check_image(path, where)
+        yield Question(text, tuple(answers), Scene((), (tuple(box),) if box else (), "picture", 0, path), "own", targets=(0,) if box else ())
+
+
+@lru_cache(maxsize=4)
+def open_world(where, seed=0, towns=3000):
+    """"heraldry", or the folder of a world."""
+    if where == "heraldry" and towns < 40:
+        raise WorldError(f"--towns {towns}: too few to be split. Ask for 40 or more")
+    return heraldry(seed, towns) if where == "heraldry" else folder_world(where, seed)
+
+
+def read_jsonl(path):
+    """Yield ("file:line", dict) a line; raises WorldError naming the line that is no JSON object."""
+    try:
+        with open(path, encoding="utf-8-sig") as f:
+            for n, line in enumerate(f, 1):
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                except ValueError as e:
+                    raise WorldError(f"{path}:{n}: not valid JSON ({e}). Mend or remove that line") from None
+                if not isinstance(row, dict):
+                    raise WorldError(f"{path}:{n}: a JSON object is expected, e.g. {{\"name\": ..., \"image\": ...}}")
+                yield f"{path}:{n}", row
+    except (OSError, UnicodeDecodeError) as e:
+        raise WorldError(f"{path}: cannot be read ({e}). A folder world needs this file, in UTF-8") from None
+
+
+def image_path(root, image, where):
+    """Path of an image inside the world's folder; never one outside it."""
+    if not isinstance(image, str) or not image:
+        raise WorldError(f"{where}: no 'image'. Every entity needs a picture, as a path inside {root}")
+    path = (root / image).resolve()
+    if not path.is_relative_to(root.resolve()):
+        raise WorldError(f"{where}: image {image!r} lies outside {root}. Copy it into the folder")
+    if not path.is_file():
+        raise WorldError(f"{where}: image {image!r} does not exist in {root}. Add the file or remove the line")
+    return path
+
+
+@lru_cache(maxsize=512)
+def _load(path):
+    return ImageOps.exif_transpose(Image.open(path)).convert("RGBA")
+
+
+def check_image(path, where="command line"):
+    """The picture at `path`, RGBA; WorldError if it cannot be read."""
+    try:
+        return _load(Path(path))
+    except (OSError, ValueError, Image.DecompressionBombError) as e:
+        raise WorldError(f"{where}: image {path} cannot be read ({e}). Replace it with a PNG or JPEG") from None
+
+
+def _colours(path, where):
+    """The tincture names that cover at least an eighth of a picture, largest first, and its aspect (width / height)."""
+    art = check_image(path, where)
+    nearest = lambda rgba: min(TINCTURES, key=lambda t: sum((a - b) ** 2 for a, b in zip(rgba, TINCTURES[t])))
+    count = Counter(nearest(rgba) for rgba in art.resize((24, 24), Image.BOX).get_flattened_data() if rgba[3] > 127)
+    return [t for t in sorted(TINCTURES, key=lambda t: -count[t]) if count[t] >= max(1, count.total() / 8)] or ["white"], art.width / art.height

@@ -189,17 +189,17 @@ def _rollout_batch(policy, env, questions, group, temperature, schedule, generat
     glances = [to_array(s, env.side) for s in scenes]
     room = min(room, policy.config.context)
     cache = Cache(policy.config, len(questions), room, policy.device, policy.embed_tokens.weight.dtype)
-    done = [env.prompt(q, g) for q, g in zip(questions, glances) for _ in range(group)]
-    hidden = _feed(policy, env, cache, [t.ids for t in done[::group]], glances)
-    everyone = torch.arange(len(questions), device=policy.device).repeat_interleave(group)  # the prompt is read once for the whole group
-    cache, hidden = cache.take(everyone) if group > 1 else cache, hidden[everyone]
-    live, scenes = list(done), [s for s in scenes for _ in range(group)]
+    trajectories = [env.prompt(q, g) for q, g in zip(questions, glances) for _ in range(group)]
+    hidden = _feed(policy, env, cache, [t.ids for t in trajectories[::group]], glances)
+    repeat = torch.arange(len(questions), device=policy.device).repeat_interleave(group)  # the prompt is read once for the whole group
+    cache, hidden = cache.take(repeat) if group > 1 else cache, hidden[repeat]
+    live, scenes = list(trajectories), [s for s in scenes for _ in range(group)]
     for turn, actions in enumerate(schedule, 1):
         allowed = _allowed(env.v, actions, policy.device)
         sampled = _sample_turn(policy, env.v, cache, hidden, temperature, allowed, generator)
         for t, (ids, logprobs) in zip(live, sampled):
             t.act(ids, logprobs)
-        stop, unread = env.v.id["<stop>"], [len(t.ids) - 1 for t in live]  # the stop token has been sampled but not yet read
+        stop, unread = env.v.id["<stop>"], [len(t.ids) - 1 for t in live]  # a stop token has been sampled but not yet read
         turns = [parse(env.v.decode(ids[:-1])) if ids[-1] == stop else Turn("malformed", "the turn is too long") for ids, _ in sampled]
         goes_on = env.step(live, turns, scenes)
         keep = [i for i, (t, (ids, _), go) in enumerate(zip(live, sampled, goes_on)) if go and ids[-1] == stop and len(t.ids) + TURN_TOKENS < room]
@@ -211,34 +211,7 @@ def _rollout_batch(policy, env, questions, group, temperature, schedule, generat
         live, scenes = [live[i] for i in keep], [scenes[i] for i in keep]
         crops = [t.pictures[-1] for t, ids in zip(live, new) if env.image[0] in ids]
         hidden = _feed(policy, env, cache, new, crops)
-    return done
-
-
-@torch.no_grad()
-def respond(policy, env, prompts, pictures):
-    """One greedy turn to each prompt (list of ids), all at once: parsed turns. `pictures`: of all prompts, in order."""
-    cache = Cache(policy.config, len(prompts), max(map(len, prompts)) + TURN_TOKENS, policy.device, policy.embed_tokens.weight.dtype)
-    hidden = _feed(policy, env, cache, prompts, pictures)
-    sampled = _sample_turn(policy, env.v, cache, hidden, 0.0, _allowed(env.v, ACTIONS, policy.device), None)
-    return [parse(env.v.decode(ids[:-1])) for ids, _ in sampled]
-
-
-def misses(policy, env, questions, rows=256):
-    """Where the policy looks in vain when it is asked to point (a lesson of the base model, grpo.ask_about): for every
-    question, {target: (what it takes it for, box of a gaze with IoU < 0.5)}."""
-    out = [{} for _ in questions]
-    asked = [(i, target, data.references(q.scene)[target][kind]) for i, q in enumerate(questions) if len(q.scene.boxes) > 1 and not q.search_free
-             for target, kind in zip(q.targets, q.expressions) if kind != "detail"]  # look-alikes must all be looked at, anyway
-    for start in range(0, len(asked), rows):
-        batch = asked[start:start + rows]
-        prompts = [[env.v.id["<bos>"], *env.image, *env.v.encode(f"point to the {expression}"), env.v.id["<sep>"]] for *_, expression in batch]
-        pictures = [to_array(questions[i].scene.picture(), env.side) for i, *_ in batch]
-        for (i, target, _), turn in zip(batch, respond(policy, env, prompts, pictures)):
-            x0, y0, x1, y1 = box = turn.argument if turn.kind == "gaze" else (0, 0, 0, 0)
-            taken_for = re.split("look at |it ", turn.thought)[-1]
-            if taken_for and min(x1 - x0, y1 - y0) >= 3 and iou(box, questions[i].scene.boxes[target]) < 0.5:
-                out[i][target] = taken_for, box
-    return out
+    return trajectories
 
 
 def _feed(policy, env, cache, chunks, pictures):
@@ -262,8 +235,8 @@ def _allowed(v, actions, device):
 
 
 def _sample_turn(policy, v, cache, hidden, temperature, allowed, generator, longest=TURN_TOKENS):
-    """Sample one turn for every row: list of (ids, logprobs), stop token included. Rows that have stopped wait, unread; when they are half of
-    all, the others go on without them."""
+    """Sample one turn for every row: list of (ids, logprobs), stop token included. A row that has stopped is still fed, but its length stays, so its
+    next real token overwrites that slot; when more than half have stopped, the others go on in a smaller cache."""
     stop, live = v.id["<stop>"], torch.ones(len(hidden), dtype=torch.bool, device=hidden.device)
     ids, logprobs, lengths, rest = [], [], torch.zeros(len(hidden), dtype=torch.long, device=hidden.device), []
     for step in range(longest):
@@ -274,7 +247,7 @@ def _sample_turn(policy, v, cache, hidden, temperature, allowed, generator, long
         talking = live.nonzero()[:, 0]
         if step + 1 == longest or not len(talking):
             break
-        hidden = policy(token[:, None], cache=cache, valid=live.long())[:, 0]  # a waiting row's slot is overwritten later
+        hidden = policy(token[:, None], cache=cache, valid=live.long())[:, 0]
         if 2 * len(talking) < len(live):  # in a smaller cache, which is written back when they are done
             part = cache.take(talking)
             rest = _sample_turn(policy, v, part, hidden[talking], temperature, allowed, generator, longest - step - 1)
@@ -287,6 +260,35 @@ def _sample_turn(policy, v, cache, hidden, temperature, allowed, generator, long
     return out
 
 
+# ---------------------------------------------------------------- one turn only: the exam, and where the base model looks in vain
+
+@torch.no_grad()
+def respond(policy, env, prompts, pictures):
+    """One greedy turn to each prompt (list of ids), all at once: parsed turns. `pictures`: of all prompts, in order."""
+    cache = Cache(policy.config, len(prompts), max(map(len, prompts)) + TURN_TOKENS, policy.device, policy.embed_tokens.weight.dtype)
+    hidden = _feed(policy, env, cache, prompts, pictures)
+    sampled = _sample_turn(policy, env.v, cache, hidden, 0.0, _allowed(env.v, ACTIONS, policy.device), None)
+    return [parse(env.v.decode(ids[:-1])) for ids, _ in sampled]
+
+
+def misses(policy, env, questions, rows=256):
+    """Where the base model points in vain (IoU < 0.5), for every question: {target: (the look that it named, the box that it chose)}. With these
+    mistakes the expert begins, to show how to recover."""
+    out = [{} for _ in questions]
+    asked = [(i, target, data.references(q.scene)[target][kind]) for i, q in enumerate(questions) if len(q.scene.boxes) > 1 and not q.search_free
+             for target, kind in zip(q.targets, q.expressions) if kind != "detail"]  # look-alikes must all be looked at, anyway
+    for start in range(0, len(asked), rows):
+        batch = asked[start:start + rows]
+        prompts = [[env.v.id["<bos>"], *env.image, *env.v.encode(f"point to the {expression}"), env.v.id["<sep>"]] for *_, expression in batch]
+        pictures = [to_array(questions[i].scene.picture(), env.side) for i, *_ in batch]
+        for (i, target, _), turn in zip(batch, respond(policy, env, prompts, pictures)):
+            x0, y0, x1, y1 = box = turn.argument if turn.kind == "gaze" else (0, 0, 0, 0)
+            taken_for = re.split("look at |it ", turn.thought)[-1]
+            if taken_for and min(x1 - x0, y1 - y0) >= 3 and iou(box, questions[i].scene.boxes[target]) < 0.5:
+                out[i][target] = taken_for, box
+    return out
+
+
 # ------------------------------------------------------------------------------------------ scripts: the expert and chance
 
 class Slip(str):
@@ -295,20 +297,23 @@ class Slip(str):
 
 def expert(q, rng, wrong_gaze=0.0, glance_first=0.0, missed=None):
     """The demonstrator, a generator: yields the text of a turn, is sent the observation. It knows boxes and plan, but reads every
-    name and value from the tools. Its thoughts are its memory: what is still to be looked up (the question tells that backwards), and
-    what was found of the first of two. After each look it states what it wants and what it sees, and goes on where they differ.
+    name and value from the tools. Its thoughts are its memory: what is still to be looked up (in the question's own order, the
+    next step last), and what was found of the first of two. After each look it states what it wants and what it sees, and goes on where they differ.
 
     missed: {target: (what somebody took it for, where they looked in vain)}: it begins there, then reads the picture anew. wrong_gaze: chance of
     a look at an object that does not fit, or at bare wall. glance_first: chance of a useless glance at a crowded wall. All three are slips.
     """
-    if q.search_free:
-        yield count_aloud(q.scene, q.text.split()[-1].strip("?")) if q.kind == "count" else f"<think> {look_thought(q.scene, q.targets[0], q.expressions[0], q.phrases[0])}</think><answer> {q.answers[0]}</answer>"
+    if q.kind == "count":
+        yield count_aloud(q.scene, q.text.split()[-1].strip("?"))
+        return
+    if q.search_free:  # colour, shape
+        yield f"<think> {look_thought(q.scene, q.targets[0], q.expressions[0], q.phrases[0])}</think><answer> {q.answers[0]}</answer>"
         return
     names, values, thought, memory = [], [], "", ""
     for target, phrase, kind in zip(q.targets, q.phrases, q.expressions):
         name, thought = yield from _find(q, target, phrase, kind, rng, (missed or {}).get(target), wrong_gaze, glance_first, thought, memory)
         if not name:
-            return  # the tools did not find it, or found a wrong one that fits: this demonstration is dropped by the check that follows
+            return  # the tools did not find it, or found a wrong one that fits: grpo.instruct drops this demonstration
         value = name
         for k, relation in enumerate(q.chain):
             query = f"<search> {value} {relation}</search>"
@@ -410,7 +415,7 @@ def _try(turn, action, patience=3):
 
 
 def _best_hit(obs, phrase):
-    """(name, what the best hit shows): name is None if the best hit does not fit the phrase. What is shown is told to the same depth."""
+    """(name, what the best hit shows): name is None if that does not fit the phrase. It is told in as many parts as the phrase: look, or look and detail."""
     name, _, blazon = (obs or "").split(" | ")[0].partition(": ")
     look, *_, detail = blazon.split(", ") if ", " in blazon else (blazon, "")
     seen = f"{look}, {detail}" if "," in phrase else look
@@ -453,12 +458,11 @@ def play(env, questions, scripts, rows=256, progress=None):
             goes_on = env.step([t for t, *_ in live], [parse(text) for *_, text in live], [scene for *_, scene, _ in live])
             live = [(t, script, scene, text) for (t, script, scene, _), go in zip(live, goes_on)
                     if go and (text := send(script, t.turns[-1].observation))]
-            if not live:
-                break
     return out
 
 
 def send(script, observation):
+    """The script's next turn, or None when it has no more."""
     try:
         return script.send(observation)
     except StopIteration:
@@ -497,7 +501,7 @@ def behaviour(trajectories):
     mean = lambda values: float(np.mean(values)) if len(values) else float("nan")
     kinds = [{t.kind for t in x.turns} & {"search", "glance", "gaze"} for x in trajectories]
     looked = [g for x in trajectories if x.question.targets for g in gazes(x)]
-    misses = [again for x in trajectories if x.question.targets for again in wrong_gaze_then(x)]
+    vain = [again for x in trajectories if x.question.targets for again in wrong_gaze_then(x)]
     acts = Counter(t.kind for x in trajectories for t in x.turns)
     found = [any(u >= 0.5 for _, u in gazes(x)) for x in trajectories if x.question.targets and not x.question.search_free and len(x.question.scene.boxes) > 1]
     return {"accuracy": sum(x.correct for x in trajectories) / n, "well_formed": sum(x.well_formed for x in trajectories) / n,
@@ -505,7 +509,7 @@ def behaviour(trajectories):
             "mixed_search": sum(len(k) > 1 for k in kinds) / n,
             **{f"{a}_share": acts[a] / max(1, sum(acts.values())) for a in (*ACTIONS, "malformed")},
             "gaze_correct": mean([u >= 0.5 for _, u in looked]), "gaze_iou": mean([u for _, u in looked]), "target_found": mean(found),
-            "reflection": mean(misses), "turns": mean([len(x.turns) for x in trajectories]),
+            "reflection": mean(vain), "turns": mean([len(x.turns) for x in trajectories]),
             "tool_calls": sum(acts[a] for a in ("search", "glance", "gaze")) / n,
             "tokens": mean([sum(x.trained) for x in trajectories]), "truncated": sum(x.answer is None for x in trajectories) / n}
 

@@ -11,12 +11,13 @@ Here instead, numbered:
      general one).
   4. The loss tells nothing about progress: advantages of a group sum to 0, and what is left (about 0.1 here) says only that wrong
      trajectories have more tokens than right ones. Watch accuracy and entropy instead.
-  5. `fresh`, the default curriculum: what has a pass rate p is a kind of question (four hops, counting ..), drawn with weight 0.02 + p(1-p), times that of data.RL_MIX, and
-     re-scored while the policy changes: what is too easy or too hard now teaches nothing now; and every question is a new one. Of 800 questions
+  5. `fresh`, the default curriculum: pass rates p belong to kinds of questions (four hops, counting ..). A kind is drawn with its weight in data.RL_MIX times
+     0.02 + p(1-p), and p is updated while the policy changes: what is too easy or too hard now teaches nothing now; and every question is a new one. Of 800 questions
      that were scored one by one a policy learnt some by heart (+9.5 points on those, +3.9 on others); this way it gains as much on others (+4.1)
      and nothing must be scored first. `level2` is the paper's curriculum, `adaptive` the same with questions re-scored.
      A pass rate cannot tell what is half learnt from what is half luck: look-alikes and comparisons succeed half of the time, too, and their
-     gradients have nothing in common (`signal`, grpo_step). So they are not in data.RL_MIX; without them the signal is five times as strong.
+     gradients have nothing in common (`signal`, grpo_step). So data.RL_MIX has few look-alikes (one part of 18, against forgetting) and no
+     comparisons: two batches of 256 rollouts of chains and counting had a cosine of 0.16, with many look-alikes among them 0.03.
   6. A base model of our own, where the paper takes one from the shelf: labels for the eyes, lessons in words, an exam.
 
 Reading order: reward and advantage -> policy loss -> one step of each stage -> what they learn from: GoG-Instruct (SFT), levels and curriculum
@@ -99,13 +100,13 @@ def supervised_step(policy, env, batch, opts, budget=4000):
 
 
 def grpo_step(policy, reference, env, batch, advantages, opts, a):
-    """One update from rollouts (list of Q*G) and their advantages (Q*G,). Dead trajectories leave; the denominator is fixed first. `signal`: the
-    cosine of the gradients of every other question and of the rest. What questions share is signal, all else is luck: 0 teaches nothing."""
+    """One update from rollouts (list of Q*G) and their advantages (Q*G,). Those without advantage are left out; the loss is divided by the trained
+    tokens of the rest. `signal`: the cosine of the gradient of the even questions and that of the odd ones. What they share is signal, all else luck."""
     alive = [i for i in range(len(batch)) if advantages[i] != 0]
     tokens = max(1, sum(sum(batch[i].trained) for i in alive))
-    totals, halves = dict(loss=0.0, kl=0.0, clipped=0.0, entropy=0.0, ratio_gap=0.0), []
+    totals, grads = dict(loss=0.0, kl=0.0, clipped=0.0, entropy=0.0, ratio_gap=0.0), []
     for half in (0, 1):
-        mine = [i for i in alive if i // a.group % 2 == half]
+        mine = [i for i in alive if i // a.group % 2 == half]  # i // group is the question
         for part in micro_batches(mine, [len(batch[i].ids) for i in mine], a.token_budget):
             trajectories = [batch[i] for i in part]
             logp, all_logp = token_logprobs(policy, env, trajectories, a.temperature)
@@ -113,14 +114,14 @@ def grpo_step(policy, reference, env, batch, advantages, opts, a):
             weight = torch.cat([advantages[i].expand(sum(batch[i].trained)) for i in part]).to(logp.device)
             with torch.no_grad():
                 ref = token_logprobs(reference, env, trajectories, a.temperature)[0] if reference is not None else None
-                entropy = -(all_logp.exp() * all_logp.clamp_min(-1e4)).sum().item()
+                entropy = -(all_logp.exp() * all_logp.clamp_min(-1e4)).sum().item()  # 0 * -inf would be nan
                 totals["ratio_gap"] = max(totals["ratio_gap"], (logp - old).abs().max().item())
             loss, clipped, kl = policy_loss(logp, old, weight, a.clip_low, a.clip_high, ref, a.beta)
             (loss / tokens).backward()
             for name, value in dict(loss=loss.item(), kl=kl, clipped=clipped, entropy=entropy).items():
                 totals[name] += value / tokens
-        halves.append(torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in policy.parameters() if p.requires_grad]))  # cumulative
-    totals["signal"] = F.cosine_similarity(halves[0], halves[1] - halves[0], 0).item()
+        grads.append(torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in policy.parameters() if p.requires_grad]))  # they add up: the second is that of both
+    totals["signal"] = F.cosine_similarity(grads[0], grads[1] - grads[0], 0).item()
     totals["grad_norm"] = update(policy, opts, [batch[i] for i in alive])  # nobody alive, no gradient: nothing moves
     return totals
 
@@ -147,6 +148,11 @@ def iteration(policy, reference, env, questions, opts, a, generator):
 
 
 # ------------------------------------------------------------------------------- what they learn from: demonstrations, levels
+
+def level(p):
+    """Complexity level of a pass rate p in [0, 1]: 0 easy (above 5/8), 1 about a half, 2 hard (below 1/2, the paper trains on these)."""
+    return 2 if p < 0.5 else 1 if p <= 0.625 else 0
+
 
 def pass_rates(policy, env, pool, n=4, temperature=1.0, seed=0):
     """Share of n sampled trajectories that are right, for every question; says how many are of which level."""
@@ -193,20 +199,15 @@ def instruct(policy, env, world, n=5750, seed=0, wrong_gaze=0.2, glance_first=0.
     return demos
 
 
-def level(p):
-    """Complexity level of a pass rate p in [0, 1]: 0 easy (above 5/8), 1 about a half, 2 hard (below 1/2, the paper trains on these)."""
-    return 2 if p < 0.5 else 1 if p <= 0.625 else 0
-
-
 @dataclass
 class Curriculum:
-    """What comes next: of questions by "level1", "level2", "all", "learnable" (0 < p < 1/2) or "adaptive", of kinds of questions by "fresh"."""
+    """Draws indices of `pass_rates`: an entry for each question by "level1", "level2", "all", "learnable" (0 < p < 1/2) or "adaptive", for each kind of question by "fresh"."""
     pass_rates: list
     mode: str = "fresh"
     seed: int = 0
     pool: list = None
     queue: list = field(default_factory=list)
-    worth: list = None  # of each, where they are drawn by lot; default: 1
+    worth: list = None  # weight of each entry, where entries are drawn at random; default: 1
 
     def __post_init__(self):
         self.rng, self.worth = random.Random(self.seed), self.worth or [1] * len(self.pass_rates)
@@ -232,7 +233,7 @@ class Curriculum:
 
 
 def kinds(world):
-    """What `fresh` draws from: every kind of RL_MIX that can be asked of this world, and the user's own questions."""
+    """What `fresh` draws from: every kind of RL_MIX that can be asked of this world, as (kind, setting, weight), and the user's own questions."""
     out = list(world.own[::2])
     for kind in data.RL_MIX:
         with contextlib.suppress(data.WorldError):
@@ -246,6 +247,7 @@ def ask(world, wanted, seed):
     return [w if isinstance(w, data.Question) else data.questions(world, [w], 1, f"{seed}/{i}")[0] for i, w in enumerate(wanted)]
 
 
+# ======================================================= from here on: how the base model is made. For GRPO alone, stop here and go on to train.py.
 # ----------------------------------------------------------------------- base model: what it can spell, labels for the eyes
 
 def corpus(seed=0):
@@ -506,7 +508,7 @@ def hit_list(rng, towns):
 
 
 def plan_lesson(env, rng, plans=7):
-    """Nothing but plans: a question tells backwards what is to be looked up, the first thought tells it forwards. An errand has but one such thought.
+    """Nothing but plans: the first thought copies from the question what is to be looked up, in the question's own order. An errand has only one such thought.
 
         <bos>What is the river of the twin town of the red round shield?<sep> [<think> for the river of the twin town, look at red round</think>] What .."""
     t, world = Trajectory(None), little_world(rng, pieces_by_lot(env, rng))
@@ -622,7 +624,7 @@ def replay(env, seed, n):
 
 
 def lessons(env, seed, size, i, point_first=250):
-    """Batch i of the pretraining stream, the first of which do nothing but point: among other lessons that takes ten times as long to begin (results/trials.md).
-    Depends on (seed, i) only, so a resumed run sees what the unbroken one would have seen."""
+    """Batch i of the pretraining stream. The first `point_first` batches only point: among other lessons that takes ten times as long to begin
+    (results/trials.md). Depends on (seed, i) only, so a resumed run sees what the unbroken one would have seen."""
     rng, mix = random.Random(f"lessons/{seed}/{i}"), LESSONS if i >= point_first else {point_lesson: 1}
     return [make(env, rng) for make in rng.choices(list(mix), mix.values(), k=size)]

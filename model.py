@@ -13,7 +13,7 @@ Additions that a small model on a small budget is glad of; the first two can be 
      copying circuit needs ("rival town of the" says where in "the nearest town of the rival town of the leftmost shield" to go on), and lets <gaze> see both words of "red round" (grounding alone, 70 s from a fresh decoder: the right shield
      97 % of the time with three; 65 % with one; 43 % with three when image tokens, too, were mixed with their neighbours).
   3. Smooth starts: patch positions and the embeddings of 0..99 begin on waves, so that nearby places and numbers begin alike.
-  4. Loud image tokens: a norm behind the projector makes them 4.5 times as long as words (why: Vision, below).
+  4. Loud image tokens: the norm after the projector begins at 4.5 instead of 1 (why: Vision, below).
 
 Reading order: configuration -> vocabulary -> layers -> cache -> vision -> policy -> batches to train on -> sampling -> optimiser -> save and load.
 
@@ -274,8 +274,8 @@ class Vision(nn.Module):
         self.blocks = nn.ModuleList(VisionBlock(w, c.vit_heads) for _ in range(c.vit_layers))
         self.norm = nn.LayerNorm(w)
         self.projector = nn.Linear(w * c.shuffle**2, c.width, bias=False)
-        self.projector_norm = RMSNorm(c.width)  # else image tokens grow without end (to 40 times a word's embedding, in a trial)
-        nn.init.constant_(self.projector_norm.weight, 4.5)  # loud, so that what text-trained layers add to them drowns nothing (results/trials.md: 55 % -> 92 %)
+        self.projector_norm = RMSNorm(c.width)  # fixes their length, which otherwise grows without end
+        nn.init.constant_(self.projector_norm.weight, 4.5)  # loud, or what text-trained layers add to them would drown what they show (results/trials.md: 55 % -> 92 %)
 
     def patches(self, pictures):
         """Features (B, P, W) of every patch."""

@@ -40,13 +40,13 @@ from tools import Toolbox
 # --------------------------------------------------------------------------------------------------------------- stages
 
 def stream(make, start, steps):
-    """Batches make(start), make(start + 1) .. of a run of so many steps, made by one background process: drawing and training overlap. To the loader
-    a step's number is the sample, and what it is made into the batch."""
+    """Batches make(start) .. make(steps - 1), made by one background process while the model trains. The data set is the range of step numbers; `collate_fn`
+    makes each into its batch."""
     return torch.utils.data.DataLoader(range(start, steps), batch_size=None, num_workers=1, prefetch_factor=4, collate_fn=make)
 
 
 def pretrain(a):
-    """Base model, in two parts: see (what does each patch show?), then words (every lesson at once). Stands in for Qwen-VL."""
+    """Base model, in two parts: see (what does each patch show?), then words (at first only pointing, then all lessons mixed). Stands in for Qwen-VL."""
     run = Run(a.folder("base"), "pretrain")
     torch.manual_seed(a.seed)
     v = Vocabulary.learn(grpo.corpus())
@@ -55,8 +55,8 @@ def pretrain(a):
     number_line(policy.embed_tokens.weight, [v.word(n) for n in range(100)])
     word_ids = {part: [v.word(w) for w in told] for part, told in grpo.TIED.items()}
     heads = torch.nn.ModuleList(torch.nn.Linear(w, 4 + sum(map(len, grpo.PARTS.values()))) for w in (config.vit_width, config.width)).to(a.device)
-    eye_opts = [*optimisers(policy.vision.named_parameters(), a.see_lr, a.see_adam_lr),  # see_step draws image tokens towards words, and words towards image tokens
-                torch.optim.AdamW([*heads.parameters(), policy.embed_tokens.weight], a.see_adam_lr, weight_decay=0.0)]
+    eye_opts = [*optimisers(policy.vision.named_parameters(), a.see_lr, a.see_adam_lr),
+                torch.optim.AdamW([*heads.parameters(), policy.embed_tokens.weight], a.see_adam_lr, weight_decay=0.0)]  # words, too: see_step draws them towards image tokens
     word_opts = optimisers(((n, p) for n, p in policy.named_parameters() if "vision" not in n or "projector" in n), a.word_lr, a.word_adam_lr)
     env = gog.Environment(v, None, config)
     parts = (("see", a.see_steps, eye_opts, grpo.Sights(config, a.seed, a.see_batch)),
@@ -139,7 +139,7 @@ def rl(a):
     world = data.open_world(a.world, a.seed_world, a.towns)
     env = gog.Environment(v, gog.make_toolbox(world, a.failure_rate, a.seed), policy.config)
     validate = development(env, world, a)
-    fresh = a.curriculum == "fresh"
+    fresh = a.curriculum == "fresh"  # then the pool holds kinds of questions, and each is asked anew; else questions, scored once first
     pool = grpo.kinds(world) if fresh else data.questions(world, data.RL_MIX, a.rl_questions, f"rl/{a.seed}") + list(world.own[::2])
     reference = read_weights(a, a.weights("sft"))[0].requires_grad_(False) if a.beta else None
     # SGD: the gradients of two batches have a cosine of 0.16, those that AdamW would make of them 0.06, and Muon's 0.02
@@ -154,7 +154,7 @@ def rl(a):
         generator.set_state(torch.tensor(saved["torch_rng"], dtype=torch.uint8))
     best, champion = saved.get("best", [-1.0, 0]), run.weights.with_suffix(".best.safetensors")  # becomes the result only when the stage is done
     bar = tqdm(total=a.rl_steps, initial=saved.get("step", 0), desc="rl", unit="step")
-    for step in range(saved.get("step", 0), a.rl_steps + 1):
+    for step in range(saved.get("step", 0), a.rl_steps + 1):  # one turn more than updates: the last only validates
         if step % a.eval_every == 0 or step == a.rl_steps:  # keep the best by validation, not the last
             score, _ = validate(policy)
             print(f"\nstep {step}: development accuracy {score:.3f}", file=sys.stderr)
@@ -163,7 +163,7 @@ def rl(a):
                 save(policy, champion, tokenizer=v.to_text())
         if step == a.rl_steps:
             break
-        lr = set_lr(opts, min((step + 1) / 3, 1 - step / a.rl_steps))
+        lr = set_lr(opts, lr_factor(step, a.rl_steps, warmup=3, decay=1.0))
         chosen = curriculum.draw(a.rl_batch)
         batch, advantages, solved, stats = grpo.iteration(policy, reference, env, grpo.ask(world, [pool[i] for i in chosen], f"rl/{a.seed}/{step}"), opts, a, generator)
         curriculum.seen(chosen, solved)
@@ -376,7 +376,7 @@ class Args:
     save_every: int = 50  # steps between checkpoints of pretrain and sft
     see_steps: int = 2600  # of pretraining: the eyes alone
     see_batch: int = 12  # pictures a step
-    word_steps: int = 2700  # every lesson in words
+    word_steps: int = 2700  # lessons in words
     word_batch: int = 12  # lessons a step: at equal time, many small ones teach more than few large ones
     exam: int = 3072  # held-out questions, about so many, that the base model is examined with
     see_lr: float = 0.004  # of the eyes' matrices
