@@ -24,6 +24,7 @@ Provenance is known at birth: `Trajectory.act` appends what the policy sampled o
 environment wrote, and the expert's slips (never trained). Token ids are never decoded and encoded again, so training sees exactly what was sampled.
 """
 import argparse
+import itertools
 import random
 import re
 import sys
@@ -110,8 +111,7 @@ TURN = re.compile(r"(?:<think>([^<>]*)</think>)?\s*<(answer|search|glance|gaze)>
 
 def parse(text):
     """Text of one turn, without its stop token -> Turn. Never raises: whatever is no action is a malformed one, with the reason."""
-    match = TURN.fullmatch(text)
-    if not match:
+    if not (match := TURN.fullmatch(text)):
         return Turn("malformed", "one optional thought, then exactly one action")
     thought, kind, argument = (part.strip() if part else "" for part in match.groups())
     if kind == "gaze":
@@ -216,12 +216,9 @@ def _rollout_batch(policy, env, questions, group, temperature, schedule, generat
 
 def _feed(policy, env, cache, chunks, pictures):
     """Read one ragged chunk of ids a row into the cache; hidden state of each row's last token, (B, D)."""
-    lengths = torch.tensor([len(c) for c in chunks])
-    ids = torch.full((len(chunks), int(lengths.max())), env.v.id["<pad>"])
-    for row, chunk in zip(ids, chunks):
-        row[:len(chunk)] = torch.tensor(chunk)
+    lengths = torch.tensor([len(c) for c in chunks], device=policy.device)
+    ids = torch.nn.utils.rnn.pad_sequence(list(map(torch.tensor, chunks)), batch_first=True, padding_value=env.v.id["<pad>"]).to(policy.device)
     pictures = torch.from_numpy(np.stack(pictures)).to(policy.device) if pictures else None
-    ids, lengths = ids.to(policy.device), lengths.to(policy.device)
     hidden = policy(ids, pictures, env.image[0], cache, lengths)
     return hidden[torch.arange(len(chunks), device=policy.device), lengths - 1]
 
@@ -303,11 +300,9 @@ def expert(q, rng, wrong_gaze=0.0, glance_first=0.0, missed=None):
     missed: {target: (what somebody took it for, where they looked in vain)}: it begins there, then reads the picture anew. wrong_gaze: chance of
     a look at an object that does not fit, or at bare wall. glance_first: chance of a useless glance at a crowded wall. All three are slips.
     """
-    if q.kind == "count":
-        yield count_aloud(q.scene, q.text.split()[-1].strip("?"))
-        return
-    if q.search_free:  # colour, shape
-        yield f"<think> {look_thought(q.scene, q.targets[0], q.expressions[0], q.phrases[0])}</think><answer> {q.answers[0]}</answer>"
+    if q.search_free:
+        seen = lambda: f"<think> {look_thought(q.scene, q.targets[0], q.expressions[0], q.phrases[0])}</think><answer> {q.answers[0]}</answer>"
+        yield count_aloud(q.scene, q.text.split()[-1].strip("?")) if q.kind == "count" else seen()
         return
     names, values, thought, memory = [], [], "", ""
     for target, phrase, kind in zip(q.targets, q.phrases, q.expressions):
@@ -333,11 +328,9 @@ def expert(q, rng, wrong_gaze=0.0, glance_first=0.0, missed=None):
 
 def _find(q, target, phrase, kind, rng, missed_here, wrong_gaze, glance_first, thought, memory):
     """The expert's looks at one target, slips among them, until a hit fits what is wanted: returns (its name or None, what to think next)."""
-    looks, boxes, places = [e.look for e in q.scene.entities], q.scene.boxes, [q.scene.boxes[target]]
-    if len(looks) == 1:
-        places = ["glance"]
-    elif "," in phrase:  # look-alikes: only a gaze can tell, so take them from left to right
-        places = sorted(b for b, l in zip(boxes, looks) if l == looks[target])
+    looks, boxes = [e.look for e in q.scene.entities], q.scene.boxes
+    alike = [b for b, l in zip(boxes, looks) if l == looks[target]]  # only a gaze can tell, so take them from left to right
+    places = ["glance"] if len(looks) == 1 else left_to_right(alike) if "," in phrase else [boxes[target]]
     tries = [(phrase, place, False) for place in places]  # (what is wanted, where to look, is it a slip?)
     others = [b for b, l in zip(boxes, looks) if l != looks[target]]
     elsewhere = [b for b in (rng.choice(others or [None]), _bare_wall(boxes, rng)) if b]
@@ -352,8 +345,9 @@ def _find(q, target, phrase, kind, rng, missed_here, wrong_gaze, glance_first, t
         action = "<glance></glance>" if place == "glance" else gaze(place)
         turn = f"<think> {joined(thought, plan(q.chain), memory, look)}</think>{action}"  # the look comes last: the gaze that follows reads its words
         obs = yield from _try(Slip(turn) if slipped else turn, action)
-        name, seen = _best_hit(obs, wanted)
-        thought = compare_aloud(wanted, seen)
+        held_to = stated(kind, phrase) if kind in ("colour", "shape") else wanted
+        name, seen = _best_hit(obs, held_to, kind)
+        thought = compare_aloud(held_to, seen)
         if name:
             break
     # a hit that fits what somebody had taken the target for is not the target: None, and the demonstration is dropped
@@ -382,10 +376,23 @@ def gaze(box):
     return "<gaze> {} {} {} {}</gaze>".format(*box)
 
 
+def left_to_right(boxes):
+    """Boxes column by column, each from top to bottom: their left edges alone would order a column by its jitter, which nobody can learn."""
+    ordered = sorted(boxes, key=lambda b: b[0] + b[2])
+    columns = itertools.accumulate(b[0] + b[2] - a[0] - a[2] > 16 for a, b in zip(ordered[:1] + ordered, ordered))  # a new one where centres are 8 apart
+    return [b for _, _, b in sorted((column, b[1], b) for column, b in zip(columns, ordered))]
+
+
+def stated(kind, phrase):
+    """What the question itself says of the look of `phrase`: of "the round shield" the colour is the policy's own guess, and a hit is not held to it."""
+    return phrase.split()[0] if kind == "colour" else phrase.split()[-1] if kind == "shape" else phrase
+
+
 def look_thought(scene, i, kind, phrase):
-    """What to think before a look at object i. By its neighbour it is found in two steps: where does that one hang, and what is beside it?"""
+    """What to think before a look at object i. By its shape: that shape first, or its colour would be named before the shape has been read. By its
+    neighbour it is found in two steps: where does that one hang, and what is beside it?"""
     if kind != "neighbour":
-        return f"look at {phrase}"
+        return (f"{phrase.split()[-1]}, " if kind == "shape" else "") + f"look at {phrase}"
     looks = [e.look for e in scene.entities]
     side, j = data.beside(looks, data.relations(scene)[i])
     x0, y0, x1, y1 = scene.boxes[j]
@@ -402,7 +409,8 @@ def compare_aloud(wanted, seen):
 
 def count_aloud(scene, colour):
     """Name what is to be counted, from left to right, then say how many: a small model counts what it has written."""
-    named = [e.look for _, e in sorted(zip(scene.boxes, scene.entities), key=lambda x: x[0]) if e.look.split()[0] == colour]
+    looks = {box: e.look for box, e in zip(scene.boxes, scene.entities) if e.look.split()[0] == colour}
+    named = [looks[box] for box in left_to_right(looks)]
     return f"<think> {', '.join(named)}</think><answer> {len(named)}</answer>"
 
 
@@ -414,11 +422,11 @@ def _try(turn, action, patience=3):
     return obs
 
 
-def _best_hit(obs, phrase):
-    """(name, what the best hit shows): name is None if that does not fit the phrase. It is told in as many parts as the phrase: look, or look and detail."""
+def _best_hit(obs, phrase, kind):
+    """(name, what the best hit shows): name is None if that does not fit the phrase. It is told in the same parts: colour, shape, look, or look and detail."""
     name, _, blazon = (obs or "").split(" | ")[0].partition(": ")
     look, *_, detail = blazon.split(", ") if ", " in blazon else (blazon, "")
-    seen = f"{look}, {detail}" if "," in phrase else look
+    seen = f"{look}, {detail}" if "," in phrase else stated(kind, look) if look else ""
     return (name.split(" ", 1)[-1] if seen == phrase else None), seen
 
 
@@ -542,8 +550,8 @@ def poster(t, width=760, line=19):
     """The picture with its gazes beside the turns in words: one image to look at."""
     picture = draw_gazes(t)
     picture.thumbnail((420, 420))
-    told = unaccented(tell(t))  # Pillow's own font has no accents
-    lines = [part for text in told.split("\n") for part in textwrap.wrap(text, 96, subsequent_indent=" " * 14, drop_whitespace=False)]
+    lines = [part for text in unaccented(tell(t)).split("\n")  # Pillow's own font has no accents
+             for part in textwrap.wrap(text, 96, subsequent_indent=" " * 14, drop_whitespace=False)]
     sheet = Image.new("RGB", (picture.width + width, max(picture.height, line * len(lines) + 20)), "white")
     sheet.paste(picture, (0, 0))
     for i, text in enumerate(lines):

@@ -99,6 +99,14 @@ def supervised_step(policy, env, batch, opts, budget=4000):
     return loss, update(policy, opts, batch)
 
 
+def decisions(env, t):
+    """Which of a trajectory's own tokens (M,) its advantage reaches: 1, but 0 for the four numbers of a gaze. What to look at is decided in words; how
+    well its box is hit is chance, a third of an update's noise (results/trials.md)."""
+    own = torch.tensor(t.ids)[torch.tensor(t.trained)]
+    gaze = F.pad((own == env.v.id["<gaze>"]).float(), (4, 0))
+    return 1 - sum(gaze[4 - k:len(gaze) - k] for k in (1, 2, 3, 4))
+
+
 def grpo_step(policy, reference, env, batch, advantages, opts, a):
     """One update from rollouts (list of Q*G) and their advantages (Q*G,). Those without advantage are left out; the loss is divided by the trained
     tokens of the rest. `signal`: the cosine of the gradient of the even questions and that of the odd ones. What they share is signal, all else luck."""
@@ -111,7 +119,7 @@ def grpo_step(policy, reference, env, batch, advantages, opts, a):
             trajectories = [batch[i] for i in part]
             logp, all_logp = token_logprobs(policy, env, trajectories, a.temperature)
             old = torch.cat([torch.tensor(t.logprobs)[torch.tensor(t.trained)] for t in trajectories]).to(logp.device)
-            weight = torch.cat([advantages[i].expand(sum(batch[i].trained)) for i in part]).to(logp.device)
+            weight = torch.cat([advantages[i] * decisions(env, batch[i]) for i in part]).to(logp.device)
             with torch.no_grad():
                 ref = token_logprobs(reference, env, trajectories, a.temperature)[0] if reference is not None else None
                 entropy = -(all_logp.exp() * all_logp.clamp_min(-1e4)).sum().item()  # 0 * -inf would be nan
@@ -279,8 +287,7 @@ class Sights:
     """
 
     def __init__(self, config, seed, size):
-        self.side, self.seed, self.size = config.picture, seed, size
-        self.grids = config.picture // config.patch, config.picture // config.patch // config.shuffle
+        self.side, self.seed, self.size, self.grids = config.picture, seed, size, (config.picture // config.patch, config.picture // config.patch // config.shuffle)
 
     def __call__(self, i):
         rng = random.Random(f"sights/{self.seed}/{i}")
@@ -318,9 +325,7 @@ def spread(boxes, labels, grid):
 
 def fresh_town(rng, relations=0, pieces=()):
     """A town that exists for one lesson only, so that nothing about it can be learnt by heart. `pieces`: see `strange`."""
-    facts = {}
-    for known in rng.sample(list(data.VALUES), relations):
-        facts[fresh_relation(rng, known, pieces)] = strange(rng, pieces) or data.VALUES[known](rng)
+    facts = {fresh_relation(rng, r, pieces): strange(rng, pieces) or data.VALUES[r](rng) for r in rng.sample(list(data.VALUES), relations)}
     return data.Entity.with_arms(strange(rng, pieces) or data.town_name(rng), facts, data.Arms.draw(rng))
 
 
@@ -369,9 +374,12 @@ def cell_loss(logits, label):
 # ---------------------------------------------------------------------------------------- base model: lessons in words
 
 
+COMPARED = {"colour": ("tincture",), "shape": ("outline",), "look": ("tincture", "outline"), "detail": ("tincture", "outline", "charge", "charge_tincture", "count")}
+
+
 def in_words(town, depth):
-    """A town's arms in the words of a thought: the tincture, the look, or look and detail."""
-    return (town.arms.tincture, town.look, f"{town.look}, {town.detail}")[depth]
+    """A town's arms in the words of a thought, as deep as a key of COMPARED: colour, shape, look, or look and detail."""
+    return {"colour": town.arms.tincture, "shape": town.arms.outline, "look": town.look, "detail": f"{town.look}, {town.detail}"}[depth]
 
 
 def say(env, t, question, response, topic=""):
@@ -397,7 +405,7 @@ def point_lesson(env, rng):
     t, scene = wall(env, rng)
     looks = [e.look for e in scene.entities]
     for look in rng.sample(sorted(set(looks)), len(set(looks))):
-        for box in sorted(b for b, l in zip(scene.boxes, looks) if l == look):
+        for box in gog.left_to_right([b for b, l in zip(scene.boxes, looks) if l == look]):
             t.observe(env.v.encode(f"look at {look}"))
             t.act(env.v.encode_turn(gog.gaze(box)))
     return t
@@ -409,16 +417,17 @@ RARE = {"order": 2, "neighbour": 3, "size": 6}  # expressions that few objects o
 def wall_lesson(env, rng, questions=9):
     """Objects on a wall, each asked for once, by an expression (if one were asked for twice, its box would be copied with closed eyes from the first answer):
 
-        <bos> <image> x 16 point to the leftmost shield<sep> [<think> leftmost is red round</think><gaze> 3 36 30 63</gaze><stop>] What is the colour .."""
+        <bos> <image> x 16 point to the leftmost shield<sep> [<think> look at red round</think><gaze> 3 36 30 63</gaze><stop>] What is the colour .."""
     t, scene = wall(env, rng)
+    if rng.random() < 0.15:  # or count, on a wall of its own: what has been pointed at would be copied, and nobody would learn to count
+        for colour in list(dict.fromkeys(e.look.split()[0] for e in rng.sample(scene.entities, len(scene.entities))))[:questions]:
+            say(env, t, f"How many {scene.noun}s are {colour}?", gog.count_aloud(scene, colour), "count")
+        return t
     names = data.references(scene)
     for i in rng.sample(range(len(names)), len(names))[:questions]:
         if kinds := [k for k in names[i] if k != "detail"]:
             kind = rng.choices(kinds, [RARE.get(k, 1) for k in kinds])[0]
             ask_about(env, rng, t, scene, i, kind, names[i])
-    if not t.lesson or questions > 1 and rng.random() < 0.4:
-        colour = rng.choice(scene.entities).look.split()[0]
-        say(env, t, f"How many {scene.noun}s are {colour}?", gog.count_aloud(scene, colour), "count")
     return t
 
 
@@ -442,7 +451,7 @@ def crop_lesson(env, rng, crops=3):
         if rng.random() < 0.5:
             say(env, t, "what is this", f"<answer> {town.blazon}</answer>", "caption")
         else:
-            wanted, seen, verdict = compared(rng, town, 2)
+            wanted, seen, verdict = compared(rng, town, "detail")
             say(env, t, f"look at {wanted}", f"<think> {gog.compare_aloud(wanted, seen)}</think><answer> {verdict}</answer>", "verify")
     return t
 
@@ -452,7 +461,7 @@ def compared(rng, town, depth):
     other, lot = town, rng.random()
     if lot > 0.5:
         arms = data.Arms.draw(rng)
-        part = rng.choice(("tincture", "outline", "charge", "charge_tincture", "count")[:(1, 2, 5)[depth]])
+        part = rng.choice(COMPARED[depth])
         arms = arms if lot > 0.85 else replace(town.arms, **{part: getattr(arms, part)})
         other = data.Entity.with_arms("", {}, arms)
     return in_words(other, depth), in_words(town, depth), "yes" if in_words(other, depth) == in_words(town, depth) else "no"
@@ -477,7 +486,9 @@ def text_lesson(env, rng, searches=2):
 
 def passages(env, rng, t, pieces, asked=3):
     """A text search: two passages, and values to be copied from either, by lot: if it were the first and then the other, nobody would read the query."""
-    shown = rng.sample([(e.name, r, v) for e in (fresh_town(rng, 2, pieces), fresh_town(rng, 2, pieces)) for r, v in e.facts.items()], 2)
+    a, b = fresh_town(rng, 2, pieces), fresh_town(rng, 2, pieces)
+    known = a.facts if rng.random() < 0.3 else b.facts  # towns of the same relations: then the name, too, must be read
+    shown = rng.sample([(e.name, r, v) for e, relations in ((a, a.facts), (b, known)) for r, v in zip(relations, e.facts.values())], 2)
     text, wanted = passage_list(rng, shown), rng.choices(shown, k=asked)
     show(env, t, "{} {}".format(*wanted[0]), text)
     if rng.random() < 0.3:  # nothing but copying, and much of it: this is what forms the circuit
@@ -489,7 +500,7 @@ def passages(env, rng, t, pieces, asked=3):
 
 def hits(env, rng, t, pieces):
     """An image search: two hits; does the first fit, and what is it called?"""
-    towns, depth = [fresh_town(rng, 0, pieces), fresh_town(rng, 0, pieces)], rng.choice((1, 2))
+    towns, depth = [fresh_town(rng, 0, pieces), fresh_town(rng, 0, pieces)], rng.choices(list(COMPARED), (1, 1, 3, 3))[0]
     wanted, seen, verdict = compared(rng, towns[0], depth)
     show(env, t, f"look at {wanted}", hit_list(rng, towns))
     found, answer = (f", {towns[0].name}", towns[0].name) if verdict == "yes" else ("", "no")
@@ -586,7 +597,7 @@ def decide_lesson(env, rng, decisions=9):
             a, b = rng.sample(range(100), 2)
             told = f"{a} more than {b}: {'yes' if a > b else 'no'}"
         else:
-            wanted, seen, _ = compared(rng, fresh_town(rng), rng.randrange(3))
+            wanted, seen, _ = compared(rng, fresh_town(rng), rng.choice(list(COMPARED)))
             told = gog.compare_aloud(wanted.split(", ")[-1], seen.split(", ")[-1])
         question, _, verdict = told.rpartition(" ")
         t.observe(env.v.encode(question))
@@ -606,10 +617,9 @@ def exam(policy, env, n, seed="exam"):
     count)}. `iou KIND` is the mean IoU of pointing by that kind of expression; every other topic is the share of exact answers."""
     rng, scores = random.Random(seed), {}
     for _ in range(0, n, 256):
-        drawn = [make(env, rng, 1) for make in rng.choices((wall_lesson, crop_lesson, text_lesson), (6, 2, 3), k=256)]
+        drawn = (make(env, rng, 1) for make in rng.choices((wall_lesson, crop_lesson, text_lesson), (6, 2, 3), k=256))
         sheet = [t for t in drawn if t.lesson and t.lesson[0][0]]
-        prompts = [t.ids[:t.trained.index(True)] for t in sheet]
-        for t, turn in zip(sheet, gog.respond(policy, env, prompts, [p for t in sheet for p in t.pictures])):
+        for t, turn in zip(sheet, gog.respond(policy, env, [t.ids[:t.trained.index(True)] for t in sheet], [p for t in sheet for p in t.pictures])):
             (topic, response), *_ = t.lesson
             wanted = gog.parse(response).argument
             right = data.iou(turn.argument, wanted) if topic[:3] == "iou" and turn.kind == "gaze" else float(turn.argument == wanted)
@@ -623,8 +633,8 @@ def replay(env, seed, n):
     return [make(env, rng) for make in rng.choices((wall_lesson, errand_lesson, plan_lesson, text_lesson), k=n)]
 
 
-def lessons(env, seed, size, i, point_first=250):
-    """Batch i of the pretraining stream. The first `point_first` batches only point: among other lessons that takes ten times as long to begin
+def lessons(env, seed, size, i, walls_first=250):
+    """Batch i of the pretraining stream. The first `walls_first` batches are of walls only: among other lessons seeing takes longer to begin
     (results/trials.md). Depends on (seed, i) only, so a resumed run sees what the unbroken one would have seen."""
-    rng, mix = random.Random(f"lessons/{seed}/{i}"), LESSONS if i >= point_first else {point_lesson: 1}
+    rng, mix = random.Random(f"lessons/{seed}/{i}"), LESSONS if i >= walls_first else {wall_lesson: 0.7, point_lesson: 0.3}
     return [make(env, rng) for make in rng.choices(list(mix), mix.values(), k=size)]

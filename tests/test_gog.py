@@ -205,10 +205,35 @@ def test_slips_begin_where_the_policy_looked_in_vain(env, world, policy, monkeyp
         lies_on_target = data.iou((3, 36, 30, 63), q.scene.boxes[q.targets[0]]) >= 0.5
         assert (m == {}) == lies_on_target and (t.turns[0].argument == (3, 36, 30, 63)) != lies_on_target
         if m and len(t.turns) > 1:
-            assert re.fullmatch("for the .*, look at red round", t.turns[0].thought) and t.turns[1].thought.startswith("want red round, see ")
+            assert re.fullmatch("for the .*, look at red round", t.turns[0].thought) and t.turns[1].thought.startswith(f"want {gog.stated(q.expressions[0], q.phrases[0]) if q.expressions[0] in ('colour', 'shape') else 'red round'}, see ")
             assert t.turns[1].thought.endswith(q.phrases[0])
             reread += q.phrases[0] != "red round"
     assert 0 < sum(map(len, missed)) < len(qs) and reread > 5
+
+
+def test_left_to_right_is_column_by_column():
+    """Prevents an order that jitter decides: whatever shift and size boxes have within the cells of a grid, they come column by column, from the top."""
+    rng = random.Random(0)
+    for _ in range(200):
+        n, places = rng.choice((3, 4)), {}
+        town = data.Entity.with_arms("", {}, data.Arms.draw(rng))
+        scene = data.hang([town] * rng.randint(1, n * n), "shield", rng, n, (0.52, 0.98))
+        for b in scene.boxes:
+            places[b] = (int((b[0] + b[2]) / 2 / (99 / n)), int((b[1] + b[3]) / 2 / (99 / n)))
+        assert gog.left_to_right(scene.boxes) == sorted(scene.boxes, key=places.get)
+
+
+def test_a_hit_is_held_to_what_the_question_says(env, world):
+    """Prevents giving up the right shield for a wrong guess: asked for "the round shield", the colour is the policy's own guess, so the thought names
+    the shape before it, and what was found is compared by shape only; likewise by colour."""
+    qs, seen = [q for q in data.questions(world, [("hop1", "normal", 1)], 150, "stated") if q.expressions[0] in ("colour", "shape")], set()
+    for q, t in zip(qs, gog.play(env, qs, [gog.expert(q, random.Random(0)) for q in qs])):
+        colour, shape = q.phrases[0].split()
+        word = colour if q.expressions == ("colour",) else shape
+        assert f"the {word} shield" in q.text and t.turns[1].thought.startswith(f"want {word}, see {word}: yes, ") and t.correct
+        assert t.turns[0].kind != "gaze" or t.turns[0].thought.endswith((f"{shape}, " if word == shape else "") + f"look at {colour} {shape}")
+        seen.add(word == shape)
+    assert seen == {True, False}
 
 
 def test_comparing_stops_at_the_first_part_that_differs():

@@ -177,6 +177,19 @@ def test_a_plan_is_the_questions_own_words(env):
     assert hops == {1, 2, 3, 4, 5}
 
 
+def test_nothing_is_counted_that_was_named_before(env):
+    """Prevents counting by copying: as long as the count came after the pointing, its list stood in the context, and the policy always said 1."""
+    rng, counted = random.Random(0), 0
+    for _ in range(150):
+        t = grpo.wall_lesson(env, rng)
+        topics = {topic for topic, _ in t.lesson}
+        assert topics <= {"count"} or "count" not in topics
+        colours = re.findall(r"How many \w+ are (\w+)", env.v.decode(t.ids))
+        assert len(colours) == len(set(colours))
+        counted += len(colours)
+    assert counted > 30
+
+
 def test_verdicts_are_true(env):
     """Prevents teaching that unlike is alike: every 'want X, see Y: yes' has X equal to Y, and both verdicts occur."""
     rng, seen = random.Random(0), set()
