@@ -93,17 +93,15 @@ def supervised_step(policy, env, batch, opts, budget=4000):
     loss = 0.0
     for part in micro_batches(batch, [len(t.ids) for t in batch], budget):
         logp, _ = token_logprobs(policy, env, part)
-        part_loss = -logp.sum() / total
-        part_loss.backward()
-        loss += part_loss.item()
+        (-logp.sum() / total).backward()
+        loss -= logp.sum().item() / total
     return loss, update(policy, opts, batch)
 
 
 def decisions(env, t):
     """Which of a trajectory's own tokens (M,) its advantage reaches: 1, but 0 for the four numbers of a gaze. What to look at is decided in words; how
     well its box is hit is chance, a third of an update's noise (results/trials.md)."""
-    own = torch.tensor(t.ids)[torch.tensor(t.trained)]
-    gaze = F.pad((own == env.v.id["<gaze>"]).float(), (4, 0))
+    gaze = F.pad((torch.tensor(t.ids)[torch.tensor(t.trained)] == env.v.id["<gaze>"]).float(), (4, 0))
     return 1 - sum(gaze[4 - k:len(gaze) - k] for k in (1, 2, 3, 4))
 
 
@@ -264,16 +262,16 @@ def corpus(seed=0):
     asked = [(kind, setting, 1) for kind in (*data.VISUAL, "name", "hop1", "hop2", "compare") for setting in ("normal", "twins")]
     texts = [text for _, text in toy.passages(late=True)] + [e.blazon for e in toy.pictured()] + [q.text for q in data.questions(toy, asked, 1500, "vocabulary")]
     texts += [" " + " ".join(str(rng.randint(0, 99)) for _ in range(8)) for _ in range(3000)]
-    texts += [f" {w}" for w in (*data.TINCTURES, *data.OUTLINES, *data.ORDINARIES, *data.CHARGES, *data.ROW, *data.COLUMN, *data.SIZE)] * 50
-    texts += ["point to the each see look at all want : no not is for yes what this list repeat shows nothing found search failed again bad box more"] * 50
+    texts += [f" {w}" for w in (*data.TINCTURES, *data.OUTLINES, *data.ORDINARIES, *data.CHARGES, *data.ROW, *data.COLUMN, *data.SIZE)] * 50 + ["point to the each see look at all want : no not is for yes what this list repeat shows nothing found search failed again bad box more"] * 50
     return texts
 
 
 # Label k of a part is its k-th value here (None: there is nothing of the kind); label -1 is left out of the loss.
-PARTS = {  # what can be told about the shield that a cell shows (None: bare wall), how it hangs, and what is beside it (Sights.tell knows the order)
+PARTS = {  # what can be told about the shield that a cell shows (None: bare wall), how it hangs, and what is beside it
     "tincture": [None, *data.TINCTURES], "outline": [None, *data.OUTLINES], "ordinary": list(data.ORDINARIES), "ordinary_tincture": list(data.TINCTURES),
     "charge": [None, *data.CHARGES], "charge_tincture": list(data.TINCTURES), "count": [1, 2, 3], "row": range(3), "column": range(3), "size": range(3),
     **{(side, k): [None, *kinds] for side in data.SIDES for k, kinds in enumerate((data.TINCTURES, data.OUTLINES))}}
+FINE = ("ordinary", "ordinary_tincture", "charge", "charge_tincture", "count")  # not to be told from afar
 TIED = {  # parts that one word tells
     "tincture": list(data.TINCTURES), "outline": list(data.OUTLINES), "row": data.ROW[1:], "column": data.COLUMN[1:], "size": data.SIZE[1:], "charge": list(data.CHARGES)}
 
@@ -306,10 +304,9 @@ class Sights:
     @staticmethod
     def tell(town, place, towns, box):
         """The label of every part of one shield."""
-        beside = {(side, k): towns[place[side]].look.split()[k] if side in place else None for side in data.SIDES for k in (0, 1)}
-        shown = {**vars(town.arms), **place, **beside}
-        label = [kinds.index(shown[part]) for part, kinds in PARTS.items()]
-        return label if box[3] - box[1] >= 35 else label[:2] + [-1] * 5 + label[7:]  # too small to tell ordinary, charge, count
+        shown = {**vars(town.arms), **place, **{(side, k): towns[place[side]].look.split()[k] if side in place else None for side in data.SIDES for k in (0, 1)}}
+        small = box[3] - box[1] < 35  # percent of the wall's height
+        return [-1 if small and part in FINE else told.index(shown[part]) for part, told in PARTS.items()]
 
 
 def spread(boxes, labels, grid):
@@ -426,8 +423,7 @@ def wall_lesson(env, rng, questions=9):
     names = data.references(scene)
     for i in rng.sample(range(len(names)), len(names))[:questions]:
         if kinds := [k for k in names[i] if k != "detail"]:
-            kind = rng.choices(kinds, [RARE.get(k, 1) for k in kinds])[0]
-            ask_about(env, rng, t, scene, i, kind, names[i])
+            ask_about(env, rng, t, scene, i, rng.choices(kinds, [RARE.get(k, 1) for k in kinds])[0], names[i])
     return t
 
 
