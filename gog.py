@@ -7,14 +7,14 @@ One turn of the policy:   [<think> text </think>]  exactly one action  <stop>
     <gaze> x0 y0 x1 y1</gaze>         crop (percent of the picture, 0..99), look at the crop, and search with it
 The environment answers <obs> [crop] text </obs>, and so on, until an answer or the last turn. One whole trajectory:
     What is the river of the twin town of the leftmost shield?
-    <think> for the river of the twin town, look at red round</think><gaze> 3 36 30 63</gaze>
+    <think> look at red round, for the river of the twin town</think><gaze> 3 36 30 63</gaze>
         [crop] 97 Brenna: red round, gold bend, 2 white crowns | 84 Old Vosk: red round, gold bend, 2 white rings
     <think> want red round, see red round: yes, Brenna, for the river of the twin town</think><search> Brenna twin town</search>
         In Brenna the twin town is Karvel Ost. | Dröse has one twin town: Brenna.
     <think> twin town is Karvel Ost, for the river</think><search> Karvel Ost river</search>
         As for Karvel Ost, its river is Ilm. | In Karvel Ost the ruler is Te Gal IV.
     <think> river is Ilm</think><answer> Ilm</answer>
-Had the crop shown a blue square: <think> want red round, see blue square: no, for the river of the twin town, look at red round</think><gaze> ...
+Had the crop shown a blue square: <think> want red round, see blue square: no, look at red round, for the river of the twin town</think><gaze> ...
 
 From the paper: Selective Gaze, four actions, one a turn; reflection after a wrong gaze; full-search, direct and no-gaze baselines.
 Here instead: exact match, where the paper asks an LLM judge; a program as the expert, where the paper filters a strong model's
@@ -343,7 +343,7 @@ def _find(q, target, phrase, kind, rng, missed_here, wrong_gaze, glance_first, t
     for wanted, place, slipped in tries:
         look = look_thought(q.scene, target, kind, phrase) if wanted == phrase else f"look at {wanted}"
         action = "<glance></glance>" if place == "glance" else gaze(place)
-        turn = f"<think> {joined(thought, plan(q.chain), memory, look)}</think>{action}"  # the look comes last: the gaze that follows reads its words
+        turn = f"<think> {joined(thought, look, plan(q.chain), memory)}</think>{action}"
         obs = yield from _try(Slip(turn) if slipped else turn, action)
         held_to = stated(kind, phrase) if kind in ("colour", "shape") else wanted
         name, seen = _best_hit(obs, held_to, kind)

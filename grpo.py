@@ -517,7 +517,7 @@ def hit_list(rng, towns):
 def plan_lesson(env, rng, plans=7):
     """Nothing but plans: the first thought copies from the question what is to be looked up, in the question's own order. An errand has only one such thought.
 
-        <bos>What is the river of the twin town of the red round shield?<sep> [<think> for the river of the twin town, look at red round</think>] What .."""
+        <bos>What is the river of the twin town of the red round shield?<sep> [<think> look at red round, for the river of the twin town</think>] What .."""
     t, world = Trajectory(None), little_world(rng, pieces_by_lot(env, rng))
     t.observe([env.v.id["<bos>"]])
     for _ in range(plans):
@@ -540,7 +540,7 @@ def errand_lesson(env, rng):
     """A whole errand with closed eyes: what the expert thinks and asks, and what the tools would tell. Towns and relations are invented for
     it, so that what is learnt is to plan and to remember. Boxes are shown, not learnt (there is no picture); thoughts, searches and answers are:
 
-        <bos>What is the river of the twin town of the red round shield?<sep> [<think> for the river of the twin town, look at red round</think>] <gaze> 3 36
+        <bos>What is the river of the twin town of the red round shield?<sep> [<think> look at red round, for the river of the twin town</think>] <gaze> 3 36
         30 63</gaze><stop><obs> 97 Brenna: red round, gold bend, 2 white crowns | ..</obs> [<think> want red round, see red round: yes, Brenna, for
         the river of the twin town</think><search> Brenna twin town</search><stop>] <obs> ..      (in brackets: trained)"""
     world = little_world(rng, pieces_by_lot(env, rng))

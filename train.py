@@ -377,13 +377,13 @@ class Args:
     save_every: int = 50  # steps between checkpoints of pretrain and sft
     see_steps: int = 2600  # of pretraining: the eyes alone
     see_batch: int = 12  # pictures a step
-    word_steps: int = 3000  # lessons in words
+    word_steps: int = 3300  # lessons in words
     word_batch: int = 12  # lessons a step: at equal time, many small ones teach more than few large ones
     exam: int = 3072  # held-out questions, about so many, that the base model is examined with
     see_lr: float = 0.004  # of the eyes' matrices
     see_adam_lr: float = 0.002  # of everything else while the eyes learn
-    word_lr: float = 0.004  # of the decoder's matrices
-    word_adam_lr: float = 0.003  # of embeddings and norms
+    word_lr: float = 0.002  # of the decoder's matrices
+    word_adam_lr: float = 0.002  # of embeddings and norms
     demos: int = 5750  # trajectories of GoG-Instruct
     wrong_gaze: float = 0.2  # chance, for every object looked for, that the expert also looks where it is not
     glance_first: float = 0.05  # chance that it begins with a useless glance

@@ -23,7 +23,7 @@ from model import TAGS
 
 # ------------------------------------------------------------------------------------------------------------------ text
 
-TURNS = ("<think> for the river, look at red round</think><gaze> 3 36 30 63</gaze>", "<think> want red round, see red round: yes, Brenna</think><answer> Brenna</answer>",
+TURNS = ("<think> look at red round, for the river</think><gaze> 3 36 30 63</gaze>", "<think> want red round, see red round: yes, Brenna</think><answer> Brenna</answer>",
          "<search> Karvel Ost river</search>", "<glance></glance>")
 SHARDS = (*TAGS, "<", ">", "/", "-1", "100", "9" * 400, "1e9", "²", "\0", "\ufffd", "‹", "\n", " ", "<gaze>", "</gaze> 1 2 3 4", "é", "🙂", "3.5", "nan")
 

@@ -169,7 +169,7 @@ def test_a_plan_is_the_questions_own_words(env):
     rng, hops = random.Random(0), set()
     for _ in range(40):
         t = grpo.plan_lesson(env, rng)
-        for question, plan in re.findall(r"What is the ([^?]*)\?<sep><think> for the (.*?), look at [^,]*</think>", env.v.decode(t.ids)):
+        for question, plan in re.findall(r"What is the ([^?]*)\?<sep><think> look at [^,]*, for the (.*?)</think>", env.v.decode(t.ids)):
             assert plan == question.rpartition(" of the ")[0]
             hops.add(len(plan.split(" of the ")))
         taught = env.v.decode([token for token, trained in zip(t.ids, t.trained) if trained])
