@@ -341,7 +341,7 @@ def _find(q, target, phrase, kind, rng, missed_here, wrong_gaze, glance_first, t
     if len(looks) > 1 and rng.random() < glance_first:
         tries = [(phrase, "glance", True), *tries]
     for wanted, place, slipped in tries:
-        look = look_thought(q.scene, target, kind, phrase) if wanted == phrase else f"look at {wanted}"
+        look = look_thought(q.scene, target, kind, wanted)
         action = "<glance></glance>" if place == "glance" else gaze(place)
         turn = f"<think> {joined(thought, look, plan(q.chain), memory)}</think>{action}"
         obs = yield from _try(Slip(turn) if slipped else turn, action)
@@ -350,7 +350,7 @@ def _find(q, target, phrase, kind, rng, missed_here, wrong_gaze, glance_first, t
         thought = compare_aloud(held_to, seen)
         if name:
             break
-    # a hit that fits what somebody had taken the target for is not the target: None, and the demonstration is dropped
+    # what fits after a look at a wrong place is a stranger: None, and the demonstration is dropped
     return (name if wanted == phrase else None), joined(thought, name, plan(q.chain), memory)
 
 
@@ -384,7 +384,7 @@ def left_to_right(boxes):
 
 
 def stated(kind, phrase):
-    """What the question itself says of the look of `phrase`: of "the round shield" the colour is the policy's own guess, and a hit is not held to it."""
+    """What of a look a hit is held to: of "the round shield" the shape, as the colour is the policy's own guess; likewise by colour; else all of it."""
     return phrase.split()[0] if kind == "colour" else phrase.split()[-1] if kind == "shape" else phrase
 
 

@@ -99,10 +99,11 @@ def supervised_step(policy, env, batch, opts, budget=4000):
 
 
 def decisions(env, t):
-    """Which of a trajectory's own tokens (M,) its advantage reaches: 1, but 0 for the four numbers of a gaze. What to look at is decided in words; how
-    well its box is hit is chance, a third of an update's noise (results/trials.md)."""
-    gaze = F.pad((torch.tensor(t.ids)[torch.tensor(t.trained)] == env.v.id["<gaze>"]).float(), (4, 0))
-    return 1 - sum(gaze[4 - k:len(gaze) - k] for k in (1, 2, 3, 4))
+    """Which of a trajectory's own tokens (M,) its advantage reaches: 1, but 0 for the four numbers of a well-formed gaze. What to look at is decided in
+    words; how well its box is hit is chance, about a third of an update's noise (results/trials.md)."""
+    own = torch.tensor(t.ids)[torch.tensor(t.trained)]
+    whole = (own[:-5] == env.v.id["<gaze>"]) & (own[5:] == env.v.id["</gaze>"])
+    return torch.ones(len(own)).index_fill(0, (whole.nonzero() + torch.arange(1, 5)).flatten(), 0.0)
 
 
 def grpo_step(policy, reference, env, batch, advantages, opts, a):
@@ -218,8 +219,7 @@ class Curriculum:
     def __post_init__(self):
         self.rng, self.worth = random.Random(self.seed), self.worth or [1] * len(self.pass_rates)
         wanted = {"level1": lambda p: level(p) == 1, "level2": lambda p: level(p) == 2, "learnable": lambda p: 0 < p < 0.5}
-        keep = wanted.get(self.mode, lambda p: True)
-        self.pool = self.pool or [i for i, p in enumerate(self.pass_rates) if keep(p)]
+        self.pool = self.pool or [i for i, p in enumerate(self.pass_rates) if wanted.get(self.mode, lambda p: True)(p)]
         if not self.pool:
             raise data.WorldError(f"no question is left for --curriculum {self.mode}: use --curriculum all")
 
@@ -417,8 +417,9 @@ def wall_lesson(env, rng, questions=9):
         <bos> <image> x 16 point to the leftmost shield<sep> [<think> look at red round</think><gaze> 3 36 30 63</gaze><stop>] What is the colour .."""
     t, scene = wall(env, rng)
     if rng.random() < 0.15:  # or count, on a wall of its own: what has been pointed at would be copied, and nobody would learn to count
-        for colour in list(dict.fromkeys(e.look.split()[0] for e in rng.sample(scene.entities, len(scene.entities))))[:questions]:
-            say(env, t, f"How many {scene.noun}s are {colour}?", gog.count_aloud(scene, colour), "count")
+        colours = [e.look.split()[0] for e in rng.sample(scene.entities, len(scene.entities))]
+        for colour in [c for c in dict.fromkeys(colours) if colours.count(c) > 1 or rng.random() < 0.5][:questions] or colours[:1]:
+            say(env, t, f"How many {scene.noun}s are {colour}?", gog.count_aloud(scene, colour), "count one" if colours.count(colour) == 1 else "count more")
         return t
     names = data.references(scene)
     for i in rng.sample(range(len(names)), len(names))[:questions]:
@@ -457,8 +458,7 @@ def compared(rng, town, depth):
     other, lot = town, rng.random()
     if lot > 0.5:
         arms = data.Arms.draw(rng)
-        part = rng.choice(COMPARED[depth])
-        arms = arms if lot > 0.85 else replace(town.arms, **{part: getattr(arms, part)})
+        arms = arms if lot > 0.85 else replace(town.arms, **{(part := rng.choice(COMPARED[depth])): getattr(arms, part)})
         other = data.Entity.with_arms("", {}, arms)
     return in_words(other, depth), in_words(town, depth), "yes" if in_words(other, depth) == in_words(town, depth) else "no"
 
@@ -482,9 +482,10 @@ def text_lesson(env, rng, searches=2):
 
 def passages(env, rng, t, pieces, asked=3):
     """A text search: two passages, and values to be copied from either, by lot: if it were the first and then the other, nobody would read the query."""
-    a, b = fresh_town(rng, 2, pieces), fresh_town(rng, 2, pieces)
-    known = a.facts if rng.random() < 0.3 else b.facts  # towns of the same relations: then the name, too, must be read
-    shown = rng.sample([(e.name, r, v) for e, relations in ((a, a.facts), (b, known)) for r, v in zip(relations, e.facts.values())], 2)
+    facts = [(e.name, r, v) for e in (fresh_town(rng, 2, pieces), fresh_town(rng, 2, pieces)) for r, v in e.facts.items()]
+    shown = rng.sample(facts, 2)
+    if rng.random() < 0.3:  # of two towns the same relation: then the name, too, must be read
+        shown = rng.sample([facts[0], (facts[-1][0], facts[0][1], facts[-1][2])], 2)
     text, wanted = passage_list(rng, shown), rng.choices(shown, k=asked)
     show(env, t, "{} {}".format(*wanted[0]), text)
     if rng.random() < 0.3:  # nothing but copying, and much of it: this is what forms the circuit
@@ -577,8 +578,7 @@ def found(world, scene, turn, rng):
     if turn.kind == "search":
         facts = [(e.name, r, v) for e in world.entities.values() for r, v in e.facts.items()]
         asked = next(f for f in facts if f"{f[0]} {f[1]}" == turn.argument)
-        near = rng.choice([f for f in facts if f != asked and asked[0] in (f[0], f[2])])
-        return passage_list(rng, (asked, near))
+        return passage_list(rng, (asked, rng.choice([f for f in facts if f != asked and asked[0] in (f[0], f[2])])))  # and one that names the same town
     under = [turn.kind == "glance" or data.iou(turn.argument, box) > 0.1 for box in scene.boxes]
     hit = scene.entities[under.index(True)] if True in under else rng.choice([e for e in world.entities.values() if e not in scene.entities])  # bare wall
     return hit_list(rng, (hit, rng.choice([e for e in world.entities.values() if e is not hit])))
@@ -629,7 +629,7 @@ def replay(env, seed, n):
     return [make(env, rng) for make in rng.choices((wall_lesson, errand_lesson, plan_lesson, text_lesson), k=n)]
 
 
-def lessons(env, seed, size, i, walls_first=250):
+def lessons(env, seed, size, walls_first, i):
     """Batch i of the pretraining stream. The first `walls_first` batches are of walls only: among other lessons seeing takes longer to begin
     (results/trials.md). Depends on (seed, i) only, so a resumed run sees what the unbroken one would have seen."""
     rng, mix = random.Random(f"lessons/{seed}/{i}"), LESSONS if i >= walls_first else {wall_lesson: 0.7, point_lesson: 0.3}

@@ -60,7 +60,7 @@ def pretrain(a):
     word_opts = optimisers(((n, p) for n, p in policy.named_parameters() if "vision" not in n or "projector" in n), a.word_lr, a.word_adam_lr)
     env = gog.Environment(v, None, config)
     parts = (("see", a.see_steps, eye_opts, grpo.Sights(config, a.seed, a.see_batch)),
-             ("words", a.word_steps, word_opts, partial(grpo.lessons, env, a.seed, a.word_batch)))
+             ("words", a.word_steps, word_opts, partial(grpo.lessons, env, a.seed, a.word_batch, a.walls_first)))
     start = run.resume([policy, heads], eye_opts + word_opts).get("step", 0) if a.resume else 0
     bar, before = tqdm(total=sum(n for _, n, *_ in parts), initial=start, desc="pretrain", unit="step"), 0
     for part, steps, opts, make in parts:
@@ -79,10 +79,10 @@ def pretrain(a):
             run.checkpoint([policy, heads], eye_opts + word_opts, a.save_every, step=before + at + 1)
         before += steps
     bar.close()
-    began, told = time.time(), grpo.exam(policy, env, a.exam)
-    write_results(a, measure(a, "exam", "base", "lessons", "held-out", told, began))
     save(policy, run.weights, tokenizer=v.to_text())
     run.close(("loss", "lr"))
+    began, told = time.time(), grpo.exam(policy, env, a.exam)
+    write_results(a, measure(a, "exam", "base", "lessons", "held-out", told, began))
     print("base model, held-out: " + ", ".join(f"{k} {value:.3f} ({n})" for k, (value, n) in told.items()), file=sys.stderr)
 
 
@@ -123,11 +123,10 @@ def sft(a):
 
 def development(env, world, a):
     """A function of the policy: greedy accuracy on the development split, asked as the suites ask, and the trajectories. What is tuned is tuned here."""
-    toolbox = Toolbox(env.toolbox.image_index, env.toolbox.text_index)  # tools that do not fail
     asked = data.questions(world, data.DEV_MIX, a.rl_dev, f"dev/{a.seed}", ("dev",))
 
     def score(policy):
-        tries = gog.evaluate(policy, gog.Environment(env.v, toolbox, policy.config), asked)
+        tries = gog.evaluate(policy, gog.Environment(env.v, Toolbox(env.toolbox.image_index, env.toolbox.text_index), policy.config), asked)  # tools that do not fail
         return gog.behaviour(tries)["accuracy"], tries
 
     return score
@@ -209,7 +208,7 @@ def evaluate(a):
             began, env = time.time(), gog.Environment(v, toolbox, policy.config, withhold=row == "withheld")
             tries = gog.evaluate(policy, env, qs, row, a.seed, progress=f"{name}, {row}")
             table += measure(a, "main", a.name if row == "rl" else row, label, name, {k: (x, len(qs)) for k, x in gog.behaviour(tries).items()}, began)
-            for i, t in enumerate(tries[:2] if row == "rl" else ()):
+            for i, t in enumerate(tries[:2] if row == a.name == "rl" else ()):
                 atomic(Path(a.results) / f"{label}-{name}-{i}.png", lambda p: gog.poster(t).save(p, format="PNG"))
         write_results(a, table)  # suite by suite: what is measured is kept
     print_table(table)
@@ -342,7 +341,7 @@ def write_rows(path, rows, key):
 def print_table(table):
     """Accuracy in percent: rows x suites, and their mean."""
     accuracy = {(r["row"], r["suite"]): float(r["value"]) for r in table if r["metric"] == "accuracy"}
-    suites = [s for s in data.SUITES if (table[0]["row"], s) in accuracy]
+    suites = [s for s in data.SUITES if any(s == suite for _, suite in accuracy)]
     print(f"\n{'accuracy %':<12}" + "".join(f"{s:>8}" for s in (*suites, "mean")))
     for row in dict.fromkeys(r["row"] for r in table):
         values = [100 * accuracy[row, s] for s in suites]
@@ -378,6 +377,7 @@ class Args:
     see_steps: int = 2600  # of pretraining: the eyes alone
     see_batch: int = 12  # pictures a step
     word_steps: int = 3300  # lessons in words
+    walls_first: int = 250  # so many of them of walls only
     word_batch: int = 12  # lessons a step: at equal time, many small ones teach more than few large ones
     exam: int = 3072  # held-out questions, about so many, that the base model is examined with
     see_lr: float = 0.004  # of the eyes' matrices
@@ -409,7 +409,7 @@ class Args:
     eval_every: int = 20  # RL steps between looks at the development split, and between checkpoints
     show_every: int = 8  # RL steps between printed trajectories
     token_budget: int = 4000  # tokens a micro-batch: changes speed and memory, not the update
-    name: str = "rl"  # of the policy that rl writes, and of its row in the results
+    name: str = "rl"  # of the policy that rl writes, and of its row in the results; of another than "rl" eval adds the row only
     suite_size: int = 300  # questions a held-out suite
     trained_on: str = ""  # eval only: examine the policies of another world (zero-shot); default --world
 

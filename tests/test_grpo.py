@@ -42,12 +42,12 @@ def test_an_advantage_reaches_what_is_decided(env):
     """Prevents an update that is a third noise: all of the policy's own tokens share its advantage but the numbers of a gaze, and numbers elsewhere do."""
     t = gog.Trajectory(None)
     t.observe(env.v.encode("gaze 3 36 30 63"))
-    for turn in ("<think> red round at 12 36, look at red round</think><gaze> 3 36 30 63</gaze><stop>", "<gaze> 7 8<stop>", "<answer> 36</answer><stop>"):
+    for turn in ("<think> red round at 12 36, look at red round</think><gaze> 3 36 30 63</gaze><stop>", "<gaze><gaze> 7 8</gaze><stop>", "<answer> 36</answer><stop>"):
         t.act(env.v.encode_turn(turn))
         t.observe(env.v.encode("97 Brenna: red round"))
     own = [env.v.decode([i]) for i, trained in zip(t.ids, t.trained) if trained]
     told = "|".join(f"({token})" if not reached else token for token, reached in zip(own, grpo.decisions(env, t).tolist()))
-    assert re.findall(r"\((.*?)\)", told) == [" 3", " 36", " 30", " 63", " 7", " 8", "<stop>", "<answer>"]  # a torn gaze: four tokens, whatever they are
+    assert re.findall(r"\((.*?)\)", told) == [" 3", " 36", " 30", " 63"]  # a torn gaze is a mistake in form: it learns
 
 
 def test_policy_loss_gradient_by_finite_differences():

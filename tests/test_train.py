@@ -18,7 +18,7 @@ import train
 from model import Muon
 
 ROOT = Path(__file__).parent.parent
-TINY = ("--preset tiny --device cpu --towns 80 --see-steps 2 --see-batch 2 --word-steps 5 --word-batch 3 --exam 8 --demos 24 --sft-epochs 1 "
+TINY = ("--preset tiny --device cpu --towns 80 --see-steps 2 --see-batch 2 --word-steps 5 --walls-first 2 --word-batch 3 --exam 8 --demos 24 --sft-epochs 1 "
         "--sft-batch 6 --results run --rl-questions 8 --rl-dev 4 --rl-steps 3 --rl-batch 4 --group 2 --curriculum all --eval-every 2 --show-every 2").split()
 
 
@@ -183,7 +183,7 @@ def test_nothing_is_counted_that_was_named_before(env):
     for _ in range(150):
         t = grpo.wall_lesson(env, rng)
         topics = {topic for topic, _ in t.lesson}
-        assert topics <= {"count"} or "count" not in topics
+        assert len({topic[:5] == "count" for topic in topics}) == 1
         colours = re.findall(r"How many \w+ are (\w+)", env.v.decode(t.ids))
         assert len(colours) == len(set(colours))
         counted += len(colours)
