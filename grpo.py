@@ -630,7 +630,7 @@ def replay(env, seed, n):
 
 
 def lessons(env, seed, size, walls_first, i):
-    """Batch i of the pretraining stream. The first `walls_first` batches are of walls only: among other lessons seeing takes longer to begin
-    (results/trials.md). Depends on (seed, i) only, so a resumed run sees what the unbroken one would have seen."""
+    """Batch i of the pretraining stream. The first `walls_first` batches are of walls only
+    (results/trials.md tells what that does). Depends on (seed, i) only, so a resumed run sees what the unbroken one would have seen."""
     rng, mix = random.Random(f"lessons/{seed}/{i}"), LESSONS if i >= walls_first else {wall_lesson: 0.7, point_lesson: 0.3}
     return [make(env, rng) for make in rng.choices(list(mix), mix.values(), k=size)]

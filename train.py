@@ -377,7 +377,7 @@ class Args:
     see_steps: int = 2600  # of pretraining: the eyes alone
     see_batch: int = 12  # pictures a step
     word_steps: int = 3300  # lessons in words
-    walls_first: int = 250  # so many of them of walls only
+    walls_first: int = 0  # so many of them of walls only
     word_batch: int = 12  # lessons a step: at equal time, many small ones teach more than few large ones
     exam: int = 3072  # held-out questions, about so many, that the base model is examined with
     see_lr: float = 0.004  # of the eyes' matrices
