@@ -53,8 +53,8 @@ VALUES = {  # relation -> how an invented value is drawn. Many, or a policy woul
     **dict.fromkeys(("towers", "number of wells", "number of mills"), lambda r: str(r.randint(2, 98))),
     **dict.fromkeys(("anthem", "dance"), lambda r: f"{r.choice(['Song', 'March', 'Hymn'])} of {word(r)}")}
 ALL_TOWNS = ("ruler", "towers")  # facts of every town; four others of VALUES and two of TOWN_LINKS, by lot, and its region
-TOWN_LINKS = ("twin town", "rival town", "mother town", "nearest town")  # values that lead on to another town
-REGION_LINKS = ("capital", "oldest town")  # .. and from a region back to a town
+TOWN_LINKS = ("twin", "rival", "ally", "neighbour")  # values that lead on to another town; one word each: a plan is copied word by word, and what stands before "of the" tells where to go on
+REGION_LINKS = ("capital", "stronghold")  # .. and from a region back to a town
 PASSAGES = (  # how a fact may be worded, the value last; the policy has to find the value, never to recall it
     "In {n} the {r} is {v}.", "{n} has one {r}: {v}.", "As for {n}, its {r} is {v}.", "People of {n} say of their {r}: {v}.",
     "Chronicles of {n} tell that the {r} is {v}.")
@@ -370,10 +370,10 @@ SETTINGS = {  # name: (least, most objects, cells, sizes, look-alikes of the tar
     "small": (4, 6, 3, (0.52, 0.72), 2), "crowd": (7, 10, 4, (0.7, 0.98), 0)}
 SFT_MIX = [("colour", "normal", 3), ("shape", "normal", 2), ("count", "normal", 6), ("colour", "single", 1), ("shape", "single", 1),
            ("name", "single", 1), ("hop1", "single", 1), ("name", "normal", 2), ("hop1", "normal", 4), ("name", "twins", 1),
-           ("hop1", "twins", 2), ("hop2", "normal", 1.2), ("hop3", "normal", 0.4), ("compare", "normal", 1)]
-RL_MIX = [("count", "normal", 1), ("hop2", "normal", 1), ("hop3", "single", 2), ("hop3", "normal", 1), ("hop4", "single", 4), ("hop4", "normal", 2), ("hop5", "single", 4),
-          ("hop1", "crowd", 1), ("hop2", "crowd", 1), ("hop1", "small", 1)]  # where failures are plans, not luck of sight (grpo.py, 5); and what RL unlearnt without
-# practice: single shields teach to glance, and a glance shows nothing of crowds and of small look-alikes
+           ("hop1", "twins", 2), ("hop2", "normal", 0.9), ("hop3", "normal", 0.3), ("hop2", "single", 0.3), ("hop3", "single", 0.2), ("compare", "normal", 1)]
+RL_MIX = [("count", "normal", 1), ("hop2", "normal", 1), ("hop3", "single", 1), ("hop3", "normal", 2), ("hop4", "single", 3), ("hop4", "normal", 4), ("hop5", "single", 2),
+          ("hop1", "crowd", 1), ("hop2", "crowd", 1), ("hop1", "small", 2)]  # mostly plans (grpo.py, 5), and what RL unlearnt without practice: single shields
+# teach to glance, and a glance shows nothing of crowds and of small look-alikes
 SUITES = {  # the six held-out suites: what each isolates (the paper's benchmark that it stands for)
     "facts": [("hop1", "normal", 5), ("name", "normal", 2), ("colour", "normal", 1), ("shape", "normal", 1), ("count", "normal", 1)],  # FVQA
     "fine": [("name", "small", 1), ("hop1", "small", 1)],  # InfoSeek: small target among look-alikes
@@ -425,7 +425,7 @@ def ask(world, kind, setting, split, rng):
         options = [r for r, v in facts.items() if v not in values and (left == 1 or v in world.entities and v not in unknown)]
         if not options:
             return None
-        chain.append(rng.choice([r for r in options if r not in chain] or options))  # "twin town of the twin town" only where nothing else leads on
+        chain.append(rng.choice([r for r in options if r not in chain] or options))  # "twin of the twin" only where nothing else leads on
         values.append(facts[chain[-1]])
     return made(f"What is the {' of the '.join(reversed(chain))} of the {expressions[0]}?", values[-1], tuple(chain))
 

@@ -6,15 +6,15 @@ One turn of the policy:   [<think> text </think>]  exactly one action  <stop>
     <glance></glance>                 search with the whole picture
     <gaze> x0 y0 x1 y1</gaze>         crop (percent of the picture, 0..99), look at the crop, and search with it
 The environment answers <obs> [crop] text </obs>, and so on, until an answer or the last turn. One whole trajectory:
-    What is the river of the twin town of the leftmost shield?
-    <think> look at red round, for the river of the twin town</think><gaze> 3 36 30 63</gaze>
+    What is the river of the twin of the leftmost shield?
+    <think> look at red round, for the river of the twin</think><gaze> 3 36 30 63</gaze>
         [crop] 97 Brenna: red round, gold bend, 2 white crowns | 84 Old Vosk: red round, gold bend, 2 white rings
-    <think> want red round, see red round: yes, Brenna, for the river of the twin town</think><search> Brenna twin town</search>
-        In Brenna the twin town is Karvel Ost. | Dröse has one twin town: Brenna.
-    <think> twin town is Karvel Ost, for the river</think><search> Karvel Ost river</search>
+    <think> want red round, see red round: yes, Brenna, for the river of the twin</think><search> Brenna twin</search>
+        In Brenna the twin is Karvel Ost. | Dröse has one twin: Brenna.
+    <think> twin is Karvel Ost, for the river</think><search> Karvel Ost river</search>
         As for Karvel Ost, its river is Ilm. | In Karvel Ost the ruler is Te Gal IV.
     <think> river is Ilm</think><answer> Ilm</answer>
-Had the crop shown a blue square: <think> want red round, see blue square: no, look at red round, for the river of the twin town</think><gaze> ...
+Had the crop shown a blue square: <think> want red round, see blue square: no, look at red round, for the river of the twin</think><gaze> ...
 
 From the paper: Selective Gaze, four actions, one a turn; reflection after a wrong gaze; full-search, direct and no-gaze baselines.
 Here instead: exact match, where the paper asks an LLM judge; a program as the expert, where the paper filters a strong model's
@@ -301,8 +301,8 @@ def expert(q, rng, wrong_gaze=0.0, glance_first=0.0, missed=None):
     a look at an object that does not fit, or at bare wall. glance_first: chance of a useless glance at a crowded wall. All three are slips.
     """
     if q.search_free:
-        seen = lambda: f"<think> {look_thought(q.scene, q.targets[0], q.expressions[0], q.phrases[0])}</think><answer> {q.answers[0]}</answer>"
-        yield count_aloud(q.scene, q.text.split()[-1].strip("?")) if q.kind == "count" else seen()
+        yield (count_aloud(q.scene, q.text.split()[-1].strip("?")) if q.kind == "count" else
+               f"<think> {look_thought(q.scene, q.targets[0], q.expressions[0], q.phrases[0])}</think><answer> {q.answers[0]}</answer>")
         return
     names, values, thought, memory = [], [], "", ""
     for target, phrase, kind in zip(q.targets, q.phrases, q.expressions):
@@ -329,21 +329,19 @@ def expert(q, rng, wrong_gaze=0.0, glance_first=0.0, missed=None):
 def _find(q, target, phrase, kind, rng, missed_here, wrong_gaze, glance_first, thought, memory):
     """The expert's looks at one target, slips among them, until a hit fits what is wanted: returns (its name or None, what to think next)."""
     looks, boxes = [e.look for e in q.scene.entities], q.scene.boxes
-    alike = [b for b, l in zip(boxes, looks) if l == looks[target]]  # only a gaze can tell, so take them from left to right
-    places = ["glance"] if len(looks) == 1 else left_to_right(alike) if "," in phrase else [boxes[target]]
+    places = ["glance"] if len(looks) == 1 else [boxes[target]] if kind != "detail" else left_to_right([b for b, l in zip(boxes, looks) if l == looks[target]])
     tries = [(phrase, place, False) for place in places]  # (what is wanted, where to look, is it a slip?)
-    others = [b for b, l in zip(boxes, looks) if l != looks[target]]
-    elsewhere = [b for b in (rng.choice(others or [None]), _bare_wall(boxes, rng)) if b]
+    elsewhere = [b for b in (rng.choice([b for b, l in zip(boxes, looks) if l != looks[target]] or [None]), _bare_wall(boxes, rng)) if b]
     if missed_here:
         tries = [(*missed_here, True), *tries]
     elif elsewhere and rng.random() < wrong_gaze:
         tries.insert(rng.randrange(len(tries)), (phrase, rng.choice(elsewhere), True))
     if len(looks) > 1 and rng.random() < glance_first:
         tries = [(phrase, "glance", True), *tries]
-    for wanted, place, slipped in tries:
-        look = look_thought(q.scene, target, kind, wanted)
-        action = "<glance></glance>" if place == "glance" else gaze(place)
-        turn = f"<think> {joined(thought, look, plan(q.chain), memory)}</think>{action}"
+    for k, (wanted, place, slipped) in enumerate(tries):
+        look, action = look_thought(q.scene, target, kind, wanted), "<glance></glance>" if place == "glance" else gaze(place)
+        left = [place] + [p for _, p, slip in tries[k + 1:] if not slip] if kind == "detail" and place != "glance" else []
+        turn = f"<think> {joined(thought, look, plan(q.chain), memory)}{spots(left)}</think>{action}"
         obs = yield from _try(Slip(turn) if slipped else turn, action)
         held_to = stated(kind, phrase) if kind in ("colour", "shape") else wanted
         name, seen = _best_hit(obs, held_to, kind)
@@ -356,9 +354,8 @@ def _find(q, target, phrase, kind, rng, missed_here, wrong_gaze, glance_first, t
 
 def _bare_wall(boxes, rng):
     """A box where nothing hangs, as one who mixes up two objects sees it: the columns of one, the rows of another. None if the lot fell badly."""
-    a, b = rng.choice(boxes), rng.choice(boxes)
-    box = (a[0], b[1], a[2], b[3])
-    return box if all(iou(box, c) < 0.2 for c in boxes) else None
+    (x0, _, x1, _), (_, y0, _, y1) = rng.choice(boxes), rng.choice(boxes)
+    return (x0, y0, x1, y1) if all(iou((x0, y0, x1, y1), b) < 0.2 for b in boxes) else None
 
 
 def plan(chain):
@@ -381,6 +378,11 @@ def left_to_right(boxes):
     ordered = sorted(boxes, key=lambda b: b[0] + b[2])
     columns = itertools.accumulate(b[0] + b[2] - a[0] - a[2] > 16 for a, b in zip(ordered[:1] + ordered, ordered))  # a new one where centres are 8 apart
     return [b for _, _, b in sorted((column, b[1], b) for column, b in zip(columns, ordered))]
+
+
+def spots(boxes):
+    """Where look-alikes hang that are still to be looked at, the next last, as in `plan`: every thought drops one, so that nobody looks there twice."""
+    return " at " + ", ".join(f"{(x0 + x1) // 2} {(y0 + y1) // 2}" for x0, y0, x1, y1 in reversed(boxes)) if boxes else ""
 
 
 def stated(kind, phrase):

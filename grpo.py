@@ -9,18 +9,20 @@ Here instead, numbered:
      turn lambda = 0.1 into a full +-1.
   3. One update a batch, so the ratio is 1 (up to the rounding of bfloat16, where that is used) and the clip hardly ever binds (the loss is the
      general one).
-  4. The loss tells nothing about progress: advantages of a group sum to 0, and what is left (about 0.1 here) says only that wrong
-     trajectories have more tokens than right ones. Watch accuracy and entropy instead.
+  4. The loss tells nothing about progress: credits of a state sum to 0 (with `--credit trajectory` about 0.1 is left, as wrong trajectories
+     have more tokens than right ones). Watch accuracy and entropy instead.
   5. `fresh`, the default curriculum: pass rates p belong to kinds of questions (four hops, counting ..). A kind is drawn with its weight in data.RL_MIX times
      0.02 + p(1-p), and p is updated while the policy changes: what is too easy or too hard now teaches nothing now; and every question is a new one. Of 800 questions
      that were scored one by one a policy learnt some by heart (+9.5 points on those, +3.9 on others); this way it gains as much on others (+4.1)
      and nothing must be scored first. `level2` is the paper's curriculum, `adaptive` the same with questions re-scored.
      A pass rate cannot tell what is half learnt from what is half luck: look-alikes and comparisons succeed half of the time, too, and their
-     gradients have nothing in common (`signal`, grpo_step). So data.RL_MIX has few look-alikes (one part of 18, against forgetting) and no
-     comparisons: two batches of 256 rollouts of chains and counting had a cosine of 0.16, with many look-alikes among them 0.03.
-  6. A base model of our own, where the paper takes one from the shelf: labels for the eyes, lessons in words, an exam.
+     gradients have nothing in common (`signal`, grpo_step). So data.RL_MIX has few look-alikes (two parts of 18, against forgetting) and no
+     comparisons: two batches of 256 rollouts of chains and counting had a cosine of 0.16, with many look-alikes among them 0.03 (`--credit trajectory`).
+  6. Credit (`branch_credit`): the paper's advantage falls on every word of a trajectory, here on those where a group parts ways. One word in a hundred
+     decides; the others only add noise: two batches of 256 rollouts had a cosine of 0.02, now 0.09. `--credit trajectory` is the paper's.
+  7. A base model of our own, where the paper takes one from the shelf: labels for the eyes, lessons in words, an exam.
 
-Reading order: reward and advantage -> policy loss -> one step of each stage -> what they learn from: GoG-Instruct (SFT), levels and curriculum
+Reading order: reward and advantage -> policy loss -> credit, one step of each stage -> what they learn from: GoG-Instruct (SFT), levels and curriculum
     (RL) -> the base model: what it can spell -> labels for the eyes -> lessons in words -> exam, replay.
 
 Alphabet: Q questions, G rollouts a question (the group), M trained tokens; `a`: the flags (train.Args), `env.v`: the vocabulary.
@@ -29,7 +31,8 @@ import contextlib
 import random
 import sys
 import time
-from dataclasses import dataclass, field, replace
+from collections import defaultdict
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -89,8 +92,7 @@ def token_logprobs(policy, env, trajectories, temperature=1.0):
 def supervised_step(policy, env, batch, opts, budget=4000):
     """One optimiser step of the causal LM loss on the policy's own tokens; the denominator is the whole batch's, so the
     size of micro-batches does not change the gradient."""
-    total = sum(sum(t.trained) for t in batch)
-    loss = 0.0
+    total, loss = sum(sum(t.trained) for t in batch), 0.0
     for part in micro_batches(batch, [len(t.ids) for t in batch], budget):
         logp, _ = token_logprobs(policy, env, part)
         (-logp.sum() / total).backward()
@@ -98,18 +100,37 @@ def supervised_step(policy, env, batch, opts, budget=4000):
     return loss, update(policy, opts, batch)
 
 
-def decisions(env, t):
-    """Which of a trajectory's own tokens (M,) its advantage reaches: 1, but 0 for the four numbers of a well-formed gaze. What to look at is decided in
-    words; how well its box is hit is chance, about a third of an update's noise (results/trials.md)."""
-    own = torch.tensor(t.ids)[torch.tensor(t.trained)]
-    whole = (own[:-5] == env.v.id["<gaze>"]) & (own[5:] == env.v.id["</gaze>"])
-    return torch.ones(len(own)).index_fill(0, (whole.nonzero() + torch.arange(1, 5)).flatten(), 0.0)
+def states(env, t):
+    """Where a trajectory stands before and behind each of its own tokens, [(hash, hash)] * M: what has been said and found so far. Of an observation only the
+    first hit counts, without its score, and the four numbers of a gaze not at all: how well its box is hit is chance, and what it shows is told by the hit."""
+    ids, out, here, found = list(t.ids), [], 0, iter(t.turns)
+    for i, token in enumerate(ids):
+        if token == env.v.id["<gaze>"] and ids[i + 5:i + 6] == [env.v.id["</gaze>"]]:
+            ids[i + 1:i + 5] = [0] * 4
+        if t.trained[i] and out and not t.trained[i - 1]:  # a turn begins: what the last one has found
+            here = hash((here, next(found).observation.split(" | ")[0].partition(" ")[2]))
+        if t.trained[i]:
+            out.append((here, here := hash((here, token))))
+    return out
+
+
+def branch_credit(env, group, advantages):
+    """What each own token of a group's trajectories is worth, [(M,), ..]: by how much the mean advantage of all rollouts that came to the same state rises
+    or falls for those that said this token there. What all of them say is worth 0, what a tool finds is nobody's merit, and who goes on alone is judged by
+    the word that parted the ways. Along a trajectory it adds up to the advantage (less the luck of the tools): the same sum, put where it was decided."""
+    paths, reached = [states(env, t) for t in group], defaultdict(list)
+    for path, advantage in zip(paths, advantages):
+        for state in {state for step in path for state in step}:
+            reached[state].append(advantage)
+    mean = {state: sum(x) / len(x) for state, x in reached.items()}
+    return [torch.tensor([mean[after] - mean[before] for before, after in path]) for path in paths]
 
 
 def grpo_step(policy, reference, env, batch, advantages, opts, a):
-    """One update from rollouts (list of Q*G) and their advantages (Q*G,). Those without advantage are left out; the loss is divided by the trained
-    tokens of the rest. `signal`: the cosine of the gradient of the even questions and that of the odd ones. What they share is signal, all else luck."""
-    alive = [i for i in range(len(batch)) if advantages[i] != 0]
+    """One update from rollouts (list of Q*G) and their advantages: of each a tensor, one number (Q*G,) or one for each of its own tokens (M,). Those without any
+    are left out; the loss is divided by the trained tokens of the rest. `signal`: the cosine of the gradient of the even questions and that of the odd ones.
+    What they share is signal, all else luck."""
+    alive = [i for i in range(len(batch)) if advantages[i].any()]
     tokens = max(1, sum(sum(batch[i].trained) for i in alive))
     totals, grads = dict(loss=0.0, kl=0.0, clipped=0.0, entropy=0.0, ratio_gap=0.0), []
     for half in (0, 1):
@@ -118,7 +139,7 @@ def grpo_step(policy, reference, env, batch, advantages, opts, a):
             trajectories = [batch[i] for i in part]
             logp, all_logp = token_logprobs(policy, env, trajectories, a.temperature)
             old = torch.cat([torch.tensor(t.logprobs)[torch.tensor(t.trained)] for t in trajectories]).to(logp.device)
-            weight = torch.cat([advantages[i] * decisions(env, batch[i]) for i in part]).to(logp.device)
+            weight = torch.cat([advantages[i].expand(sum(batch[i].trained)) for i in part]).to(logp.device)
             with torch.no_grad():
                 ref = token_logprobs(reference, env, trajectories, a.temperature)[0] if reference is not None else None
                 entropy = -(all_logp.exp() * all_logp.clamp_min(-1e4)).sum().item()  # 0 * -inf would be nan
@@ -146,8 +167,10 @@ def iteration(policy, reference, env, questions, opts, a, generator):
     by_group = lambda values: torch.tensor(values).view(len(questions), a.group)  # (Q*G,) -> (Q, G)
     correct, rewards = by_group([t.correct for t in batch]), by_group([reward(t.correct, t.well_formed, a.lam) for t in batch])
     advantages, alive = group_advantages(rewards, correct, a.advantage)
+    each = advantages.flatten() if a.credit == "trajectory" else [
+        credit for q, of_group in enumerate(advantages.tolist()) for credit in branch_credit(env, batch[q * a.group:(q + 1) * a.group], of_group)]
     with autocast(policy.device.type):
-        stats = grpo_step(policy, reference, env, batch, advantages.flatten(), opts, a)
+        stats = grpo_step(policy, reference, env, batch, each, opts, a)
     did = gog.behaviour(batch)
     stats |= dict(reward=rewards.mean().item(), accuracy=did["accuracy"], dead=1 - alive.float().mean().item(), **{k: did[k] for k in LOGGED},
                   rollout_seconds=rollout_seconds, seconds=time.time() - began)
@@ -165,8 +188,7 @@ def pass_rates(policy, env, pool, n=4, temperature=1.0, seed=0):
     """Share of n sampled trajectories that are right, for every question; says how many are of which level."""
     tries = gog.rollout(policy, env, pool, n, temperature, generator=torch.Generator(policy.device).manual_seed(seed), progress=f"pass rates, {n} tries")
     rates = [sum(t.correct for t in tries[n * i:n * i + n]) / n for i in range(len(pool))]
-    counts = [sum(level(p) == k for p in rates) for k in range(3)]
-    print(f"levels: {counts[0]} easy, {counts[1]} of level 1, {counts[2]} of level 2 ({sum(p == 0 for p in rates)} never right)", file=sys.stderr)
+    print("levels: {} easy, {} of level 1, {} of level 2 ({} never right)".format(*(sum(level(p) == k for p in rates) for k in range(3)), rates.count(0)), file=sys.stderr)
     return rates
 
 
@@ -176,28 +198,24 @@ def uncertain(policy, env, pool, n=4, seed=0):
     for tries in (1, n - 1):  # the others side by side: they share the reading of their prompt
         answered = gog.rollout(policy, env, [pool[i] for i in sure], tries, schedule=gog.SCHEDULES["direct"], generator=generator, rows=1024, room=192, progress="uncertainty filter")
         sure = [i for k, i in enumerate(sure) if all(t.correct for t in answered[tries * k:tries * k + tries])]
-    known = set(sure)
-    return [q for i, q in enumerate(pool) if i not in known]
+    return [pool[i] for i in sorted({*range(len(pool))} - {*sure})]
 
 
 def instruct(policy, env, world, n=5750, seed=0, wrong_gaze=0.2, glance_first=0.05):
     """GoG-Instruct: `n` expert trajectories, 43.5 % of them search-free, of questions that survive the filter; every one is
     checked: the answer is right, and the last gaze lies on a target."""
     quota = {True: round(0.435 * n), False: n - round(0.435 * n)}
-    chosen, drawn, asked, dropped, rng = {True: [], False: []}, 0, 0, 0, random.Random(f"expert/{seed}")
+    chosen, asked, dropped, rng, part = {True: [], False: []}, 0, 0, random.Random(f"expert/{seed}"), 0
     while any(len(chosen[free]) < quota[free] for free in quota):
-        pool = data.questions(world, data.SFT_MIX, n // 2 + 8, f"sft/{seed}/{drawn}")
-        drawn += len(pool)
-        pool = [q for q in pool if len(chosen[q.search_free]) < quota[q.search_free]]
-        asked += len(pool)
+        pool = [q for q in data.questions(world, data.SFT_MIX, n // 2 + 8, f"sft/{seed}/{part}") if len(chosen[q.search_free]) < quota[q.search_free]]
         kept = uncertain(policy, env, pool, seed=seed)
-        dropped += len(pool) - len(kept)
+        asked, dropped, part = asked + len(pool), dropped + len(pool) - len(kept), part + 1
         missed = gog.misses(policy, env, kept)
         demos = gog.play(env, kept, [gog.expert(q, rng, wrong_gaze, glance_first, m) for q, m in zip(kept, missed)], progress="expert")
         for t in demos:
             if t.correct and (not gog.gazes(t) or gog.gazes(t)[-1][1] > 0.9):
                 chosen[t.question.search_free].append(t)
-        if drawn > 40 * n + 400:
+        if part > 80:
             raise data.WorldError("the base model answers nearly every question of one kind without tools: no demonstrations are left. Ask for fewer --demos")
     demos = chosen[True][:quota[True]] + chosen[False][:quota[False]]
     random.Random(f"shuffle/{seed}").shuffle(demos)
@@ -206,31 +224,21 @@ def instruct(policy, env, world, n=5750, seed=0, wrong_gaze=0.2, glance_first=0.
     return demos
 
 
-@dataclass
 class Curriculum:
-    """Draws indices of `pass_rates`: an entry for each question by "level1", "level2", "all", "learnable" (0 < p < 1/2) or "adaptive", for each kind of question by "fresh"."""
-    pass_rates: list
-    mode: str = "fresh"
-    seed: int = 0
-    pool: list = None
-    queue: list = field(default_factory=list)
-    worth: list = None  # weight of each entry, where entries are drawn at random; default: 1
+    """Draws indices of `pass_rates`: an entry for each question by "level1", "level2", "all", "learnable" (0 < p < 1/2) or "adaptive", for each kind of question by "fresh".
+    `worth`: weight of each entry, default 1; `pool`: those that may be drawn, default: what the mode says."""
 
-    def __post_init__(self):
-        self.rng, self.worth = random.Random(self.seed), self.worth or [1] * len(self.pass_rates)
+    def __init__(self, pass_rates, mode="fresh", seed=0, pool=None, worth=None):
+        self.pass_rates, self.mode, self.rng, self.worth = pass_rates, mode, random.Random(seed), worth or [1] * len(pass_rates)
         wanted = {"level1": lambda p: level(p) == 1, "level2": lambda p: level(p) == 2, "learnable": lambda p: 0 < p < 0.5}
-        self.pool = self.pool or [i for i, p in enumerate(self.pass_rates) if wanted.get(self.mode, lambda p: True)(p)]
+        self.pool = pool or [i for i, p in enumerate(pass_rates) if wanted.get(mode, lambda p: True)(p)]
         if not self.pool:
-            raise data.WorldError(f"no question is left for --curriculum {self.mode}: use --curriculum all")
+            raise data.WorldError(f"no question is left for --curriculum {mode}: use --curriculum all")
 
     def draw(self, n):
-        """Indices of the next n questions: reshuffled passes over the pool, or by lot with weight 0.02 + p(1-p) when adaptive or fresh."""
-        if self.mode in ("adaptive", "fresh"):
-            return self.rng.choices(self.pool, [self.worth[i] * (0.02 + self.pass_rates[i] * (1 - self.pass_rates[i])) for i in self.pool], k=n)
-        while len(self.queue) < n:
-            self.queue += self.rng.sample(self.pool, len(self.pool))
-        taken, self.queue = self.queue[:n], self.queue[n:]
-        return taken
+        """Indices of the next n questions, by lot; with weight 0.02 + p(1-p) when adaptive or fresh."""
+        learnable = lambda p: 0.02 + p * (1 - p) if self.mode in ("adaptive", "fresh") else 1
+        return self.rng.choices(self.pool, [self.worth[i] * learnable(self.pass_rates[i]) for i in self.pool], k=n)
 
     def seen(self, indices, rates):
         """Re-score what the rollouts just made belong to, by an exponential mean of the pass rate: long for a kind, as its questions differ."""
@@ -240,12 +248,11 @@ class Curriculum:
 
 def kinds(world):
     """What `fresh` draws from: every kind of RL_MIX that can be asked of this world, as (kind, setting, weight), and the user's own questions."""
-    out = list(world.own[::2])
-    for kind in data.RL_MIX:
+    def can_be_asked(kind):
         with contextlib.suppress(data.WorldError):
-            data.questions(world, [kind], 1, "can it be asked?")
-            out.append(kind)
-    return out
+            return data.questions(world, [kind], 1, "can it be asked?")
+
+    return [*world.own[::2], *filter(can_be_asked, data.RL_MIX)]
 
 
 def ask(world, wanted, seed):
@@ -276,37 +283,30 @@ TIED = {  # parts that one word tells
     "tincture": list(data.TINCTURES), "outline": list(data.OUTLINES), "row": data.ROW[1:], "column": data.COLUMN[1:], "size": data.SIZE[1:], "charge": list(data.CHARGES)}
 
 
-class Sights:
-    """Pictures with dense labels, on every patch and on every image token: where are the edges of the shield that covers most of it, what is
-    it, how does it hang. Batch i depends on (seed, i) only.
+def sights(config, seed, size, i):
+    """Batch i of pictures with dense labels, on every patch and on every image token: where are the edges of the shield that covers most of it, what is
+    it, how does it hang. Depends on (seed, i) only. In numpy (tensors would travel between processes through a socket): pictures uint8 (B, 3, S, S),
+    boxes float (B, P + N, 4) in 0..1, labels int (B, P + N, parts), -1 where nothing can be told."""
+    rng = random.Random(f"sights/{seed}/{i}")
+    return [np.stack(x) for x in zip(*(sight(config, rng) for _ in range(size)))]
 
-    An item, in numpy (tensors would travel between processes through a socket): pictures uint8 (B, 3, S, S), boxes float (B, P + N, 4) in
-    0..1, labels int (B, P + N, parts), -1 where nothing can be told.
-    """
 
-    def __init__(self, config, seed, size):
-        self.side, self.seed, self.size, self.grids = config.picture, seed, size, (config.picture // config.patch, config.picture // config.patch // config.shuffle)
+def sight(config, rng):
+    """One picture and its labels."""
+    least, most, cells, sizes, _ = data.SETTINGS[rng.choices(list(data.SETTINGS), (1, 4, 3, 3, 2))[0]]
+    px = 2 * config.picture  # shrunk to half, edges lie between pixels, too
+    if rng.random() < 0.35:  # as a crop shows it: one shield, nearly as large as the picture, and more or less blurred
+        least, most, cells, sizes, px = 1, 1, 1, (0.8, 1.0), rng.randint(config.picture // 3, config.picture)
+    towns = [fresh_town(rng) for _ in range(rng.randint(least, most))]
+    scene = data.hang(towns, "shield", rng, cells, sizes)
+    labels = np.array([tell(town, place, towns, box) for town, place, box in zip(towns, data.relations(scene), scene.boxes)])
+    return gog.to_array(scene.picture(px), config.picture), *map(np.concatenate, zip(*(spread(scene.boxes, labels, config.picture // config.patch // shuffle) for shuffle in (1, config.shuffle))))
 
-    def __call__(self, i):
-        rng = random.Random(f"sights/{self.seed}/{i}")
-        return [np.stack(x) for x in zip(*(self.sight(rng) for _ in range(self.size)))]
 
-    def sight(self, rng):
-        least, most, cells, sizes, _ = data.SETTINGS[rng.choices(list(data.SETTINGS), (1, 4, 3, 3, 2))[0]]
-        px = 2 * self.side  # shrunk to half, edges lie between pixels, too
-        if rng.random() < 0.35:  # as a crop shows it: one shield, nearly as large as the picture, and more or less blurred
-            least, most, cells, sizes, px = 1, 1, 1, (0.8, 1.0), rng.randint(self.side // 3, self.side)
-        towns = [fresh_town(rng) for _ in range(rng.randint(least, most))]
-        scene = data.hang(towns, "shield", rng, cells, sizes)
-        labels = np.array([self.tell(town, place, towns, box) for town, place, box in zip(towns, data.relations(scene), scene.boxes)])
-        return gog.to_array(scene.picture(px), self.side), *map(np.concatenate, zip(*(spread(scene.boxes, labels, g) for g in self.grids)))
-
-    @staticmethod
-    def tell(town, place, towns, box):
-        """The label of every part of one shield."""
-        shown = {**vars(town.arms), **place, **{(side, k): towns[place[side]].look.split()[k] if side in place else None for side in data.SIDES for k in (0, 1)}}
-        small = box[3] - box[1] < 35  # percent of the wall's height
-        return [-1 if small and part in FINE else told.index(shown[part]) for part, told in PARTS.items()]
+def tell(town, place, towns, box):
+    """The label of every part of one shield."""
+    shown = {**vars(town.arms), **place, **{(side, k): towns[place[side]].look.split()[k] if side in place else None for side in data.SIDES for k in (0, 1)}}
+    return [-1 if part in FINE and box[3] - box[1] < 35 else told.index(shown[part]) for part, told in PARTS.items()]  # 35 % of the wall's height
 
 
 def spread(boxes, labels, grid):
@@ -379,6 +379,13 @@ def in_words(town, depth):
     return {"colour": town.arms.tincture, "shape": town.arms.outline, "look": town.look, "detail": f"{town.look}, {town.detail}"}[depth]
 
 
+def begin(env):
+    """A lesson without a picture: nothing but <bos> yet."""
+    t = Trajectory(None)
+    t.observe([env.v.id["<bos>"]])
+    return t
+
+
 def say(env, t, question, response, topic=""):
     """A question of the environment and the response to be learnt; `topic` is what the exam files it under."""
     t.observe(env.v.encode(question) + [env.v.id["<sep>"]] if question else [])
@@ -398,13 +405,14 @@ def wall(env, rng):
 
 
 def point_lesson(env, rng):
-    """Densely, every object on a wall: its look is said, its box is to be found; look-alikes from left to right."""
+    """Densely, every object on a wall: its look is said, its box is to be found; of look-alikes first where they all hang."""
     t, scene = wall(env, rng)
     looks = [e.look for e in scene.entities]
     for look in rng.sample(sorted(set(looks)), len(set(looks))):
-        for box in gog.left_to_right([b for b, l in zip(scene.boxes, looks) if l == look]):
+        boxes = gog.left_to_right([b for b, l in zip(scene.boxes, looks) if l == look])
+        for k, box in enumerate(boxes):
             t.observe(env.v.encode(f"look at {look}"))
-            t.act(env.v.encode_turn(gog.gaze(box)))
+            t.act(env.v.encode_turn((gog.spots(boxes[k:]) if boxes[1:] else "") + gog.gaze(box)))
     return t
 
 
@@ -432,7 +440,14 @@ def ask_about(env, rng, t, scene, i, kind, names):
     """Point to object i, or tell its colour or shape, by one kind of expression."""
     look = scene.entities[i].look
     lot, thought, k = rng.random(), f"<think> {gog.look_thought(scene, i, kind, look)}</think>", rng.randrange(2)
-    if lot < 0.8 or kind in ("look", ("colour", "shape")[k]):
+    alike = [(e, box) for e, box in zip(scene.entities, scene.boxes) if e.look != look and set(e.look.split()) & set(look.split())]
+    if lot < 0.1 and alike:  # somebody has looked at another that is a little like it, in vain: look elsewhere
+        other, box = rng.choice(alike)
+        t.observe([*env.v.encode(f"point to the {names[kind]}"), env.v.id["<sep>"], *env.v.encode_turn(thought + gog.gaze(box)), env.v.id["<stop>"]])
+        show(env, t, "", hit_list(rng, (other, fresh_town(rng))))
+        told = gog.compare_aloud(gog.stated(kind, look), gog.stated(kind, other.look))
+        say(env, t, "", thought.replace("<think>", f"<think> {told},") + gog.gaze(scene.boxes[i]), "iou after a miss")
+    elif lot < 0.8 or kind in ("look", ("colour", "shape")[k]):
         say(env, t, f"point to the {names[kind]}", thought + gog.gaze(scene.boxes[i]), f"iou {kind}")
     else:
         say(env, t, f"What is the {('colour', 'shape')[k]} of the {names[kind]}?", f"{thought}<answer> {look.split()[k]}</answer>", "visual")
@@ -440,8 +455,7 @@ def ask_about(env, rng, t, scene, i, kind, names):
 
 def crop_lesson(env, rng, crops=3):
     """A crop as a gaze would give it: say what it shows, or whether it shows what is wanted."""
-    t = Trajectory(None)
-    t.observe([env.v.id["<bos>"]])
+    t = begin(env)
     for _ in range(crops):
         town = fresh_town(rng)
         t.observe(env.image, gog.to_array(crop(*framed(town, rng)), env.side))
@@ -473,8 +487,7 @@ def framed(town, rng):
 
 def text_lesson(env, rng, searches=2):
     """Read and copy, without pictures, in the forms that tools and thoughts have: passages or hits."""
-    t, search = Trajectory(None), passages if rng.random() < 0.5 else hits
-    t.observe([env.v.id["<bos>"]])
+    t, search = begin(env), passages if rng.random() < 0.5 else hits
     for _ in range(searches):
         search(env, rng, t, pieces_by_lot(env, rng))
     return t
@@ -484,9 +497,11 @@ def passages(env, rng, t, pieces, asked=3):
     """A text search: two passages, and values to be copied from either, by lot: if it were the first and then the other, nobody would read the query."""
     facts = [(e.name, r, v) for e in (fresh_town(rng, 2, pieces), fresh_town(rng, 2, pieces)) for r, v in e.facts.items()]
     shown = rng.sample(facts, 2)
-    if rng.random() < 0.3:  # of two towns the same relation: then the name, too, must be read
-        shown = rng.sample([facts[0], (facts[-1][0], facts[0][1], facts[-1][2])], 2)
-    text, wanted = passage_list(rng, shown), rng.choices(shown, k=asked)
+    wanted = rng.choices(shown, k=asked)
+    if rng.random() < 0.2:  # of two towns the same relation: the index puts first whose name it is (in 162 of 162 searches)
+        shown = [facts[0], (facts[-1][0], facts[0][1], facts[-1][2])]
+        wanted = shown[:1]
+    text = passage_list(rng, shown)
     show(env, t, "{} {}".format(*wanted[0]), text)
     if rng.random() < 0.3:  # nothing but copying, and much of it: this is what forms the circuit
         say(env, t, "repeat", f"<answer> {text}</answer>")
@@ -518,9 +533,8 @@ def hit_list(rng, towns):
 def plan_lesson(env, rng, plans=7):
     """Nothing but plans: the first thought copies from the question what is to be looked up, in the question's own order. An errand has only one such thought.
 
-        <bos>What is the river of the twin town of the red round shield?<sep> [<think> look at red round, for the river of the twin town</think>] What .."""
-    t, world = Trajectory(None), little_world(rng, pieces_by_lot(env, rng))
-    t.observe([env.v.id["<bos>"]])
+        <bos>What is the river of the twin of the red round shield?<sep> [<think> look at red round, for the river of the twin</think>] What .."""
+    t, world = begin(env), little_world(rng, pieces_by_lot(env, rng))
     for _ in range(plans):
         q = errand(world, rng)
         thought, tag, _ = next(gog.expert(q, rng)).partition("</think>")
@@ -541,9 +555,9 @@ def errand_lesson(env, rng):
     """A whole errand with closed eyes: what the expert thinks and asks, and what the tools would tell. Towns and relations are invented for
     it, so that what is learnt is to plan and to remember. Boxes are shown, not learnt (there is no picture); thoughts, searches and answers are:
 
-        <bos>What is the river of the twin town of the red round shield?<sep> [<think> look at red round, for the river of the twin town</think>] <gaze> 3 36
+        <bos>What is the river of the twin of the red round shield?<sep> [<think> look at red round, for the river of the twin</think>] <gaze> 3 36
         30 63</gaze><stop><obs> 97 Brenna: red round, gold bend, 2 white crowns | ..</obs> [<think> want red round, see red round: yes, Brenna, for
-        the river of the twin town</think><search> Brenna twin town</search><stop>] <obs> ..      (in brackets: trained)"""
+        the river of the twin</think><search> Brenna twin</search><stop>] <obs> ..      (in brackets: trained)"""
     world = little_world(rng, pieces_by_lot(env, rng))
     q = errand(world, rng)
     t, script = Trajectory(None), gog.expert(q, rng, wrong_gaze=0.2)
@@ -586,15 +600,13 @@ def found(world, scene, turn, rng):
 
 def decide_lesson(env, rng, decisions=9):
     """Nothing but decisions: is it the same, is it more? One bit each, so there must be many."""
-    t = Trajectory(None)
-    t.observe([env.v.id["<bos>"]])
+    t = begin(env)
     for _ in range(decisions):
         if rng.random() < 0.3:
             a, b = rng.sample(range(100), 2)
             told = f"{a} more than {b}: {'yes' if a > b else 'no'}"
         else:
-            wanted, seen, _ = compared(rng, fresh_town(rng), rng.choice(list(COMPARED)))
-            told = gog.compare_aloud(wanted.split(", ")[-1], seen.split(", ")[-1])
+            told = gog.compare_aloud(*(words.split(", ")[-1] for words in compared(rng, fresh_town(rng), rng.choice(list(COMPARED)))[:2]))
         question, _, verdict = told.rpartition(" ")
         t.observe(env.v.encode(question))
         t.act(env.v.encode_turn(f" {verdict}"))
@@ -616,10 +628,8 @@ def exam(policy, env, n, seed="exam"):
         drawn = (make(env, rng, 1) for make in rng.choices((wall_lesson, crop_lesson, text_lesson), (6, 2, 3), k=256))
         sheet = [t for t in drawn if t.lesson and t.lesson[0][0]]
         for t, turn in zip(sheet, gog.respond(policy, env, [t.ids[:t.trained.index(True)] for t in sheet], [p for t in sheet for p in t.pictures])):
-            (topic, response), *_ = t.lesson
-            wanted = gog.parse(response).argument
-            right = data.iou(turn.argument, wanted) if topic[:3] == "iou" and turn.kind == "gaze" else float(turn.argument == wanted)
-            scores.setdefault(topic, []).append(right)
+            topic, wanted = t.lesson[0][0], gog.parse(t.lesson[0][1]).argument
+            scores.setdefault(topic, []).append(data.iou(turn.argument, wanted) if topic[:3] == "iou" and turn.kind == "gaze" else float(turn.argument == wanted))
     return {k: (sum(v) / len(v), len(v)) for k, v in sorted(scores.items())}
 
 
@@ -629,8 +639,7 @@ def replay(env, seed, n):
     return [make(env, rng) for make in rng.choices((wall_lesson, errand_lesson, plan_lesson, text_lesson), k=n)]
 
 
-def lessons(env, seed, size, walls_first, i):
-    """Batch i of the pretraining stream. The first `walls_first` batches are of walls only
-    (results/trials.md tells what that does). Depends on (seed, i) only, so a resumed run sees what the unbroken one would have seen."""
-    rng, mix = random.Random(f"lessons/{seed}/{i}"), LESSONS if i >= walls_first else {wall_lesson: 0.7, point_lesson: 0.3}
-    return [make(env, rng) for make in rng.choices(list(mix), mix.values(), k=size)]
+def lessons(env, seed, size, i):
+    """Batch i of the pretraining stream. Depends on (seed, i) only, so a resumed run sees what the unbroken one would have seen."""
+    rng = random.Random(f"lessons/{seed}/{i}")
+    return [make(env, rng) for make in rng.choices(list(LESSONS), LESSONS.values(), k=size)]

@@ -46,7 +46,7 @@ def stream(make, start, steps):
 
 
 def pretrain(a):
-    """Base model, in two parts: see (what does each patch show?), then words (at first only walls, then all lessons mixed). Stands in for Qwen-VL."""
+    """Base model, in two parts: see (what does each patch show?), then words (all lessons mixed). Stands in for Qwen-VL."""
     run = Run(a.folder("base"), "pretrain")
     torch.manual_seed(a.seed)
     v = Vocabulary.learn(grpo.corpus())
@@ -59,8 +59,8 @@ def pretrain(a):
                 torch.optim.AdamW([*heads.parameters(), policy.embed_tokens.weight], a.see_adam_lr, weight_decay=0.0)]  # words, too: see_step draws them towards image tokens
     word_opts = optimisers(((n, p) for n, p in policy.named_parameters() if "vision" not in n or "projector" in n), a.word_lr, a.word_adam_lr)
     env = gog.Environment(v, None, config)
-    parts = (("see", a.see_steps, eye_opts, grpo.Sights(config, a.seed, a.see_batch)),
-             ("words", a.word_steps, word_opts, partial(grpo.lessons, env, a.seed, a.word_batch, a.walls_first)))
+    parts = (("see", a.see_steps, eye_opts, partial(grpo.sights, config, a.seed, a.see_batch)),
+             ("words", a.word_steps, word_opts, partial(grpo.lessons, env, a.seed, a.word_batch)))
     start = run.resume([policy, heads], eye_opts + word_opts).get("step", 0) if a.resume else 0
     bar, before = tqdm(total=sum(n for _, n, *_ in parts), initial=start, desc="pretrain", unit="step"), 0
     for part, steps, opts, make in parts:
@@ -146,7 +146,7 @@ def rl(a):
     generator = torch.Generator(policy.device).manual_seed(a.seed)
     saved = run.resume([policy], opts) if a.resume else {}
     rates = saved.get("pass_rates") or ([0.5] * len(pool) if fresh else grpo.pass_rates(policy, env, pool, 4, a.temperature, a.seed))
-    curriculum = grpo.Curriculum(rates, a.curriculum, a.seed, pool=saved.get("pool"), queue=saved.get("queue", []), worth=[w[2] if isinstance(w, tuple) else 1 for w in pool])
+    curriculum = grpo.Curriculum(rates, a.curriculum, a.seed, pool=saved.get("pool"), worth=[w[2] if isinstance(w, tuple) else 1 for w in pool])
     if saved:
         for rng, state in zip((curriculum.rng, env.toolbox.rng), saved["python_rng"]):
             rng.setstate((state[0], tuple(state[1]), state[2]))
@@ -173,7 +173,7 @@ def rl(a):
         bar.set_postfix(acc=f"{stats['accuracy']:.2f}", dead=f"{stats['dead']:.2f}", entropy=f"{stats['entropy']:.2f}")
         if step % a.show_every == 0:
             print("\n" + gog.tell(batch[int(advantages.argmax())]), file=sys.stderr)
-        run.checkpoint([policy], opts, a.eval_every, step=step + 1, pass_rates=curriculum.pass_rates, pool=curriculum.pool, queue=curriculum.queue, best=best,
+        run.checkpoint([policy], opts, a.eval_every, step=step + 1, pass_rates=curriculum.pass_rates, pool=curriculum.pool, best=best,
                        python_rng=[curriculum.rng.getstate(), env.toolbox.rng.getstate()], torch_rng=generator.get_state().tolist())
     bar.close()
     atomic(run.weights, lambda p: shutil.copyfile(champion, p))
@@ -377,7 +377,6 @@ class Args:
     see_steps: int = 2600  # of pretraining: the eyes alone
     see_batch: int = 12  # pictures a step
     word_steps: int = 3300  # lessons in words
-    walls_first: int = 0  # so many of them of walls only
     word_batch: int = 12  # lessons a step: at equal time, many small ones teach more than few large ones
     exam: int = 3072  # held-out questions, about so many, that the base model is examined with
     see_lr: float = 0.004  # of the eyes' matrices
@@ -398,12 +397,13 @@ class Args:
     rl_steps: int = 40  # updates
     rl_batch: int = 32  # questions a step
     group: int = 8  # rollouts a question
-    rl_lr: float = 0.04  # of SGD, at its highest; it falls to 0
+    rl_lr: float = 0.1  # of SGD, at its highest; it falls to 0
     lam: float = 0.1  # weight of the format reward
     beta: float = 0.0  # weight of the KL to the SFT policy
     clip_low: float = 0.2  # the ratio is clipped to 1 - clip_low
     clip_high: float = 0.28  # .. 1 + clip_high
     advantage: str = "std"  # std or mean
+    credit: str = "branch"  # which of a trajectory's words its advantage reaches: those where its group parts ways (branch), or all (trajectory, the paper)
     curriculum: str = "fresh"  # level1, level2, all, learnable, adaptive (all of scored questions) or fresh (of scored kinds)
     temperature: float = 0.8  # of rollouts
     eval_every: int = 20  # RL steps between looks at the development split, and between checkpoints
@@ -427,7 +427,7 @@ class Args:
 
 
 STAGES = {"pretrain": pretrain, "sft": sft, "rl": rl, "eval": evaluate}
-CHOICES = {"stage": list(STAGES), "preset": list(PRESETS), "device": ["auto", "cuda", "mps", "cpu"], "advantage": ["std", "mean"],
+CHOICES = {"stage": list(STAGES), "preset": list(PRESETS), "device": ["auto", "cuda", "mps", "cpu"], "advantage": ["std", "mean"], "credit": ["branch", "trajectory"],
            "curriculum": ["level1", "level2", "all", "learnable", "adaptive", "fresh"]}
 
 

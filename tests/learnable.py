@@ -25,7 +25,7 @@ def group_gradient(policy, env, group, advantages, a):
     """Gradient of the summed loss of one group, flat. Advantages are made small before, and the gradient large after, lest it be clipped."""
     policy.zero_grad()
     with autocast(policy.device.type):
-        grpo.grpo_step(policy, None, env, group, advantages / 100, [], a)
+        grpo.grpo_step(policy, None, env, group, [credit / 100 for credit in grpo.branch_credit(env, group, advantages.tolist())], [], a)
     flat = torch.cat([p.grad.flatten() for p in policy.parameters() if p.requires_grad])
     return (100 * sum(sum(t.trained) for t in group) * flat).bfloat16()
 

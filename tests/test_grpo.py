@@ -38,16 +38,46 @@ def test_group_advantages():
     assert mean_only[0].tolist() == pytest.approx([.675, -.225, -.225, -.225])
 
 
-def test_an_advantage_reaches_what_is_decided(env):
-    """Prevents an update that is a third noise: all of the policy's own tokens share its advantage but the numbers of a gaze, and numbers elsewhere do."""
+def told(env, *turns):
+    """A trajectory of (what the policy said, what the tools answered) turns."""
     t = gog.Trajectory(None)
-    t.observe(env.v.encode("gaze 3 36 30 63"))
-    for turn in ("<think> red round at 12 36, look at red round</think><gaze> 3 36 30 63</gaze><stop>", "<gaze><gaze> 7 8</gaze><stop>", "<answer> 36</answer><stop>"):
-        t.act(env.v.encode_turn(turn))
-        t.observe(env.v.encode("97 Brenna: red round"))
-    own = [env.v.decode([i]) for i, trained in zip(t.ids, t.trained) if trained]
-    told = "|".join(f"({token})" if not reached else token for token, reached in zip(own, grpo.decisions(env, t).tolist()))
-    assert re.findall(r"\((.*?)\)", told) == [" 3", " 36", " 30", " 63"]  # a torn gaze is a mistake in form: it learns
+    t.observe(env.v.encode("What is the river of the leftmost shield?"))
+    for said, found in turns:
+        t.act(env.v.encode_turn(said + "<stop>"))
+        t.turns.append(gog.Turn(gog.parse(said).kind, observation=found))
+        t.observe(env.v.encode(found))
+    return t
+
+
+def test_credit_goes_to_the_word_that_parted_the_ways(env):
+    """Prevents praise for what all of a group said, for the luck of a tool, and for how well a box was hit; and blame for all that followed a mistake."""
+    answer = ("<answer> Ilm</answer>", "")
+    group = [told(env, ("<think> look at red round</think><gaze> 3 36 30 63</gaze>", "97 Brenna: red round | 60 Vosk: red square"), answer),
+             told(env, ("<think> look at red round</think><gaze> 4 35 31 62</gaze>", "88 Brenna: red round | 60 Ost: red banner"), answer),  # the same decisions
+             told(env, ("<think> look at red round</think><gaze> 5 55 31 80</gaze>", "90 Vosk: red square"), answer),  # and what a tool found instead
+             told(env, ("<think> look at blue square</think><gaze> 3 36 30 63</gaze>", "97 Vosk: red square"), answer),
+             told(env, ("<think> look at red round</think><gaze><gaze> 3 36", "malformed"), answer)]  # a torn gaze is a mistake in form: it learns
+    credits = grpo.branch_credit(env, group, [1.5, 1.5, -1.0, -0.5, -1.5])
+    for t, credit, wanted in zip(group, credits, ({" red": 0.125, " 3": 13 / 24}, {" red": 0.125, " 3": 13 / 24}, {" red": 0.125, " 3": 13 / 24}, {" blue": -0.5}, {" red": 0.125, "<gaze>": -1.625})):
+        own = [env.v.decode([i]) for i, trained in zip(t.ids, t.trained) if trained]
+        assert {(" 3" if token in (" 4", " 5") else token): x for token, x in zip(own, credit.tolist()) if x} == pytest.approx(wanted)
+
+
+def test_credit_adds_up_to_the_advantage(policy, env, questions):
+    """Prevents credit that is lost or counted twice: along a trajectory it adds up to its advantage, but for what the tools' answers changed."""
+    batch = rollouts(policy, env, questions[:3])
+    assert any(len(t.turns) > 1 for t in batch)
+    for k in range(0, 12, 4):
+        group, advantages = batch[k:k + 4], [1.5, -0.5, -0.5, -0.5]
+        mean = {}
+        for t, advantage in zip(group, advantages):
+            for state in {s for step in grpo.states(env, t) for s in step}:
+                mean.setdefault(state, []).append(advantage)
+        value = lambda state: sum(mean[state]) / len(mean[state])
+        for t, advantage, credit in zip(group, advantages, grpo.branch_credit(env, group, advantages)):
+            steps = grpo.states(env, t)
+            luck = sum(value(after[0]) - value(before[1]) for before, after in zip(steps, steps[1:]))
+            assert len(credit) == sum(t.trained) and credit.sum().item() + luck == pytest.approx(advantage)
 
 
 def test_policy_loss_gradient_by_finite_differences():
@@ -143,11 +173,11 @@ def test_signal_is_what_two_halves_share(policy, env, questions):
 
 
 def test_levels_and_curriculum():
-    """Prevents a curriculum that trains on what it should not: Level 2 is p < 1/2, and each question comes once a pass."""
+    """Prevents a curriculum that trains on what it should not: Level 2 is p < 1/2."""
     rates = [0.0, 0.25, 0.5, 0.75, 1.0]
     assert [grpo.level(p) for p in rates] == [2, 2, 1, 0, 0]
     c = grpo.Curriculum(list(rates), "level2")
-    assert sorted(c.draw(4)) == [0, 0, 1, 1]
+    assert set(c.draw(40)) == {0, 1}
     assert grpo.Curriculum(list(rates), "learnable").pool == [1]
     c = grpo.Curriculum(list(rates), "adaptive", seed=1)
     drawn = c.draw(2000)
