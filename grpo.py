@@ -19,7 +19,8 @@ Here instead, numbered:
      gradients have nothing in common (`signal`, grpo_step). So data.RL_MIX has few look-alikes (two parts of 18, against forgetting) and no
      comparisons: two batches of 256 rollouts of chains and counting had a cosine of 0.16, with many look-alikes among them 0.03 (`--credit trajectory`).
   6. Credit (`branch_credit`): the paper's advantage falls on every word of a trajectory, here on those where a group parts ways. One word in a hundred
-     decides; the others only add noise: two batches of 256 rollouts had a cosine of 0.02, now 0.09. `--credit trajectory` is the paper's.
+     decides; the others only add noise: two batches of 256 rollouts had a cosine of 0.02 (without the numbers of gazes), now 0.09. What RL gains
+     is much the same (README). `--credit trajectory` is the paper's.
   7. A base model of our own, where the paper takes one from the shelf: labels for the eyes, lessons in words, an exam.
 
 Reading order: reward and advantage -> policy loss -> credit, one step of each stage -> what they learn from: GoG-Instruct (SFT), levels and curriculum
@@ -102,10 +103,11 @@ def supervised_step(policy, env, batch, opts, budget=4000):
 
 def states(env, t):
     """Where a trajectory stands before and behind each of its own tokens, [(hash, hash)] * M: what has been said and found so far. Of an observation only the
-    first hit counts, without its score, and the four numbers of a gaze not at all: how well its box is hit is chance, and what it shows is told by the hit."""
-    ids, out, here, found = list(t.ids), [], 0, iter(t.turns)
+    first hit counts, without its first word (a hit's score); any four numbers of a gaze count as the same: how well a box is hit is chance, and what it shows
+    is told by the hit."""
+    ids, out, here, found, numbers = list(t.ids), [], 0, iter(t.turns), {env.v.word(n) for n in range(100)}
     for i, token in enumerate(ids):
-        if token == env.v.id["<gaze>"] and ids[i + 5:i + 6] == [env.v.id["</gaze>"]]:
+        if token == env.v.id["<gaze>"] and numbers.issuperset(ids[i + 1:i + 5]) and ids[i + 5:i + 6] == [env.v.id["</gaze>"]]:
             ids[i + 1:i + 5] = [0] * 4
         if t.trained[i] and out and not t.trained[i - 1]:  # a turn begins: what the last one has found
             here = hash((here, next(found).observation.split(" | ")[0].partition(" ")[2]))
@@ -236,9 +238,10 @@ class Curriculum:
             raise data.WorldError(f"no question is left for --curriculum {mode}: use --curriculum all")
 
     def draw(self, n):
-        """Indices of the next n questions, by lot; with weight 0.02 + p(1-p) when adaptive or fresh."""
-        learnable = lambda p: 0.02 + p * (1 - p) if self.mode in ("adaptive", "fresh") else 1
-        return self.rng.choices(self.pool, [self.worth[i] * learnable(self.pass_rates[i]) for i in self.pool], k=n)
+        """Indices of the next n questions, by lot: different ones as long as there are such, or with weight 0.02 + p(1-p) when adaptive or fresh."""
+        if self.mode not in ("adaptive", "fresh"):
+            return self.rng.sample(self.pool * -(-n // len(self.pool)), n)
+        return self.rng.choices(self.pool, [self.worth[i] * (0.02 + self.pass_rates[i] * (1 - self.pass_rates[i])) for i in self.pool], k=n)
 
     def seen(self, indices, rates):
         """Re-score what the rollouts just made belong to, by an exponential mean of the pass rate: long for a kind, as its questions differ."""
@@ -283,15 +286,15 @@ TIED = {  # parts that one word tells
     "tincture": list(data.TINCTURES), "outline": list(data.OUTLINES), "row": data.ROW[1:], "column": data.COLUMN[1:], "size": data.SIZE[1:], "charge": list(data.CHARGES)}
 
 
-def sights(config, seed, size, i):
+def labelled_pictures(config, seed, size, i):
     """Batch i of pictures with dense labels, on every patch and on every image token: where are the edges of the shield that covers most of it, what is
     it, how does it hang. Depends on (seed, i) only. In numpy (tensors would travel between processes through a socket): pictures uint8 (B, 3, S, S),
     boxes float (B, P + N, 4) in 0..1, labels int (B, P + N, parts), -1 where nothing can be told."""
     rng = random.Random(f"sights/{seed}/{i}")
-    return [np.stack(x) for x in zip(*(sight(config, rng) for _ in range(size)))]
+    return [np.stack(x) for x in zip(*(labelled_picture(config, rng) for _ in range(size)))]
 
 
-def sight(config, rng):
+def labelled_picture(config, rng):
     """One picture and its labels."""
     least, most, cells, sizes, _ = data.SETTINGS[rng.choices(list(data.SETTINGS), (1, 4, 3, 3, 2))[0]]
     px = 2 * config.picture  # shrunk to half, edges lie between pixels, too
@@ -299,11 +302,11 @@ def sight(config, rng):
         least, most, cells, sizes, px = 1, 1, 1, (0.8, 1.0), rng.randint(config.picture // 3, config.picture)
     towns = [fresh_town(rng) for _ in range(rng.randint(least, most))]
     scene = data.hang(towns, "shield", rng, cells, sizes)
-    labels = np.array([tell(town, place, towns, box) for town, place, box in zip(towns, data.relations(scene), scene.boxes)])
+    labels = np.array([part_labels(town, place, towns, box) for town, place, box in zip(towns, data.relations(scene), scene.boxes)])
     return gog.to_array(scene.picture(px), config.picture), *map(np.concatenate, zip(*(spread(scene.boxes, labels, config.picture // config.patch // shuffle) for shuffle in (1, config.shuffle))))
 
 
-def tell(town, place, towns, box):
+def part_labels(town, place, towns, box):
     """The label of every part of one shield."""
     shown = {**vars(town.arms), **place, **{(side, k): towns[place[side]].look.split()[k] if side in place else None for side in data.SIDES for k in (0, 1)}}
     return [-1 if part in FINE and box[3] - box[1] < 35 else told.index(shown[part]) for part, told in PARTS.items()]  # 35 % of the wall's height

@@ -59,7 +59,7 @@ def pretrain(a):
                 torch.optim.AdamW([*heads.parameters(), policy.embed_tokens.weight], a.see_adam_lr, weight_decay=0.0)]  # words, too: see_step draws them towards image tokens
     word_opts = optimisers(((n, p) for n, p in policy.named_parameters() if "vision" not in n or "projector" in n), a.word_lr, a.word_adam_lr)
     env = gog.Environment(v, None, config)
-    parts = (("see", a.see_steps, eye_opts, partial(grpo.sights, config, a.seed, a.see_batch)),
+    parts = (("see", a.see_steps, eye_opts, partial(grpo.labelled_pictures, config, a.seed, a.see_batch)),
              ("words", a.word_steps, word_opts, partial(grpo.lessons, env, a.seed, a.word_batch)))
     start = run.resume([policy, heads], eye_opts + word_opts).get("step", 0) if a.resume else 0
     bar, before = tqdm(total=sum(n for _, n, *_ in parts), initial=start, desc="pretrain", unit="step"), 0
@@ -141,7 +141,7 @@ def rl(a):
     fresh = a.curriculum == "fresh"  # then the pool holds kinds of questions, and each is asked anew; else questions, scored once first
     pool = grpo.kinds(world) if fresh else data.questions(world, data.RL_MIX, a.rl_questions, f"rl/{a.seed}") + list(world.own[::2])
     reference = read_weights(a, a.weights("sft"))[0].requires_grad_(False) if a.beta else None
-    # SGD: the gradients of two batches have a cosine of 0.16, those that AdamW would make of them 0.06, and Muon's 0.02
+    # SGD: the gradients of two batches had a cosine of 0.16, those that AdamW would have made of them 0.06, and Muon's 0.02 (results/trials.md)
     opts = [torch.optim.SGD([p for p in policy.parameters() if p.requires_grad], a.rl_lr, momentum=0.9)]
     generator = torch.Generator(policy.device).manual_seed(a.seed)
     saved = run.resume([policy], opts) if a.resume else {}
