@@ -105,7 +105,7 @@ def states(env, t):
     """Where a trajectory stands before and behind each of its own tokens, [(hash, hash)] * M: what has been said and found so far. Of an observation only the
     first hit counts, without its first word (a hit's score); any four numbers of a gaze count as the same: how well a box is hit is chance, and what it shows
     is told by the hit."""
-    ids, out, here, found, numbers = list(t.ids), [], 0, iter(t.turns), {env.v.word(n) for n in range(100)}
+    ids, out, here, found, numbers = list(t.ids), [], 0, iter(t.turns), set(env.v.numbers)
     for i, token in enumerate(ids):
         if token == env.v.id["<gaze>"] and numbers.issuperset(ids[i + 1:i + 5]) and ids[i + 5:i + 6] == [env.v.id["</gaze>"]]:
             ids[i + 1:i + 5] = [0] * 4
@@ -383,7 +383,7 @@ def in_words(town, depth):
 
 
 def begin(env):
-    """A lesson without a picture: nothing but <bos> yet."""
+    """A lesson that says nothing but <bos> yet."""
     t = Trajectory(None)
     t.observe([env.v.id["<bos>"]])
     return t
@@ -402,8 +402,8 @@ def wall(env, rng):
     towns = [fresh_town(rng) for _ in range(rng.randint(least, most))]
     for i in range(1, min(len(towns), 1 + rng.randint(0, twins))):
         towns[i] = data.Entity.with_arms(data.town_name(rng), {}, data.Arms.draw(rng, outline=towns[0].arms.outline, tincture=towns[0].arms.tincture))
-    scene, t = data.hang(rng.sample(towns, len(towns)), rng.choice(("shield", "shield", "flag", "badge")), rng, cells, sizes), Trajectory(None)
-    t.observe([env.v.id["<bos>"], *env.image], gog.to_array(scene.picture(2 * env.side), env.side))
+    scene, t = data.hang(rng.sample(towns, len(towns)), rng.choice(("shield", "shield", "flag", "badge")), rng, cells, sizes), begin(env)
+    t.observe(env.image, gog.to_array(scene.picture(2 * env.side), env.side))
     return t, scene
 
 
@@ -563,8 +563,8 @@ def errand_lesson(env, rng):
         the river of the twin</think><search> Brenna twin</search><stop>] <obs> ..      (in brackets: trained)"""
     world = little_world(rng, pieces_by_lot(env, rng))
     q = errand(world, rng)
-    t, script = Trajectory(None), gog.expert(q, rng, wrong_gaze=0.2)
-    t.observe([env.v.id["<bos>"], *env.v.encode(q.text), env.v.id["<sep>"]])
+    t, script = begin(env), gog.expert(q, rng, wrong_gaze=0.2)
+    t.observe([*env.v.encode(q.text), env.v.id["<sep>"]])
     text = next(script)
     while text:
         thought, _, action = text.partition("</think>")

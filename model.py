@@ -105,6 +105,11 @@ class Vocabulary:
         spelt = [self.decode([i]) for i in range(len(TAGS), self.size)]
         return [p for p in spelt if p.isprintable() and p.strip() and not set(p) & set("<>|:,\ufffd")]
 
+    @cached_property
+    def numbers(self):
+        """The ids of 0..99, in order."""
+        return [self.word(n) for n in range(100)]
+
     def word(self, word):
         """The id of a word that is one token (numbers 0..99, tinctures, ...), as it stands behind a blank; of its first token otherwise."""
         return self.encode(f" {word}")[0]

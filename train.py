@@ -52,7 +52,7 @@ def pretrain(a):
     v = Vocabulary.learn(grpo.corpus())
     config = ModelConfig(**{**PRESETS[a.preset], "vocab": v.size})
     policy = Policy(config).to(a.device)
-    number_line(policy.embed_tokens.weight, [v.word(n) for n in range(100)])
+    number_line(policy.embed_tokens.weight, v.numbers)
     word_ids = {part: [v.word(w) for w in told] for part, told in grpo.TIED.items()}
     heads = torch.nn.ModuleList(torch.nn.Linear(w, 4 + sum(map(len, grpo.PARTS.values()))) for w in (config.vit_width, config.width)).to(a.device)
     eye_opts = [*optimisers(policy.vision.named_parameters(), a.see_lr, a.see_adam_lr),
