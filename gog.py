@@ -9,9 +9,9 @@ The environment answers <obs> [crop] text </obs>, and so on, until an answer or 
     What is the river of the twin of the leftmost shield?
     <think> look at red round, for the river of the twin</think><gaze> 3 36 30 63</gaze>
         [crop] 97 Brenna: red round, gold bend, 2 white crowns | 84 Old Vosk: red round, gold bend, 2 white rings
-    <think> want red round, see red round: yes, Brenna, for the river of the twin</think><search> Brenna twin</search>
+    <think> want red round, see red round: yes, Brenna, for the river of the twin</think><search> twin Brenna</search>
         In Brenna the twin is Karvel Ost. | Dröse has one twin: Brenna.
-    <think> twin is Karvel Ost, for the river</think><search> Karvel Ost river</search>
+    <think> twin is Karvel Ost, for the river</think><search> river Karvel Ost</search>
         As for Karvel Ost, its river is Ilm. | In Karvel Ost the ruler is Te Gal IV.
     <think> river is Ilm</think><answer> Ilm</answer>
 Had the crop shown a blue square: <think> want red round, see blue square: no, look at red round, for the river of the twin</think><gaze> ...
@@ -311,7 +311,7 @@ def expert(q, rng, wrong_gaze=0.0, glance_first=0.0, missed=None):
             return  # the tools did not find it, or found a wrong one that fits: grpo.instruct drops this demonstration
         value = name
         for k, relation in enumerate(q.chain):
-            query = f"<search> {value} {relation}</search>"
+            query = f"<search> {relation} {value}</search>"  # the relation first: what comes behind a <search> is easily found again, what comes behind a name of any length is not
             obs = yield from _try(f"<think> {thought}</think>{query}", query)
             value = _read(obs, value, relation)
             if not value:
