@@ -24,6 +24,8 @@ Provenance is known at birth: `Trajectory.act` appends what the policy sampled o
 environment wrote, and the expert's slips (never trained). Token ids are never decoded and encoded again, so training sees exactly what was sampled.
 """
 import argparse
+import base64
+import io
 import itertools
 import random
 import re
@@ -40,7 +42,7 @@ from tqdm import tqdm
 import data
 from data import iou
 from model import Cache, CheckpointError, Vocabulary, atomic, load, pick
-from tools import ImageIndex, TextIndex, Toolbox, unaccented
+from tools import make_toolbox, unaccented
 
 MAX_TURNS, TURN_TOKENS = 8, 90
 ACTIONS = ("answer", "search", "glance", "gaze")
@@ -124,14 +126,6 @@ def parse(text):
 def to_array(picture, side):
     """Picture -> uint8 (3, S, S): all that the model ever sees of it."""
     return np.asarray(picture.convert("RGB").resize((side, side), Image.BOX if min(picture.size) > side else Image.BILINEAR)).transpose(2, 0, 1)
-
-
-def make_toolbox(world, failure=0.0, seed=0, late=False):
-    """Tools over all that a world knows at training time (`late`: also what came after)."""
-    pictured = world.pictured("train", "dev", "test", *(["late"] if late else []))
-    images = ImageIndex(((e.name, e.blazon, e.picture(96)) for e in pictured),
-                        progress=lambda x: tqdm(x, desc="image index", total=len(pictured), leave=False))
-    return Toolbox(images, TextIndex(world.passages(late)), failure, seed)
 
 
 class Environment:
@@ -257,8 +251,6 @@ def _sample_turn(policy, v, cache, hidden, temperature, allowed, generator, long
     return out
 
 
-# ---------------------------------------------------------------- one turn only: the exam, and where the base model looks in vain
-
 @torch.no_grad()
 def respond(policy, env, prompts, pictures):
     """One greedy turn to each prompt (list of ids), all at once: parsed turns. `pictures`: of all prompts, in order."""
@@ -266,24 +258,6 @@ def respond(policy, env, prompts, pictures):
     hidden = _feed(policy, env, cache, prompts, pictures)
     sampled = _sample_turn(policy, env.v, cache, hidden, 0.0, _allowed(env.v, ACTIONS, policy.device), None)
     return [parse(env.v.decode(ids[:-1])) for ids, _ in sampled]
-
-
-def misses(policy, env, questions, rows=256):
-    """Where the base model points in vain (IoU < 0.5), for every question: {target: (the look that it named, the box that it chose)}. With these
-    mistakes the expert begins, to show how to recover."""
-    out = [{} for _ in questions]
-    asked = [(i, target, data.references(q.scene)[target][kind]) for i, q in enumerate(questions) if len(q.scene.boxes) > 1 and not q.search_free
-             for target, kind in zip(q.targets, q.expressions) if kind != "detail"]  # look-alikes must all be looked at, anyway
-    for start in range(0, len(asked), rows):
-        batch = asked[start:start + rows]
-        prompts = [[env.v.id["<bos>"], *env.image, *env.v.encode(f"point to the {expression}"), env.v.id["<sep>"]] for *_, expression in batch]
-        pictures = [to_array(questions[i].scene.picture(), env.side) for i, *_ in batch]
-        for (i, target, _), turn in zip(batch, respond(policy, env, prompts, pictures)):
-            x0, y0, x1, y1 = box = turn.argument if turn.kind == "gaze" else (0, 0, 0, 0)
-            taken_for = re.split("look at |it ", turn.thought)[-1]
-            if taken_for and min(x1 - x0, y1 - y0) >= 3 and iou(box, questions[i].scene.boxes[target]) < 0.5:
-                out[i][target] = taken_for, box
-    return out
 
 
 # ------------------------------------------------------------------------------------------ scripts: the expert and chance
@@ -560,6 +534,30 @@ def poster(t, width=760, line=19):
         ink = (120, 120, 125) if text.startswith(" " * 12) else (20, 20, 25)
         ImageDraw.Draw(sheet).text((picture.width + 8, 10 + line * i), text, fill=ink, font_size=14)
     return sheet
+
+
+def record(t, world, v, pictures, worth=None):
+    """A trajectory as report.html shows it and report.jsonl keeps it: all of it but who did it, and how it was rewarded. `pictures`: {data URI: its number}, to
+    which those of the scene and of the hits are added; `worth`: what each of its own tokens was credited with, (M,)."""
+    overlap, worth, tokens = iter(gazes(t)), iter(worth if worth is not None else [0.0] * sum(t.trained)), []
+
+    def number(picture):
+        picture.convert("RGB").save(file := io.BytesIO(), "WEBP", quality=60)
+        return pictures.setdefault("data:image/webp;base64," + base64.b64encode(file.getvalue()).decode(), len(pictures))
+
+    def shown(line):  # the picture of an image hit, "97 Brenna: red round, gold bend, 2 white crowns"
+        entity = world.entities.get(line.split(" ", 1)[-1].partition(": ")[0])
+        return number(entity.picture(48)) if entity and entity.look and line[0].isdigit() else None
+
+    for i, own, before in zip(t.ids, t.trained, [None, *t.ids]):
+        if i != v.id["<image>"] or i != before:  # a picture is many tokens
+            tokens.append(("[picture]" if i == v.id["<image>"] else v.decode([i]), int(own), round(float(next(worth)), 2) if own else 0))
+    turns = [dict(kind=x.kind, argument=x.argument, thought=x.thought, ok=x.ok, iou=next(overlap)[1] if x.kind == "gaze" and t.question.targets else None,
+                  found=[dict(text=line, picture=shown(line) if x.kind in ("glance", "gaze") else None) for line in x.observation.split(" | ") if line]) for x in t.turns]
+    q, scene = t.question, t.question.scene.picture()
+    scene.thumbnail((640, 640))
+    return dict(question=q.text, answers=q.answers, kind=q.kind, setting=q.setting, scene=number(scene), size=scene.size, targets=[q.scene.boxes[i] for i in q.targets],
+                turns=turns, tokens=tokens, r_acc=int(t.correct), r_fmt=int(t.well_formed))
 
 
 def tell(t):

@@ -30,6 +30,7 @@ Alphabet: Q questions, G rollouts a question (the group), M trained tokens; `a`:
 """
 import contextlib
 import random
+import re
 import sys
 import time
 from collections import defaultdict
@@ -161,8 +162,8 @@ LOGGED = ("turns", "tool_calls", "tokens", "truncated", "gaze_correct", "reflect
 
 
 def iteration(policy, reference, env, questions, opts, a, generator):
-    """One iteration on Q questions: rollouts, rewards, advantages, update. Returns the Q*G trajectories, their advantages, the pass rate
-    of each question, and what to log."""
+    """One iteration on Q questions: rollouts, rewards, advantages, update. Returns the Q*G trajectories, their advantages, what their tokens were credited with,
+    the pass rate of each question, and what to log."""
     began = time.time()
     batch = gog.rollout(policy, env, questions, a.group, a.temperature, generator=generator)
     rollout_seconds = time.time() - began
@@ -176,7 +177,7 @@ def iteration(policy, reference, env, questions, opts, a, generator):
     did = gog.behaviour(batch)
     stats |= dict(reward=rewards.mean().item(), accuracy=did["accuracy"], dead=1 - alive.float().mean().item(), **{k: did[k] for k in LOGGED},
                   rollout_seconds=rollout_seconds, seconds=time.time() - began)
-    return batch, advantages.flatten(), correct.float().mean(1).tolist(), stats
+    return batch, advantages.flatten(), each, correct.float().mean(1).tolist(), stats
 
 
 # ------------------------------------------------------------------------------- what they learn from: demonstrations, levels
@@ -212,7 +213,7 @@ def instruct(policy, env, world, n=5750, seed=0, wrong_gaze=0.2, glance_first=0.
         pool = [q for q in data.questions(world, data.SFT_MIX, n // 2 + 8, f"sft/{seed}/{part}") if len(chosen[q.search_free]) < quota[q.search_free]]
         kept = uncertain(policy, env, pool, seed=seed)
         asked, dropped, part = asked + len(pool), dropped + len(pool) - len(kept), part + 1
-        missed = gog.misses(policy, env, kept)
+        missed = misses(policy, env, kept)
         demos = gog.play(env, kept, [gog.expert(q, rng, wrong_gaze, glance_first, m) for q, m in zip(kept, missed)], progress="expert")
         for t in demos:
             if t.correct and (not gog.gazes(t) or gog.gazes(t)[-1][1] > 0.9):
@@ -224,6 +225,24 @@ def instruct(policy, env, world, n=5750, seed=0, wrong_gaze=0.2, glance_first=0.
     print(f"GoG-Instruct: {len(demos)} trajectories of {asked} questions asked, {dropped} dropped by the uncertainty filter; "
           f"{sum(any(gog.wrong_gaze_then(t)) for t in demos)} reflective", file=sys.stderr)
     return demos
+
+
+def misses(policy, env, questions, rows=256):
+    """Where the base model points in vain (IoU < 0.5), for every question: {target: (the look that it named, the box that it chose)}. With these
+    mistakes the expert begins, to show how to recover."""
+    out = [{} for _ in questions]
+    asked = [(i, target, data.references(q.scene)[target][kind]) for i, q in enumerate(questions) if len(q.scene.boxes) > 1 and not q.search_free
+             for target, kind in zip(q.targets, q.expressions) if kind != "detail"]  # look-alikes must all be looked at, anyway
+    for start in range(0, len(asked), rows):
+        batch = asked[start:start + rows]
+        prompts = [[env.v.id["<bos>"], *env.image, *env.v.encode(f"point to the {expression}"), env.v.id["<sep>"]] for *_, expression in batch]
+        pictures = [gog.to_array(questions[i].scene.picture(), env.side) for i, *_ in batch]
+        for (i, target, _), turn in zip(batch, gog.respond(policy, env, prompts, pictures)):
+            x0, y0, x1, y1 = box = turn.argument if turn.kind == "gaze" else (0, 0, 0, 0)
+            taken_for = re.split("look at |it ", turn.thought)[-1]
+            if taken_for and min(x1 - x0, y1 - y0) >= 3 and data.iou(box, questions[i].scene.boxes[target]) < 0.5:
+                out[i][target] = taken_for, box
+    return out
 
 
 class Curriculum:

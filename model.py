@@ -549,15 +549,19 @@ def save(model, path, **meta):
     atomic(path, lambda p: save_file(weights, p, metadata=header))
 
 
+def read(path):
+    """The strings and the tensors of a safetensors file."""
+    with safe_open(path, "pt") as f:
+        return f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
+
+
 def load(path, device="cpu", **expected):
     """Policy and its metadata. Raises CheckpointError if the file is broken, or if a key of `expected` (say tokenizer=...) differs."""
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint. Train one first: python train.py --stage sft")
     try:
-        with safe_open(path, "pt") as f:
-            meta = f.metadata() or {}
-            weights = {k: f.get_tensor(k) for k in f.keys()}
+        meta, weights = read(path)
     except (SafetensorError, OSError) as e:
         raise CheckpointError(f"{path}: not a readable safetensors file ({e}). Delete it and train again") from None
     try:
@@ -571,3 +575,28 @@ def load(path, device="cpu", **expected):
             raise CheckpointError(f"{path}: made with another {key} ({str(meta.get(key))[:24]}... instead of {value[:24]}...). "
                                   "Use its own --out folder, or delete it and train again")
     return model.to(device), meta
+
+
+def save_state(path, modules, opts, **meta):
+    """All that training goes on from: modules, optimisers and `meta` (strings), in one safetensors file, without pickle."""
+    tensors = {f"module.{i}.{k}": v.detach().cpu().contiguous() for i, m in enumerate(modules) for k, v in m.state_dict().items()}
+    for o, opt in enumerate(opts):
+        for i, state in opt.state_dict()["state"].items():
+            tensors |= {f"optimiser.{o}.{i}.{k}": torch.as_tensor(v).cpu().contiguous() for k, v in state.items()}
+    atomic(path, lambda p: save_file(tensors, p, metadata=meta))
+
+
+def load_state(path, modules, opts):
+    """Bring modules and optimisers to the state of `save_state`; returns its `meta`."""
+    try:
+        meta, tensors = read(path)
+        for i, m in enumerate(modules):
+            m.load_state_dict({k.split(".", 2)[2]: v for k, v in tensors.items() if k.startswith(f"module.{i}.")})
+        for o, opt in enumerate(opts):
+            state = {}
+            for (_, _, i, name), v in ((k.split(".", 3), v) for k, v in tensors.items() if k.startswith(f"optimiser.{o}.")):
+                state.setdefault(int(i), {})[name] = v
+            opt.load_state_dict({"state": state, "param_groups": opt.state_dict()["param_groups"]})
+    except (SafetensorError, OSError, RuntimeError, KeyError, ValueError) as e:
+        raise CheckpointError(f"{path}: cannot be resumed ({str(e).splitlines()[0]}). Delete it to start this stage anew") from None
+    return meta

@@ -20,6 +20,7 @@ from functools import lru_cache
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 GREY = (128, 128, 128)  # stands in for the wall behind a picture with transparent corners
 
@@ -299,3 +300,11 @@ class Toolbox:
         for i, found in zip(queries, self.text_index.search(list(queries.values()), self.passages)):
             out[i] = Observation(" | ".join(passage for _, passage in found) or "nothing found")
         return out
+
+
+def make_toolbox(world, failure=0.0, seed=0, late=False):
+    """Tools over all that a data.World knows at training time (`late`: also what came after)."""
+    pictured = world.pictured("train", "dev", "test", *(["late"] if late else []))
+    images = ImageIndex(((e.name, e.blazon, e.picture(96)) for e in pictured),
+                        progress=lambda x: tqdm(x, desc="image index", total=len(pictured), leave=False))
+    return Toolbox(images, TextIndex(world.passages(late)), failure, seed)

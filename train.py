@@ -26,16 +26,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from tqdm import tqdm
 
 import data
 import gog
 import grpo
 from grpo import supervised_step
-from model import PRESETS, CheckpointError, ModelConfig, NotFinite, Policy, Vocabulary, atomic, autocast, load, lr_factor, number_line, optimisers, save, set_lr
-from tools import Toolbox
+from model import PRESETS, CheckpointError, ModelConfig, NotFinite, Policy, Vocabulary, atomic, autocast, load, load_state, lr_factor, number_line, optimisers, save, save_state, set_lr
+from tools import Toolbox, make_toolbox
 
 # --------------------------------------------------------------------------------------------------------------- stages
 
@@ -95,7 +93,7 @@ def sft(a):
     """Stage 1, reflective behaviour alignment: causal LM loss on the expert's own tokens, with some lessons of the base model in between."""
     (policy, v), run = read_weights(a, a.weights("pretrain")), Run(a.folder(), "sft")
     world = data.open_world(a.world, a.seed_world, a.towns)
-    env = gog.Environment(v, gog.make_toolbox(world, a.failure_rate, a.seed), policy.config)
+    env = gog.Environment(v, make_toolbox(world, a.failure_rate, a.seed), policy.config)
     demos = grpo.instruct(policy, env, world, a.demos, a.seed, a.wrong_gaze, a.glance_first)
     per_epoch = max(1, len(demos) // a.sft_batch)
     total = a.sft_epochs * per_epoch
@@ -136,7 +134,7 @@ def rl(a):
     """Stage 2, complexity-adaptive reinforcement learning: GRPO on kinds of questions (or on questions, scored by the SFT model first) drawn by pass rate."""
     (policy, v), run = read_weights(a, a.weights("sft")), Run(a.folder(), a.name)
     world = data.open_world(a.world, a.seed_world, a.towns)
-    env = gog.Environment(v, gog.make_toolbox(world, a.failure_rate, a.seed), policy.config)
+    env = gog.Environment(v, make_toolbox(world, a.failure_rate, a.seed), policy.config)
     validate = development(env, world, a)
     fresh = a.curriculum == "fresh"  # then the pool holds kinds of questions, and each is asked anew; else questions, scored once first
     pool = grpo.kinds(world) if fresh else data.questions(world, data.RL_MIX, a.rl_questions, f"rl/{a.seed}") + list(world.own[::2])
@@ -151,6 +149,7 @@ def rl(a):
         for rng, state in zip((curriculum.rng, env.toolbox.rng), saved["python_rng"]):
             rng.setstate((state[0], tuple(state[1]), state[2]))
         generator.set_state(torch.tensor(saved["torch_rng"], dtype=torch.uint8))
+    shown, pictures = [], {}  # for the report: since the run was last started
     best, champion = saved.get("best", [-1.0, 0]), run.weights.with_suffix(".best.safetensors")  # becomes the result only when the stage is done
     bar = tqdm(total=a.rl_steps, initial=saved.get("step", 0), desc="rl", unit="step")
     for step in range(saved.get("step", 0), a.rl_steps + 1):  # one turn more than updates: the last only validates
@@ -164,7 +163,7 @@ def rl(a):
             break
         lr = set_lr(opts, lr_factor(step, a.rl_steps, warmup=3, decay=1.0))
         chosen = curriculum.draw(a.rl_batch)
-        batch, advantages, solved, stats = grpo.iteration(policy, reference, env, grpo.ask(world, [pool[i] for i in chosen], f"rl/{a.seed}/{step}"), opts, a, generator)
+        batch, advantages, worth, solved, stats = grpo.iteration(policy, reference, env, grpo.ask(world, [pool[i] for i in chosen], f"rl/{a.seed}/{step}"), opts, a, generator)
         curriculum.seen(chosen, solved)
         run.log(step=step, **stats, lr=lr)
         bar.update()
@@ -173,11 +172,15 @@ def rl(a):
         bar.set_postfix(acc=f"{stats['accuracy']:.2f}", dead=f"{stats['dead']:.2f}", entropy=f"{stats['entropy']:.2f}")
         if step % a.show_every == 0:
             print("\n" + gog.tell(batch[int(advantages.argmax())]), file=sys.stderr)
+            shown += [dict(key=f"{step} {i // a.group}", suite=f"step {step}", policy=f"rollout {i % a.group + 1}", reward=grpo.reward(t.correct, t.well_formed, a.lam), advantage=advantages[i].item(),
+                           **gog.record(t, world, v, pictures, worth[i].expand(sum(t.trained)))) for i, t in enumerate(batch[:3 * a.group])]
+            write_report(run.folder / f"{a.name}-report.html", f"{a.label(a.world)}: groups of rollouts while RL trains", f"Preset {a.preset}, seed {a.seed}, on {a.device}; "
+                         f"three questions of every {a.show_every}th step.", shown, pictures, curves=run.rows)
         run.checkpoint([policy], opts, a.eval_every, step=step + 1, pass_rates=curriculum.pass_rates, pool=curriculum.pool, best=best,
                        python_rng=[curriculum.rng.getstate(), env.toolbox.rng.getstate()], torch_rng=generator.get_state().tolist())
     bar.close()
     atomic(run.weights, lambda p: shutil.copyfile(champion, p))
-    run.close(("accuracy", "reward", "dead", "entropy", "gaze_correct", "reflection", "turns", "signal", "loss"))
+    run.close(CURVES)
     champion.unlink()  # last: a kill in between loses nothing
     print(f"best: step {best[1]}, development accuracy {best[0]:.3f}, kept as {run.weights}", file=sys.stderr)
 
@@ -192,16 +195,16 @@ def alarms(first, now):
 def evaluate(a):
     """Six held-out suites (and a folder world's own questions), every baseline: results/results.csv, one measurement a row; rows of other worlds
     and seeds in that file stay. Baselines that are schedules (gog.SCHEDULES) and `withheld` play the RL policy."""
-    world, table = data.open_world(a.world, a.seed_world, a.towns), []
+    world, table, tries_shown, pictures = data.open_world(a.world, a.seed_world, a.towns), [], [], {}
     policies = {"base": read_weights(a, a.weights("pretrain")), "sft": read_weights(a, a.weights("sft")), "rl": read_weights(a, a.weights("rl"))}
-    label, known = a.label(a.world) + ("-zero-shot" if a.trained_on else ""), gog.make_toolbox(world)
+    label, known = a.label(a.world) + ("-zero-shot" if a.trained_on else ""), make_toolbox(world)
     for name in (*data.SUITES, *(["own"] if world.own[1:] else [])):
         try:
             searched, qs = (world, world.own[1::2]) if name == "own" else data.suite(world, name, a.suite_size)
         except data.WorldError as e:  # a small world may know no deep chains, or no look-alikes
             print(f"suite {name} is left out: {e}", file=sys.stderr)
             continue
-        toolbox = gog.make_toolbox(searched, late=True) if name == "live" else known
+        toolbox = make_toolbox(searched, late=True) if name == "live" else known
         # another policy than rl adds its row, and leaves those of others; and nobody knows where to look in a user's own picture
         for row in (r for r in (ROWS if a.name == "rl" else ("rl",)) if r != "oracle" or name != "own"):
             policy, v = policies.get(row, policies["rl"])
@@ -210,8 +213,14 @@ def evaluate(a):
             table += measure(a, "main", a.name if row == "rl" else row, label, name, {k: (x, len(qs)) for k, x in gog.behaviour(tries).items()}, began)
             for i, t in enumerate(tries[:2] if row == a.name == "rl" else ()):
                 atomic(Path(a.results) / f"{label}-{name}-{i}.png", lambda p: gog.poster(t).save(p, format="PNG"))
+            if row in policies:
+                tries_shown += [dict(key=f"{name} {i}", suite=name, policy=row, reward=grpo.reward(t.correct, t.well_formed, a.lam), advantage=None, **gog.record(t, searched, v, pictures))
+                                for i, t in enumerate(tries[:a.shown])]
         write_results(a, table)  # suite by suite: what is measured is kept
-    print_table(table)
+    print("\n".join(["", f"{'accuracy %':<12}" + "".join(f"{c:>8}" for c in (told := accuracy_table(table))["columns"]),
+                     *(f"{row:<12}" + "".join(f"{x:8.1f}" for x in values) for row, *values in told["rows"])]))
+    write_report(a.folder() / f"report{'-' + label if a.trained_on else ''}.html", f"{label}: what the policies do", f"Preset {a.preset}, seed {a.seed}, on {a.device}; "
+                 f"the first {a.shown} questions of each suite, before SFT (base), after it (sft) and after RL (rl).", tries_shown, pictures, table, read_rows(a.weights("rl").with_suffix(".csv")))
 
 
 # ------------------------------------------------------------------------------------------------------------ run folder
@@ -248,11 +257,7 @@ class Run:
         """If it is time: everything that the next step depends on, in one file without pickle: weights, optimisers, generators, counters, metrics."""
         if step % every and not self.stopping:
             return
-        tensors = {f"module.{i}.{k}": v.detach().cpu().contiguous() for i, m in enumerate(modules) for k, v in m.state_dict().items()}
-        for o, opt in enumerate(opts):
-            for i, state in opt.state_dict()["state"].items():
-                tensors |= {f"optimiser.{o}.{i}.{k}": torch.as_tensor(v).cpu().contiguous() for k, v in state.items()}
-        atomic(self.state, lambda p: save_file(tensors, p, metadata={"extra": json.dumps({"step": step, **extra}), "rows": json.dumps(self.rows)}))
+        save_state(self.state, modules, opts, extra=json.dumps({"step": step, **extra}), rows=json.dumps(self.rows))
         self.write_csv()
         if self.stopping:
             self.lock.close()
@@ -262,20 +267,7 @@ class Run:
         """Load the state saved by `checkpoint` into modules and optimisers; its `extra`, or {} when there is none."""
         if not self.state.is_file():
             return {}
-        try:
-            with safe_open(self.state, "pt") as f:
-                meta, tensors = f.metadata(), {k: f.get_tensor(k) for k in f.keys()}
-            for i, m in enumerate(modules):
-                m.load_state_dict({k.split(".", 2)[2]: v for k, v in tensors.items() if k.startswith(f"module.{i}.")})
-            for o, opt in enumerate(opts):
-                fresh, state = opt.state_dict(), {}
-                for k, v in tensors.items():
-                    if k.startswith(f"optimiser.{o}."):
-                        _, _, i, name = k.split(".", 3)
-                        state.setdefault(int(i), {})[name] = v
-                opt.load_state_dict({"state": state, "param_groups": fresh["param_groups"]})
-        except (SafetensorError, OSError, RuntimeError, KeyError, ValueError) as e:
-            raise CheckpointError(f"{self.state}: cannot be resumed ({str(e).splitlines()[0]}). Delete it to start this stage anew") from None
+        meta = load_state(self.state, modules, opts)
         self.rows = json.loads(meta["rows"])
         return json.loads(meta["extra"])
 
@@ -320,6 +312,7 @@ class Run:
 # ---------------------------------------------------------------------------------------------------------------- tables
 
 COLUMNS = "table row world suite seed metric value n preset device minutes".split()
+CURVES = ("accuracy", "reward", "dead", "entropy", "gaze_correct", "reflection", "turns", "signal", "loss")  # of rl.csv, that are drawn
 ROWS = ("random", "base", "direct", "full-search", "no-gaze", "sft", "rl", "withheld", "oracle")
 
 
@@ -338,14 +331,22 @@ def write_rows(path, rows, key):
     atomic(path, lambda p: p.write_text(text.getvalue(), encoding="utf-8"))
 
 
-def print_table(table):
-    """Accuracy in percent: rows x suites, and their mean."""
-    accuracy = {(r["row"], r["suite"]): float(r["value"]) for r in table if r["metric"] == "accuracy"}
+def accuracy_table(table):
+    """Accuracy in percent: the suites and "mean", and of each row its name and values."""
+    accuracy = {(r["row"], r["suite"]): 100 * float(r["value"]) for r in table if r["metric"] == "accuracy"}
     suites = [s for s in data.SUITES if any(s == suite for _, suite in accuracy)]
-    print(f"\n{'accuracy %':<12}" + "".join(f"{s:>8}" for s in (*suites, "mean")))
-    for row in dict.fromkeys(r["row"] for r in table):
-        values = [100 * accuracy[row, s] for s in suites]
-        print(f"{row:<12}" + "".join(f"{x:8.1f}" for x in (*values, sum(values) / max(1, len(values)))))
+    rows = [[row, *(accuracy[row, s] for s in suites)] for row in dict.fromkeys(r["row"] for r in table)]
+    return dict(columns=[*suites, "mean"], rows=[[*row, sum(row[1:]) / max(1, len(suites))] for row in rows])
+
+
+def write_report(path, title, about, tries, pictures, table=(), curves=()):
+    """One page that needs nothing else (viewer.html, filled), and beside it `tries` as jsonl. tries: gog.record and what set each apart; curves: rows of a csv."""
+    values = {c: [float(r[c]) for r in curves if r[c] not in ("", "nan")] for c in CURVES}
+    told = dict(title=title, about=about, table=accuracy_table(table), curves=[dict(name=c, values=y) for c, y in values.items() if y], pictures=list(pictures), trajectories=tries)
+    page, text = (Path(__file__).parent / "viewer.html").read_text(encoding="utf-8"), json.dumps(told).replace("<", "\\u003c")  # no text can end the script that it stands in
+    atomic(path, lambda p: p.write_text(page.replace(">DATA<", f">{text}<"), encoding="utf-8"))
+    atomic(path.with_suffix(".jsonl"), lambda p: p.write_text("".join(json.dumps(t) + "\n" for t in tries), encoding="utf-8"))
+    print(f"to look at: {path}", file=sys.stderr)
 
 
 def measure(a, table, row, world, suite, metrics, began):
@@ -411,6 +412,7 @@ class Args:
     token_budget: int = 4000  # tokens a micro-batch: changes speed and memory, not the update
     name: str = "rl"  # of the policy that rl writes, and of its row in the results; of another than "rl" eval adds the row only
     suite_size: int = 300  # questions a held-out suite
+    shown: int = 11  # of these in report.html (rl: groups of rollouts each time that one is printed)
     trained_on: str = ""  # eval only: examine the policies of another world (zero-shot); default --world
 
     def folder(self, kind=""):

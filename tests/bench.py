@@ -23,7 +23,7 @@ import gog  # noqa: E402
 import grpo  # noqa: E402
 from model import Cache, ModelConfig, Policy, Vocabulary  # noqa: E402
 from conftest import llama_twin  # noqa: E402
-from tools import TextIndex, describe  # noqa: E402
+from tools import TextIndex, describe, make_toolbox  # noqa: E402
 from train import write_rows  # noqa: E402
 
 
@@ -41,7 +41,7 @@ class Bench:
         self.world = data.heraldry(0, 1000)
         self.v = Vocabulary.learn(grpo.corpus())
         self.policy = Policy(ModelConfig(vocab=self.v.size, smear=0, stem=False)).freeze_eyes()
-        self.env = gog.Environment(self.v, gog.make_toolbox(self.world), self.policy.config)
+        self.env = gog.Environment(self.v, make_toolbox(self.world), self.policy.config)
         self.questions = data.questions(self.world, data.RL_MIX, 64, "bench")
         self.demos = gog.play(self.env, self.questions, [gog.expert(q, random.Random(0)) for q in self.questions])
         self.llama = self.twin() if peer("transformers") else None

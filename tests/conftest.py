@@ -11,6 +11,7 @@ import data  # noqa: E402
 import gog  # noqa: E402
 import grpo  # noqa: E402
 from model import PRESETS, ModelConfig, Policy, Vocabulary  # noqa: E402
+from tools import make_toolbox  # noqa: E402
 
 
 def llama_twin(hf, policy, **options):
@@ -52,7 +53,7 @@ def policy(vocabulary):
 
 @pytest.fixture(scope="session")
 def env(vocabulary, world, policy):
-    return gog.Environment(vocabulary, gog.make_toolbox(world), policy.config)
+    return gog.Environment(vocabulary, make_toolbox(world), policy.config)
 
 
 @pytest.fixture(scope="session")

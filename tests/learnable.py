@@ -19,6 +19,7 @@ import gog
 import grpo
 import train
 from model import Vocabulary, autocast, load
+from tools import make_toolbox
 
 
 def group_gradient(policy, env, group, advantages, a):
@@ -34,7 +35,7 @@ def main(each=16, path="out/heraldry-nano-0/sft.safetensors"):
     world, a = data.open_world("heraldry"), train.Args()
     policy, meta = load(path)
     policy.freeze_eyes()
-    env = gog.Environment(Vocabulary.from_text(meta["tokenizer"]), gog.make_toolbox(world), policy.config)
+    env = gog.Environment(Vocabulary.from_text(meta["tokenizer"]), make_toolbox(world), policy.config)
     kinds = sorted({(kind, setting) for kind, setting, _ in data.SFT_MIX + data.RL_MIX + data.DEV_MIX})
     told, found = [], []  # a row of the table for every kind; (index of its kind, gradient) for every group alive
     for k, (kind, setting) in enumerate(tqdm(kinds)):

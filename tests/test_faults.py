@@ -20,6 +20,7 @@ import data
 import gog
 import train
 from model import TAGS
+from tools import make_toolbox
 
 # ------------------------------------------------------------------------------------------------------------------ text
 
@@ -74,7 +75,7 @@ def script(*turns):
 
 def test_tools_that_often_fail_stop_nobody(vocabulary, world, policy):
     """Prevents a run that dies with its tools: at 20 % failures every rollout ends within its turns, and failures are seen by the policy."""
-    env = gog.Environment(vocabulary, gog.make_toolbox(world, 0.2, seed=1), policy.config)
+    env = gog.Environment(vocabulary, make_toolbox(world, 0.2, seed=1), policy.config)
     qs = data.questions(world, data.RL_MIX, 400, "faults")
     tries = gog.play(env, qs, [gog.expert(q, random.Random(0)) for q in qs]) + gog.evaluate(None, env, qs, "random")
     told = [turn for t in tries for turn in t.turns if turn.kind in ("search", "glance", "gaze")]

@@ -10,6 +10,7 @@ from PIL import Image
 import data
 import gog
 from model import TAGS, Vocabulary, load, pick, save
+from tools import make_toolbox
 
 
 @pytest.mark.parametrize("text, kind, argument", [
@@ -109,7 +110,7 @@ def test_the_oracle_solves_every_suite(vocabulary, world, policy):
     """Prevents an unsolvable world: the expert, which reads names and facts from the tools, must be right nearly always."""
     for name in data.SUITES:
         searched, qs = data.suite(world, name, 40)
-        env = gog.Environment(vocabulary, gog.make_toolbox(searched, late=name == "live"), policy.config)
+        env = gog.Environment(vocabulary, make_toolbox(searched, late=name == "live"), policy.config)
         assert sum(t.correct for t in gog.evaluate(None, env, qs, "oracle")) >= 38
 
 
@@ -123,7 +124,7 @@ def test_a_baseline_keeps_to_its_schedule(policy, env, questions, row):
 
 def test_withheld_observations_show_nothing(policy, vocabulary, world, questions):
     """Prevents a control that leaks: with observations withheld, no observation text and no crop may reach the policy."""
-    env = gog.Environment(vocabulary, gog.make_toolbox(world), policy.config, withhold=True)
+    env = gog.Environment(vocabulary, make_toolbox(world), policy.config, withhold=True)
     for t in gog.play(env, questions, [gog.chance(q, random.Random(1), ["x"]) for q in questions]):
         assert len(t.pictures) == 1 and not any(turn.observation for turn in t.turns)
 
@@ -200,7 +201,7 @@ def test_slips_begin_where_the_policy_looked_in_vain(env, world, policy, monkeyp
     there with what the policy took it for, and then reads the picture anew."""
     monkeypatch.setattr(gog, "respond", Pointer((3, 36, 30, 63)))
     qs = [q for q in data.questions(world, data.SFT_MIX, 300, "misses") if q.kind == "hop1" and q.setting == "normal" and len(q.scene.boxes) > 1]
-    missed, reread = gog.misses(policy, env, qs, rows=7), 0
+    missed, reread = grpo.misses(policy, env, qs, rows=7), 0
     for q, m, t in zip(qs, missed, gog.play(env, qs, [gog.expert(q, random.Random(0), missed=m) for q, m in zip(qs, missed)])):
         lies_on_target = data.iou((3, 36, 30, 63), q.scene.boxes[q.targets[0]]) >= 0.5
         assert (m == {}) == lies_on_target and (t.turns[0].argument == (3, 36, 30, 63)) != lies_on_target

@@ -1,0 +1,62 @@
+"""What the README claims, held against the committed results and the source."""
+import re
+import shlex
+
+import pytest
+from test_train import ROOT
+
+import data
+import train
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+RESULTS = {(r["world"], r["row"], r["suite"], r["metric"]): float(r["value"]) for r in train.read_rows(ROOT / "results" / "results.csv") if r["seed"] == "0" and r["preset"] == "nano"}
+ROW = {"random": "random", "base": "base", "direct": "direct", "full": "full-search", "no": "no-gaze", "**SFT**": "sft", "**SFT": "rl", "observations": "withheld", "oracle": "oracle"}  # by its first word
+EXAM = {"by look": "iou look", "does this crop show it?": "verify", "compare a hit with what is wanted": "reflect", "read and copy": "copy", "copy any text": "copy any text",
+        "caption a crop": "caption", "colour, shape": "visual", **{k: f"iou {k}" for k in ("colour", "shape", "order", "size", "position", "neighbour")}}
+
+
+def tables(text):
+    """Every table of a markdown text: (cells of the head, list of rows)."""
+    for block in re.findall(r"(?:^\|.*\n)+", text, re.M):
+        head, _, *rows = [[cell.strip() for cell in line.strip().removeprefix("|").removesuffix("|").split("|")] for line in block.splitlines()]
+        yield head, rows
+
+
+def test_accuracy_tables_are_those_of_the_csv():
+    """Prevents a table that was typed, rounded twice, or left behind by a new run."""
+    found = [rows for head, rows in tables(README) if head[-1] == "mean"]
+    assert len(found) == 3
+    for world, rows in zip(("heraldry", "countries", "countries-zero-shot"), found):
+        for name, *values in rows:
+            row = "rl-trajectory" if "trajectory" in name else ROW["**SFT**" if name == "**SFT**" else name.split()[0]]
+            wanted = [100 * RESULTS[world, row, suite, "accuracy"] for suite in data.SUITES]
+            assert values == [f"{x:.1f}" for x in (*wanted, sum(wanted) / len(wanted))], (world, name)
+
+
+def test_the_exam_is_that_of_the_csv():
+    """Prevents a base model that is told to be better than it was measured."""
+    told = {name: value for head, rows in tables(README) for name, value in zip(head, rows[-1]) if name in EXAM}
+    assert len(told) == len(EXAM)
+    for name, value in told.items():
+        assert value.split()[0] == f"{RESULTS['lessons', 'base', 'held-out', EXAM[name]]:.2f}", name
+
+
+def test_minutes_are_those_of_the_csv():
+    """Prevents a promise about time that nobody has measured."""
+    minutes = {r["stage"]: float(r["minutes"]) for r in train.read_rows(ROOT / "results" / "stages.csv") if (r["world"], r["preset"], r["device"], r["seed"]) == ("heraldry", "nano", "cpu", "0")}
+    told = re.search(r"`nano` took (\d+) minutes for the base model .*?, (\d+) for SFT .*?, (\d+) for RL and (\d+) for\s+the whole evaluation", README, re.S)
+    assert [int(x) for x in told.groups()] == [round(minutes[stage]) for stage in ("pretrain", "sft", "rl", "eval")]
+
+
+@pytest.mark.parametrize("command", re.findall(r"python train\.py[^\n`&#|]*", README))
+def test_commands_are_understood(command):
+    """Prevents a command in the README that the program refuses."""
+    train.arguments(shlex.split(command)[2:])
+
+
+def test_what_it_names_is_there():
+    """Prevents pointing at a test, a picture or a file that has been renamed or removed."""
+    tests = "".join(p.read_text(encoding="utf-8") for p in (ROOT / "tests").glob("test_*.py"))
+    named = set(re.findall(r"`(test_\w+)`", README))
+    assert len(named) > 10 and all(f"def {name}(" in tests for name in named)
+    assert all((ROOT / path).exists() for path in re.findall(r"\]\(((?!http)[^)]+)\)", README))

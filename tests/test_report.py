@@ -1,0 +1,65 @@
+"""The page to look at: report.html."""
+import json
+import random
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+
+import pytest
+
+import data
+import gog
+import train
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+HOSTILE = "</script><script>document.title = 'broken'</script><img src='http://example.invalid/x.png'>"
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory, env, world, policy):
+    """(path, what it should tell): two questions, one of them hostile, each with a policy's try and the expert's, and a world whose captions are hostile, too."""
+    qs = [replace(q, text=HOSTILE) if n else q for n, q in enumerate(data.questions(world, [("hop1", "normal", 1)], 2, "report"))]
+    tries = [gog.play(env, qs, [gog.expert(q, random.Random(0)) for q in qs]), gog.rollout(policy, env, qs, temperature=0.0)]
+    tries[0][0].turns[0].observation = f"97 {qs[0].scene.entities[0].name}: {HOSTILE} | 80 nobody: nothing"
+    pictures, told = {}, []
+    for who, of_policy in zip(("expert", "policy"), tries):
+        told += [dict(key=f"{n}", suite="facts", policy=who, reward=1.0, advantage=None, **gog.record(t, world, env.v, pictures, worth=[0.5] * sum(t.trained))) for n, t in enumerate(of_policy)]
+    path = tmp_path_factory.mktemp("report") / "report.html"
+    table = [dict(row="rl", suite="facts", metric="accuracy", value="0.5")]
+    train.write_report(path, "a title", "about it", told, pictures, table, [{c: str(n) for c in train.CURVES} for n in range(5)])
+    return path, told, [t for of_policy in tries for t in of_policy]
+
+
+def test_a_report_says_what_was_done(report):
+    """Prevents a viewer that shows other tokens, boxes or rewards than the trajectory had; and jsonl that tells something else than the page."""
+    path, told, tries = report
+    page = path.read_text(encoding="utf-8")
+    inside = json.loads(re.search(r'id="data">(.*?)</script>', page, re.S)[1])
+    assert inside["trajectories"] == json.loads(json.dumps(told)) == [json.loads(line) for line in path.with_suffix(".jsonl").read_text(encoding="utf-8").splitlines()]
+    assert inside["table"] == {"columns": ["facts", "mean"], "rows": [["rl", 50.0, 50.0]]} and len(inside["curves"]) == len(train.CURVES)
+    for t, r in zip(tries, told):
+        assert sum(own for _, own, _ in r["tokens"]) == sum(t.trained) and all(worth == (0.5 if own else 0) for _, own, worth in r["tokens"])
+        assert sum(text == "[picture]" for text, *_ in r["tokens"]) == len(t.pictures)
+        assert [turn["kind"] for turn in r["turns"]] == [turn.kind for turn in t.turns] and r["r_acc"] == t.correct and r["scene"] < len(inside["pictures"])
+        assert all((turn["iou"] is not None) == (turn["kind"] == "gaze") for turn in r["turns"])
+    hit, other = told[0]["turns"][0]["found"]
+    assert hit["picture"] is not None and other["picture"] is None
+
+
+def test_no_text_becomes_markup(report):
+    """Prevents a report in which a fact or an answer runs as a script, and one that asks the network for anything."""
+    page = report[0].read_text(encoding="utf-8")
+    assert page.count("</script>") == page.count("<script") == 2 and "<img src" not in page and HOSTILE not in page
+    assert "innerHTML" not in page and "default-src 'none'" in page
+    assert not re.findall(r"(?:src|href)\s*=\s*[\"']?(?:https?:)?//", page)
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="needs Chromium")
+def test_a_browser_opens_it(report, tmp_path):
+    """Prevents a page that is blank, or broken by what it shows: a browser draws two cards side by side, the hostile question as text."""
+    done = subprocess.run([CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}", "--virtual-time-budget=3000", "--dump-dom", report[0].as_uri()],
+                          capture_output=True, text=True, timeout=100)
+    dom = done.stdout.split('id="data"')[0]
+    assert dom.count('<article class="card">') == 2 and '<h1 id="title">a title</h1>' in dom and "<title>Glance or Gaze: report</title>" in dom
+    assert dom.count("<polyline") == 2 * len(train.CURVES) and dom.count('class="box now"') >= 1 and "&lt;/script&gt;&lt;script&gt;" in dom
