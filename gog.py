@@ -1,11 +1,6 @@
-"""Glance-or-Gaze: the turn protocol, the expert that shows it, the batched rollout, scoring and evaluation.
+"""Glance-or-Gaze: a policy's batched rollout, the expert that shows how it is done, scoring and evaluation, one question about one picture.
 
-One turn of the policy:   [<think> text </think>]  exactly one action  <stop>
-    <answer> text </answer>           ends the trajectory
-    <search> query </search>          text search
-    <glance></glance>                 search with the whole picture
-    <gaze> x0 y0 x1 y1</gaze>         crop (percent of the picture, 0..99), look at the crop, and search with it
-The environment answers <obs> [crop] text </obs>, and so on, until an answer or the last turn. One whole trajectory:
+One whole trajectory (the protocol of its turns is tools.py's):
     What is the river of the twin of the leftmost shield?
     <think> look at red round, for the river of the twin</think><gaze> 3 36 30 63</gaze>
         [crop] 97 Brenna: red round, gold bend, 2 white crowns | 84 Old Vosk: red round, gold bend, 2 white rings
@@ -16,23 +11,21 @@ The environment answers <obs> [crop] text </obs>, and so on, until an answer or 
     <think> river is Ilm</think><answer> Ilm</answer>
 Had the crop shown a blue square: <think> want red round, see blue square: no, look at red round, for the river of the twin</think><gaze> ...
 
-From the paper: Selective Gaze, four actions, one a turn; reflection after a wrong gaze; full-search, direct and no-gaze baselines.
-Here instead: exact match, where the paper asks an LLM judge; a program as the expert, where the paper filters a strong model's
-    trajectories; an image hit carries a caption (`score name: blazon`), so that reflection is a comparison that a small model can make.
+From the paper: Selective Gaze; reflection after a wrong gaze; full-search, direct and no-gaze baselines.
+Here instead: a program as the expert, where the paper filters a strong model's trajectories.
 
-Provenance is known at birth: `Trajectory.act` appends what the policy sampled or is to learn (trained), `Trajectory.observe` what the
-environment wrote, and the expert's slips (never trained). Token ids are never decoded and encoded again, so training sees exactly what was sampled.
+Reading order: rollout -> the expert, and chance -> evaluation -> one picture, one question.
 """
 import argparse
 import base64
 import io
 import itertools
+import json
 import random
 import re
 import sys
 import textwrap
 from collections import Counter
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -42,122 +35,11 @@ from tqdm import tqdm
 import data
 from data import iou
 from model import Cache, CheckpointError, Vocabulary, atomic, load, pick
-from tools import make_toolbox, unaccented
+from tools import ACTIONS, Environment, Turn, make_toolbox, normalise, parse, to_array, unaccented
 
 MAX_TURNS, TURN_TOKENS = 8, 90
-ACTIONS = ("answer", "search", "glance", "gaze")
+ALIKE = 60  # an image hit with a lower score shows something else (measured: TODO)
 FREE = [ACTIONS] * MAX_TURNS  # the schedule of a policy that may do what it wants
-
-# ----------------------------------------------------------------------------------------------------------- trajectory
-
-
-@dataclass
-class Turn:
-    """One action and what came of it. kind is one of ACTIONS, or "malformed"."""
-    kind: str
-    argument: object = None  # answer or query text, box, or the reason why it is malformed
-    thought: str = ""
-    observation: str = ""
-    ok: bool = True  # the tool worked
-
-
-@dataclass
-class Trajectory:
-    """Parallel lists over tokens, and the pictures that fill the image placeholders in order."""
-    question: data.Question
-    ids: list = field(default_factory=list)
-    trained: list = field(default_factory=list)  # True: the policy's own token, to be learnt. False: written by the environment, or only shown
-    logprobs: list = field(default_factory=list)  # of sampled tokens under the sampling policy, 0 elsewhere
-    pictures: list = field(default_factory=list)  # uint8 (3, S, S)
-    turns: list = field(default_factory=list)
-    lesson: list = field(default_factory=list)  # of a lesson of the base model: (topic, response) of everything asked
-
-    def observe(self, ids, picture=None):
-        self.ids += ids
-        self.trained += [False] * len(ids)
-        self.logprobs += [0.0] * len(ids)
-        if picture is not None:
-            self.pictures.append(picture)
-
-    def act(self, ids, logprobs=None):
-        self.ids += ids
-        self.trained += [True] * len(ids)
-        self.logprobs += logprobs or [0.0] * len(ids)
-
-    @property
-    def answer(self):
-        return self.turns[-1].argument if self.turns and self.turns[-1].kind == "answer" else None
-
-    @property
-    def well_formed(self):
-        return self.answer is not None and all(t.kind != "malformed" for t in self.turns)
-
-    @property
-    def correct(self):
-        return self.answer is not None and exact_match(self.answer, self.question.answers)
-
-
-def normalise(text):
-    """Case, accents, punctuation, articles and blanks do not count in an answer."""
-    text = "".join(c if c.isalnum() else " " for c in unaccented(text.casefold()))
-    return " ".join(w for w in text.split() if w not in ("the", "a", "an"))
-
-
-def exact_match(answer, gold):
-    """True if the normalised answer equals a gold answer. Never a substring: an empty answer or 'A or B or C' is wrong."""
-    return bool(normalise(answer)) and normalise(answer) in map(normalise, gold)
-
-
-TURN = re.compile(r"(?:<think>([^<>]*)</think>)?\s*<(answer|search|glance|gaze)>([^<>]*)</\2>\s*")
-
-
-def parse(text):
-    """Text of one turn, without its stop token -> Turn. Never raises: whatever is no action is a malformed one, with the reason."""
-    if not (match := TURN.fullmatch(text)):
-        return Turn("malformed", "one optional thought, then exactly one action")
-    thought, kind, argument = (part.strip() if part else "" for part in match.groups())
-    if kind == "gaze":
-        if not re.fullmatch(r"[0-9]{1,2}(\s+[0-9]{1,2}){3}", argument):
-            return Turn("malformed", "a gaze needs four whole numbers 0 to 99", thought)
-        argument = tuple(map(int, argument.split()))
-    return Turn(kind, argument, thought)
-
-
-def to_array(picture, side):
-    """Picture -> uint8 (3, S, S): all that the model ever sees of it."""
-    return np.asarray(picture.convert("RGB").resize((side, side), Image.BOX if min(picture.size) > side else Image.BILINEAR)).transpose(2, 0, 1)
-
-
-class Environment:
-    """What stands around the policy: prompt, tools, observations. Holds the vocabulary and the picture format."""
-
-    def __init__(self, vocabulary, toolbox, config, withhold=False):
-        self.v, self.toolbox, self.side, self.withhold = vocabulary, toolbox, config.picture, withhold
-        self.image = [vocabulary.id["<image>"]] * config.image_tokens
-
-    def prompt(self, question, glance):
-        """A new trajectory: <bos> picture question <sep>."""
-        t = Trajectory(question)
-        t.observe([self.v.id["<bos>"], *self.image, *self.v.encode(question.text), self.v.id["<sep>"]], glance)
-        return t
-
-    def step(self, trajectories, turns, scenes):
-        """Append each parsed turn and its observation (tools are called in one batch). True where the trajectory goes on."""
-        wanted = [i for i, turn in enumerate(turns) if turn.kind in ("search", "glance", "gaze")]
-        found = dict(zip(wanted, self.toolbox.run([(turns[i].kind, turns[i].argument, scenes[i]) for i in wanted])))
-        for i, (t, turn) in enumerate(zip(trajectories, turns)):
-            t.turns.append(turn)
-            if turn.kind == "answer":
-                continue
-            seen = found.get(i)
-            turn.observation, turn.ok = (seen.text, seen.ok) if seen else (f"malformed: {turn.argument}", False)
-            crop = to_array(seen.picture, self.side) if seen and seen.picture is not None else None
-            if self.withhold:  # control: the action happens, but nothing of what it finds is shown
-                turn.observation, crop = "", None
-            shown = self.v.encode(turn.observation)
-            t.observe([self.v.id["<obs>"], *(self.image if crop is not None else []), *shown, self.v.id["</obs>"]], crop)
-        return [turn.kind != "answer" for turn in turns]
-
 
 # -------------------------------------------------------------------------------------------------------------- rollout
 
@@ -169,12 +51,8 @@ def rollout(policy, env, questions, group=1, temperature=1.0, schedule=FREE, gen
     room: tokens a trajectory may have; the next turn must fit in, or it ends. generator: torch.Generator on the policy's device.
     """
     out, per_batch = [], max(1, rows // group)
-    bar = tqdm(total=len(questions) * group, desc=progress, unit="q", leave=False, disable=progress is None)
-    for start in range(0, len(questions), per_batch):
-        batch = questions[start:start + per_batch]
-        out += _rollout_batch(policy, env, batch, group, temperature, schedule, generator, room)
-        bar.update(len(batch) * group)
-    bar.close()
+    for start in tqdm(range(0, len(questions), per_batch), desc=progress, unit="batch", leave=False, disable=progress is None):
+        out += _rollout_batch(policy, env, questions[start:start + per_batch], group, temperature, schedule, generator, room)
     return out
 
 
@@ -418,13 +296,9 @@ def _read(obs, name, relation):
 
 def chance(q, rng, words):
     """The random baseline: actions by lot, with arguments by lot; `words` are possible answers."""
-    for _ in range(MAX_TURNS):
-        action = rng.choice(ACTIONS)
-        if action == "answer":
-            yield f"<answer> {rng.choice(words)}</answer>"
-            return
-        x0, y0 = rng.randint(0, 80), rng.randint(0, 80)
-        argument = {"search": rng.choice(words), "glance": "", "gaze": f"{x0} {y0} {rng.randint(x0 + 5, 99)} {rng.randint(y0 + 5, 99)}"}[action]
+    while True:
+        action, word, x0, y0 = rng.choice(ACTIONS), rng.choice(words), rng.randint(0, 80), rng.randint(0, 80)
+        argument = {"answer": word, "search": word, "glance": "", "gaze": f"{x0} {y0} {rng.randint(x0 + 5, 99)} {rng.randint(y0 + 5, 99)}"}[action]
         yield f"<{action}> {argument}</{action}>"
 
 
@@ -536,10 +410,10 @@ def poster(t, width=760, line=19):
     return sheet
 
 
-def record(t, world, v, pictures, worth=None):
+def record(t, world, v, pictures):
     """A trajectory as report.html shows it and report.jsonl keeps it: all of it but who did it, and how it was rewarded. `pictures`: {data URI: its number}, to
-    which those of the scene and of the hits are added; `worth`: what each of its own tokens was credited with, (M,)."""
-    overlap, worth, tokens = iter(gazes(t)), iter(worth if worth is not None else [0.0] * sum(t.trained)), []
+    which those of the scene and of the hits are added."""
+    overlap = iter(gazes(t))
 
     def number(picture):
         picture.convert("RGB").save(file := io.BytesIO(), "WEBP", quality=60)
@@ -549,15 +423,25 @@ def record(t, world, v, pictures, worth=None):
         entity = world.entities.get(line.split(" ", 1)[-1].partition(": ")[0])
         return number(entity.picture(48)) if entity and entity.look and line[0].isdigit() else None
 
-    for i, own, before in zip(t.ids, t.trained, [None, *t.ids]):
-        if i != v.id["<image>"] or i != before:  # a picture is many tokens
-            tokens.append(("[picture]" if i == v.id["<image>"] else v.decode([i]), int(own), round(float(next(worth)), 2) if own else 0))
+    image = v.id["<image>"]
+    tokens = [("[picture]" if i == image else v.decode([i]), int(own)) for i, own, before in zip(t.ids, t.trained, [None, *t.ids]) if not i == before == image]  # a picture is many tokens
     turns = [dict(kind=x.kind, argument=x.argument, thought=x.thought, ok=x.ok, iou=next(overlap)[1] if x.kind == "gaze" and t.question.targets else None,
                   found=[dict(text=line, picture=shown(line) if x.kind in ("glance", "gaze") else None) for line in x.observation.split(" | ") if line]) for x in t.turns]
     q, scene = t.question, t.question.scene.picture()
     scene.thumbnail((640, 640))
     return dict(question=q.text, answers=q.answers, kind=q.kind, setting=q.setting, scene=number(scene), size=scene.size, targets=[q.scene.boxes[i] for i in q.targets],
                 turns=turns, tokens=tokens, r_acc=int(t.correct), r_fmt=int(t.well_formed))
+
+
+def write_report(path, title, about, tries, pictures, table=None, curves=None):
+    """One page that needs nothing else (viewer.html, filled), and beside it the tries as jsonl. tries: `record` and what sets each apart; table: {columns, rows};
+    curves: {name: values}."""
+    told = dict(title=title, about=about, table=table or dict(columns=[], rows=[]), curves=[dict(name=c, values=y) for c, y in (curves or {}).items() if y],
+                pictures=list(pictures), trajectories=tries)
+    page, text = (data.Path(__file__).parent / "viewer.html").read_text(encoding="utf-8"), json.dumps(told).replace("<", "\\u003c")  # no text can end the script that it stands in
+    atomic(path, lambda p: p.write_text(page.replace(">DATA<", f">{text}<"), encoding="utf-8"))
+    atomic(data.Path(path).with_suffix(".jsonl"), lambda p: p.write_text("".join(json.dumps(t) + "\n" for t in tries), encoding="utf-8"))
+    print(f"to look at: {path}", file=sys.stderr)
 
 
 def tell(t):
@@ -570,24 +454,41 @@ def tell(t):
     return "\n".join(lines + ([] if t.answer is not None else ["    no answer: the last turn or the longest turn was reached"]))
 
 
+def doubts(t):
+    """What speaks against the answer of a trajectory, in words; "" where nothing does. A policy answers anyway: it has never seen a question without an answer."""
+    looks = [turn.observation for turn in t.turns if turn.kind in ("glance", "gaze") and turn.ok]
+    found = normalise(" ".join(turn.observation for turn in t.turns if turn.kind != "malformed"))
+    reasons = {"it ended without an answer": t.answer is None, "the answer stands in nothing that was found": found and normalise(t.answer or "") not in found,
+               "the picture is like nothing that is known": looks and not any(look.split(" ")[0].isdecimal() and int(look.split(" ")[0]) >= ALIKE for look in looks)}
+    return ", ".join(reason for reason, holds in reasons.items() if holds)
+
+
 def main():
     parser = argparse.ArgumentParser(description="Ask a trained policy about one picture.")
-    parser.add_argument("image"), parser.add_argument("question")
+    parser.add_argument("image"), parser.add_argument("question", nargs="?", help="without it, questions are read one by one")
     own, ours = data.Path("out/heraldry-nano-0/rl.safetensors"), data.Path(__file__).parent / "policies" / "rl.safetensors"
     parser.add_argument("--checkpoint", default=own if own.is_file() else ours, help=f"policy (default: {own}, or, until you have trained it, the one that comes with the code)")
     parser.add_argument("--world", default="heraldry", help="what to search in: heraldry, or a folder world (default: %(default)s)")
+    parser.add_argument("--html", help="also write the turns as a page to look at, here")
     parser.add_argument("--save", default="gaze.png", help="where the picture with the gazes goes (default: %(default)s)")
     a = parser.parse_args()
     try:
         policy, meta = load(a.checkpoint)
         data.check_image(a.image)
-        env = Environment(Vocabulary.from_text(meta["tokenizer"]), make_toolbox(data.open_world(a.world)), policy.config)
-        if (long := len(env.v.encode(a.question))) > 300:
-            raise data.WorldError(f"the question has {long} tokens, and at most 300 leave room for turns. Ask more briefly")
-        t = rollout(policy, env, [data.Question(a.question, (), data.Scene((), (), "picture", 0, data.Path(a.image)), "own")], temperature=0.0)[0]
-        print(tell(t))
-        atomic(a.save, lambda path: poster(t).save(path, format="PNG"))
-        print(f"  picture with the gazes: {a.save}")
+        world, asked, pictures = data.open_world(a.world), [], {}
+        env = Environment(Vocabulary(meta["tokenizer"]), make_toolbox(world), policy.config)
+        for question in [a.question] if a.question else iter(lambda: input("question (Enter alone: end) > ").strip(), ""):
+            if (long := len(env.v.encode(question))) > 300:
+                raise data.WorldError(f"the question has {long} tokens, and at most 300 leave room for turns. Ask more briefly")
+            t = rollout(policy, env, [data.Question(question, (), data.Scene((), (), "picture", 0, data.Path(a.image)), "own")], temperature=0.0)[0]
+            print(tell(t) + (f"\n  do not trust this: {why}" if (why := doubts(t)) else ""))
+            atomic(a.save, lambda path: poster(t).save(path, format="PNG"))
+            print(f"  picture with the gazes: {a.save}")
+            asked.append(dict(key=str(len(asked)), suite="own", policy=str(a.checkpoint), reward=float(t.correct), advantage=None, **record(t, world, env.v, pictures)))
+            if a.html:
+                write_report(a.html, "Questions about one picture", f"{a.image}, policy {a.checkpoint}, world {a.world}", asked, pictures)
+    except EOFError:
+        pass
     except (CheckpointError, data.WorldError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)

@@ -9,21 +9,18 @@ Here instead, numbered:
      turn lambda = 0.1 into a full +-1.
   3. One update a batch, so the ratio is 1 (up to the rounding of bfloat16, where that is used) and the clip hardly ever binds (the loss is the
      general one).
-  4. The loss tells nothing about progress: credits of a state sum to 0 (with `--credit trajectory` about 0.1 is left, as wrong trajectories
-     have more tokens than right ones). Watch accuracy and entropy instead.
+  4. The loss tells nothing about progress: advantages of a group sum to 0 (about 0.1 is left, as wrong trajectories have more tokens
+     than right ones). Watch accuracy and entropy instead.
   5. `fresh`, the default curriculum: pass rates p belong to kinds of questions (four hops, counting ..). A kind is drawn with its weight in data.RL_MIX times
      0.02 + p(1-p), and p is updated while the policy changes: what is too easy or too hard now teaches nothing now; and every question is a new one. Of 800 questions
      that were scored one by one a policy learnt some by heart (+9.5 points on those, +3.9 on others); this way it gains as much on others (+4.1)
      and nothing must be scored first. `level2` is the paper's curriculum, `adaptive` the same with questions re-scored.
      A pass rate cannot tell what is half learnt from what is half luck: look-alikes and comparisons succeed half of the time, too, and their
      gradients have nothing in common (`signal`, grpo_step). So data.RL_MIX has few look-alikes (two parts of 18, against forgetting) and no
-     comparisons: two batches of 256 rollouts of chains and counting had a cosine of 0.16, with many look-alikes among them 0.03 (`--credit trajectory`).
-  6. Credit (`branch_credit`): the paper's advantage falls on every word of a trajectory, here on those where a group parts ways. One word in a hundred
-     decides; the others only add noise: two batches of 256 rollouts had a cosine of 0.02 (without the numbers of gazes), now 0.09. What RL gains
-     is much the same (README). `--credit trajectory` is the paper's.
-  7. A base model of our own, where the paper takes one from the shelf: labels for the eyes, lessons in words, an exam.
+     comparisons: two batches of 256 rollouts of chains and counting had a cosine of 0.16, with many look-alikes among them 0.03.
+  6. A base model of our own, where the paper takes one from the shelf: labels for the eyes, lessons in words, an exam.
 
-Reading order: reward and advantage -> policy loss -> credit, one step of each stage -> what they learn from: GoG-Instruct (SFT), levels and curriculum
+Reading order: reward and advantage -> policy loss -> one step of each stage -> what they learn from: GoG-Instruct (SFT), levels and curriculum
     (RL) -> the base model: what it can spell -> labels for the eyes -> lessons in words -> exam, replay.
 
 Alphabet: Q questions, G rollouts a question (the group), M trained tokens; `a`: the flags (train.Args), `env.v`: the vocabulary.
@@ -33,7 +30,6 @@ import random
 import re
 import sys
 import time
-from collections import defaultdict
 from dataclasses import replace
 
 import numpy as np
@@ -42,9 +38,8 @@ import torch.nn.functional as F
 
 import data
 import gog
-from gog import Trajectory
 from model import autocast, micro_batches, packed, update
-from tools import crop
+from tools import Trajectory, crop, parse, to_array
 
 
 def reward(correct, well_formed, lam=0.1):
@@ -102,38 +97,10 @@ def supervised_step(policy, env, batch, opts, budget=4000):
     return loss, update(policy, opts, batch)
 
 
-def states(env, t):
-    """Where a trajectory stands before and behind each of its own tokens, [(hash, hash)] * M: what has been said and found so far. Of an observation only the
-    first hit counts, without its first word (a hit's score); any four numbers of a gaze count as the same: how well a box is hit is chance, and what it shows
-    is told by the hit."""
-    ids, out, here, found, numbers = list(t.ids), [], 0, iter(t.turns), set(env.v.numbers)
-    for i, token in enumerate(ids):
-        if token == env.v.id["<gaze>"] and numbers.issuperset(ids[i + 1:i + 5]) and ids[i + 5:i + 6] == [env.v.id["</gaze>"]]:
-            ids[i + 1:i + 5] = [0] * 4
-        if t.trained[i] and out and not t.trained[i - 1]:  # a turn begins: what the last one has found
-            here = hash((here, next(found).observation.split(" | ")[0].partition(" ")[2]))
-        if t.trained[i]:
-            out.append((here, here := hash((here, token))))
-    return out
-
-
-def branch_credit(env, group, advantages):
-    """What each own token of a group's trajectories is worth, [(M,), ..]: by how much the mean advantage of all rollouts that came to the same state rises
-    or falls for those that said this token there. What all of them say is worth 0, what a tool finds is nobody's merit, and who goes on alone is judged by
-    the word that parted the ways. Along a trajectory it adds up to the advantage (less the luck of the tools): the same sum, put where it was decided."""
-    paths, reached = [states(env, t) for t in group], defaultdict(list)
-    for path, advantage in zip(paths, advantages):
-        for state in {state for step in path for state in step}:
-            reached[state].append(advantage)
-    mean = {state: sum(x) / len(x) for state, x in reached.items()}
-    return [torch.tensor([mean[after] - mean[before] for before, after in path]) for path in paths]
-
-
 def grpo_step(policy, reference, env, batch, advantages, opts, a):
-    """One update from rollouts (list of Q*G) and their advantages: of each a tensor, one number (Q*G,) or one for each of its own tokens (M,). Those without any
-    are left out; the loss is divided by the trained tokens of the rest. `signal`: the cosine of the gradient of the even questions and that of the odd ones.
-    What they share is signal, all else luck."""
-    alive = [i for i in range(len(batch)) if advantages[i].any()]
+    """One update from rollouts (list of Q*G) and their advantages (Q*G,). Those without any are left out; the loss is divided by the trained tokens of
+    the rest. `signal`: the cosine of the gradient of the even questions and that of the odd ones. What they share is signal, all else luck."""
+    alive = advantages.nonzero()[:, 0].tolist()
     tokens = max(1, sum(sum(batch[i].trained) for i in alive))
     totals, grads = dict(loss=0.0, kl=0.0, clipped=0.0, entropy=0.0, ratio_gap=0.0), []
     for half in (0, 1):
@@ -157,27 +124,24 @@ def grpo_step(policy, reference, env, batch, advantages, opts, a):
     return totals
 
 
-LOGGED = ("turns", "tool_calls", "tokens", "truncated", "gaze_correct", "reflection", "mixed_search", "answer_share", "search_share",
-          "glance_share", "gaze_share")
+LOGGED = "turns tool_calls tokens truncated gaze_correct reflection mixed_search answer_share search_share glance_share gaze_share".split()
 
 
 def iteration(policy, reference, env, questions, opts, a, generator):
-    """One iteration on Q questions: rollouts, rewards, advantages, update. Returns the Q*G trajectories, their advantages, what their tokens were credited with,
-    the pass rate of each question, and what to log."""
+    """One iteration on Q questions: rollouts, rewards, advantages, update. Returns the Q*G trajectories, their advantages, the pass rate
+    of each question, and what to log."""
     began = time.time()
     batch = gog.rollout(policy, env, questions, a.group, a.temperature, generator=generator)
     rollout_seconds = time.time() - began
     by_group = lambda values: torch.tensor(values).view(len(questions), a.group)  # (Q*G,) -> (Q, G)
     correct, rewards = by_group([t.correct for t in batch]), by_group([reward(t.correct, t.well_formed, a.lam) for t in batch])
     advantages, alive = group_advantages(rewards, correct, a.advantage)
-    each = advantages.flatten() if a.credit == "trajectory" else [
-        credit for q, of_group in enumerate(advantages.tolist()) for credit in branch_credit(env, batch[q * a.group:(q + 1) * a.group], of_group)]
     with autocast(policy.device.type):
-        stats = grpo_step(policy, reference, env, batch, each, opts, a)
+        stats = grpo_step(policy, reference, env, batch, advantages.flatten(), opts, a)
     did = gog.behaviour(batch)
     stats |= dict(reward=rewards.mean().item(), accuracy=did["accuracy"], dead=1 - alive.float().mean().item(), **{k: did[k] for k in LOGGED},
                   rollout_seconds=rollout_seconds, seconds=time.time() - began)
-    return batch, advantages.flatten(), each, correct.float().mean(1).tolist(), stats
+    return batch, advantages.flatten(), correct.float().mean(1).tolist(), stats
 
 
 # ------------------------------------------------------------------------------- what they learn from: demonstrations, levels
@@ -236,7 +200,7 @@ def misses(policy, env, questions, rows=256):
     for start in range(0, len(asked), rows):
         batch = asked[start:start + rows]
         prompts = [[env.v.id["<bos>"], *env.image, *env.v.encode(f"point to the {expression}"), env.v.id["<sep>"]] for *_, expression in batch]
-        pictures = [gog.to_array(questions[i].scene.picture(), env.side) for i, *_ in batch]
+        pictures = [to_array(questions[i].scene.picture(), env.side) for i, *_ in batch]
         for (i, target, _), turn in zip(batch, gog.respond(policy, env, prompts, pictures)):
             x0, y0, x1, y1 = box = turn.argument if turn.kind == "gaze" else (0, 0, 0, 0)
             taken_for = re.split("look at |it ", turn.thought)[-1]
@@ -322,7 +286,7 @@ def labelled_picture(config, rng):
     towns = [fresh_town(rng) for _ in range(rng.randint(least, most))]
     scene = data.hang(towns, "shield", rng, cells, sizes)
     labels = np.array([part_labels(town, place, towns, box) for town, place, box in zip(towns, data.relations(scene), scene.boxes)])
-    return gog.to_array(scene.picture(px), config.picture), *map(np.concatenate, zip(*(spread(scene.boxes, labels, config.picture // config.patch // shuffle) for shuffle in (1, config.shuffle))))
+    return to_array(scene.picture(px), config.picture), *map(np.concatenate, zip(*(spread(scene.boxes, labels, config.picture // config.patch // shuffle) for shuffle in (1, config.shuffle))))
 
 
 def part_labels(town, place, towns, box):
@@ -422,7 +386,7 @@ def wall(env, rng, often=(1, 5, 3, 2, 2)):
     for i in range(1, min(len(towns), 1 + rng.randint(0, twins))):
         towns[i] = data.Entity.with_arms(data.town_name(rng), {}, data.Arms.draw(rng, outline=towns[0].arms.outline, tincture=towns[0].arms.tincture))
     scene, t = data.hang(rng.sample(towns, len(towns)), rng.choice(("shield", "shield", "flag", "badge")), rng, cells, sizes), begin(env)
-    t.observe(env.image, gog.to_array(scene.picture(2 * env.side), env.side))
+    t.observe(env.image, to_array(scene.picture(2 * env.side), env.side))
     return t, scene
 
 
@@ -483,7 +447,7 @@ def crop_lesson(env, rng, crops=3):
     t = begin(env)
     for _ in range(crops):
         town = fresh_town(rng)
-        t.observe(env.image, gog.to_array(crop(*framed(town, rng)), env.side))
+        t.observe(env.image, to_array(crop(*framed(town, rng)), env.side))
         if rng.random() < 0.5:
             say(env, t, "what is this", f"<answer> {town.blazon}</answer>", "caption")
         else:
@@ -593,7 +557,7 @@ def errand_lesson(env, rng):
     text = next(script)
     while text:
         thought, _, action = text.partition("</think>")
-        turn = gog.parse(text)
+        turn = parse(text)
         (t.observe if isinstance(text, gog.Slip) else t.act)(env.v.encode_turn(f"{thought}</think>"))
         (t.act if turn.kind in ("search", "answer") else t.observe)(env.v.encode_turn(action) + [env.v.id["<stop>"]])
         if observation := found(world, q.scene, turn, rng):
@@ -656,7 +620,7 @@ def exam(policy, env, n, seed="exam"):
         drawn = (make(env, rng, 1) for make in rng.choices((wall_lesson, crop_lesson, text_lesson), (6, 2, 3), k=256))
         sheet = [t for t in drawn if t.lesson and t.lesson[0][0]]
         for t, turn in zip(sheet, gog.respond(policy, env, [t.ids[:t.trained.index(True)] for t in sheet], [p for t in sheet for p in t.pictures])):
-            topic, wanted = t.lesson[0][0], gog.parse(t.lesson[0][1]).argument
+            topic, wanted = t.lesson[0][0], parse(t.lesson[0][1]).argument
             scores.setdefault(topic, []).append(data.iou(turn.argument, wanted) if topic[:3] == "iou" and turn.kind == "gaze" else float(turn.argument == wanted))
     return {k: (sum(v) / len(v), len(v)) for k, v in sorted(scores.items())}
 

@@ -75,9 +75,10 @@ TAGS = ("<pad>", "<bos>", "<image>", "<sep>", "<obs>", "</obs>",  # written by t
 class Vocabulary:
     """Byte-level BPE: any string can be spelt, unknown names included. 0..99 are single tokens, so a box is four tokens."""
 
-    def __init__(self, tokenizer):
-        self.tokenizer, self.size = tokenizer, tokenizer.get_vocab_size()
-        self.id = {t: tokenizer.token_to_id(t) for t in TAGS}
+    def __init__(self, text):
+        """`text`: what `to_text` gave, as a checkpoint keeps it."""
+        self.tokenizer = Tokenizer.from_str(text)
+        self.size, self.id = self.tokenizer.get_vocab_size(), {t: self.tokenizer.token_to_id(t) for t in TAGS}
         assert self.id["<pad>"] != self.id["<stop>"]  # else masking the padding would also mask the end of a turn
         self.sampleable = [i not in range(TAGS.index("<stop>")) for i in range(self.size)]
 
@@ -89,12 +90,7 @@ class Vocabulary:
         tokenizer.decoder = decoders.ByteLevel()
         tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=size, special_tokens=list(TAGS), show_progress=False,
                                                                 initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-        return cls(tokenizer)
-
-    @classmethod
-    def from_text(cls, text):
-        """From `to_text`, as a checkpoint keeps it."""
-        return cls(Tokenizer.from_str(text))
+        return cls(tokenizer.to_str())
 
     def to_text(self):
         return self.tokenizer.to_str()

@@ -1,13 +1,25 @@
-"""What an action can touch: crop, image index, text index, and one `Toolbox` that turns actions into observations.
+"""The environment: crop, image index, text index, the `Toolbox` that runs actions, the protocol in which a policy asks for them, the trajectory.
 
-From the paper: three tools. Text search and image search ask the live web; *gaze* crops a region of the picture and searches
+One turn of the policy:   [<think> text </think>]  exactly one action  <stop>
+    <answer> text </answer>           ends the trajectory
+    <search> query </search>          text search
+    <glance></glance>                 search with the whole picture
+    <gaze> x0 y0 x1 y1</gaze>         crop, look at the crop, and search with it
+The environment answers <obs> [crop] text </obs>, and so on, until an answer or the last turn (gog.py shows a whole trajectory).
+
+From the paper: four actions, one a turn. Text search and image search ask the live web; *gaze* crops a region of the picture and searches
     with the crop. A tool fails 1 to 5 % of the time.
 Here instead: two exact, offline indices over one small world. Pictures are compared by a hand-made descriptor (where the
     colours are, which way the edges run), passages by shared words. Failures are drawn from a seeded generator.
 Why: same call, same answer, with no account, no network and no learnt part that could know more than the policy does. What
     the method needs is kept: a clean crop finds its entity, a careless one may find another, a crowded picture finds noise,
-    and the score of a hit hints at which it was.
+    and the score of a hit hints at which it was. A hit carries a caption (`score name: blazon`), so that reflection is a comparison
+    that a small model can make; and an answer is right by exact match, where the paper asks an LLM judge.
 
+Provenance is known at birth: `Trajectory.act` appends what the policy sampled or is to learn (trained), `Trajectory.observe` what the
+environment wrote, and an expert's slips (never trained). Token ids are never decoded and encoded again, so training sees exactly what was sampled.
+
+Reading order: crop -> how pictures and texts are compared -> the two indices -> toolbox -> turns -> trajectory and environment.
 Boxes are (x0, y0, x1, y1), integers 0..99: percent of the picture's width and height.
 """
 import itertools
@@ -15,7 +27,7 @@ import random
 import re
 import unicodedata
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
@@ -308,3 +320,118 @@ def make_toolbox(world, failure=0.0, seed=0, late=False):
     images = ImageIndex(((e.name, e.blazon, e.picture(96)) for e in pictured),
                         progress=lambda x: tqdm(x, desc="image index", total=len(pictured), leave=False))
     return Toolbox(images, TextIndex(world.passages(late)), failure, seed)
+
+
+# ------------------------------------------------------------------------------------------- what a policy says: turns
+
+ACTIONS = ("answer", "search", "glance", "gaze")
+
+
+@dataclass
+class Turn:
+    """One action and what came of it. kind is one of ACTIONS, or "malformed"."""
+    kind: str
+    argument: object = None  # answer or query text, box, or the reason why it is malformed
+    thought: str = ""
+    observation: str = ""
+    ok: bool = True  # the tool worked
+
+
+TURN = re.compile(r"(?:<think>([^<>]*)</think>)?\s*<(answer|search|glance|gaze)>([^<>]*)</\2>\s*")
+
+
+def parse(text):
+    """Text of one turn, without its stop token -> Turn. Never raises: whatever is no action is a malformed one, with the reason."""
+    if not (match := TURN.fullmatch(text)):
+        return Turn("malformed", "one optional thought, then exactly one action")
+    thought, kind, argument = (part.strip() if part else "" for part in match.groups())
+    if kind == "gaze":
+        if not re.fullmatch(r"[0-9]{1,2}(\s+[0-9]{1,2}){3}", argument):
+            return Turn("malformed", "a gaze needs four whole numbers 0 to 99", thought)
+        argument = tuple(map(int, argument.split()))
+    return Turn(kind, argument, thought)
+
+
+# ------------------------------------------------------------------------------------ what comes of it: the trajectory
+
+def normalise(text):
+    """Case, accents, punctuation, articles and blanks do not count in an answer."""
+    text = "".join(c if c.isalnum() else " " for c in unaccented(text.casefold()))
+    return " ".join(w for w in text.split() if w not in ("the", "a", "an"))
+
+
+def exact_match(answer, gold):
+    """True if the normalised answer equals a gold answer. Never a substring: an empty answer or 'A or B or C' is wrong."""
+    return bool(normalise(answer)) and normalise(answer) in map(normalise, gold)
+
+
+@dataclass
+class Trajectory:
+    """Parallel lists over tokens, and the pictures that fill the image placeholders in order."""
+    question: object  # data.Question
+    ids: list = field(default_factory=list)
+    trained: list = field(default_factory=list)  # True: the policy's own token, to be learnt. False: written by the environment, or only shown
+    logprobs: list = field(default_factory=list)  # of sampled tokens under the sampling policy, 0 elsewhere
+    pictures: list = field(default_factory=list)  # uint8 (3, S, S)
+    turns: list = field(default_factory=list)
+    lesson: list = field(default_factory=list)  # of a lesson of the base model: (topic, response) of everything asked
+
+    def observe(self, ids, picture=None):
+        self.ids += ids
+        self.trained += [False] * len(ids)
+        self.logprobs += [0.0] * len(ids)
+        if picture is not None:
+            self.pictures.append(picture)
+
+    def act(self, ids, logprobs=None):
+        self.ids += ids
+        self.trained += [True] * len(ids)
+        self.logprobs += logprobs or [0.0] * len(ids)
+
+    @property
+    def answer(self):
+        return self.turns[-1].argument if self.turns and self.turns[-1].kind == "answer" else None
+
+    @property
+    def well_formed(self):
+        return self.answer is not None and all(t.kind != "malformed" for t in self.turns)
+
+    @property
+    def correct(self):
+        return self.answer is not None and exact_match(self.answer, self.question.answers)
+
+
+def to_array(picture, side):
+    """Picture -> uint8 (3, S, S): all that the model ever sees of it."""
+    return np.asarray(picture.convert("RGB").resize((side, side), Image.BOX if min(picture.size) > side else Image.BILINEAR)).transpose(2, 0, 1)
+
+
+class Environment:
+    """What stands around the policy: prompt, tools, observations. Holds the vocabulary and the picture format."""
+
+    def __init__(self, vocabulary, toolbox, config, withhold=False):
+        self.v, self.toolbox, self.side, self.withhold = vocabulary, toolbox, config.picture, withhold
+        self.image = [vocabulary.id["<image>"]] * config.image_tokens
+
+    def prompt(self, question, glance):
+        """A new trajectory: <bos> picture question <sep>."""
+        t = Trajectory(question)
+        t.observe([self.v.id["<bos>"], *self.image, *self.v.encode(question.text), self.v.id["<sep>"]], glance)
+        return t
+
+    def step(self, trajectories, turns, scenes):
+        """Append each parsed turn and its observation (tools are called in one batch). True where the trajectory goes on."""
+        wanted = [i for i, turn in enumerate(turns) if turn.kind in ("search", "glance", "gaze")]
+        found = dict(zip(wanted, self.toolbox.run([(turns[i].kind, turns[i].argument, scenes[i]) for i in wanted])))
+        for i, (t, turn) in enumerate(zip(trajectories, turns)):
+            t.turns.append(turn)
+            if turn.kind == "answer":
+                continue
+            seen = found.get(i)
+            turn.observation, turn.ok = (seen.text, seen.ok) if seen else (f"malformed: {turn.argument}", False)
+            crop = to_array(seen.picture, self.side) if seen and seen.picture is not None else None
+            if self.withhold:  # control: the action happens, but nothing of what it finds is shown
+                turn.observation, crop = "", None
+            shown = self.v.encode(turn.observation)
+            t.observe([self.v.id["<obs>"], *(self.image if crop is not None else []), *shown, self.v.id["</obs>"]], crop)
+        return [turn.kind != "answer" for turn in turns]

@@ -33,7 +33,7 @@ import gog
 import grpo
 from grpo import supervised_step
 from model import PRESETS, CheckpointError, ModelConfig, NotFinite, Policy, Vocabulary, atomic, autocast, load, load_state, lr_factor, number_line, optimisers, save, save_state, set_lr
-from tools import Toolbox, make_toolbox
+from tools import Environment, Toolbox, make_toolbox
 
 # --------------------------------------------------------------------------------------------------------------- stages
 
@@ -56,7 +56,7 @@ def pretrain(a):
     eye_opts = [*optimisers(policy.vision.named_parameters(), a.see_lr, a.see_adam_lr),
                 torch.optim.AdamW([*heads.parameters(), policy.embed_tokens.weight], a.see_adam_lr, weight_decay=0.0)]  # words, too: see_step draws them towards image tokens
     word_opts = optimisers(((n, p) for n, p in policy.named_parameters() if "vision" not in n or "projector" in n), a.word_lr, a.word_adam_lr)
-    env = gog.Environment(v, None, config)
+    env = Environment(v, None, config)
     parts = (("see", a.see_steps, eye_opts, partial(grpo.labelled_pictures, config, a.seed, a.see_batch)),
              ("words", a.word_steps, word_opts, partial(grpo.lessons, env, a.seed, a.word_batch)))
     start = run.resume([policy, heads], eye_opts + word_opts).get("step", 0) if a.resume else 0
@@ -86,14 +86,14 @@ def pretrain(a):
 
 def read_weights(a, path):
     policy, meta = load(path, a.device)
-    return policy.freeze_eyes(), Vocabulary.from_text(meta["tokenizer"])
+    return policy.freeze_eyes(), Vocabulary(meta["tokenizer"])
 
 
 def sft(a):
     """Stage 1, reflective behaviour alignment: causal LM loss on the expert's own tokens, with some lessons of the base model in between."""
     (policy, v), run = read_weights(a, a.weights("pretrain")), Run(a.folder(), "sft")
     world = data.open_world(a.world, a.seed_world, a.towns)
-    env = gog.Environment(v, make_toolbox(world, a.failure_rate, a.seed), policy.config)
+    env = Environment(v, make_toolbox(world, a.failure_rate, a.seed), policy.config)
     demos = grpo.instruct(policy, env, world, a.demos, a.seed, a.wrong_gaze, a.glance_first)
     per_epoch = max(1, len(demos) // a.sft_batch)
     total = a.sft_epochs * per_epoch
@@ -124,7 +124,7 @@ def development(env, world, a):
     asked = data.questions(world, data.DEV_MIX, a.rl_dev, f"dev/{a.seed}", ("dev",))
 
     def score(policy):
-        tries = gog.evaluate(policy, gog.Environment(env.v, Toolbox(env.toolbox.image_index, env.toolbox.text_index), policy.config), asked)  # tools that do not fail
+        tries = gog.evaluate(policy, Environment(env.v, Toolbox(env.toolbox.image_index, env.toolbox.text_index), policy.config), asked)  # tools that do not fail
         return gog.behaviour(tries)["accuracy"], tries
 
     return score
@@ -134,7 +134,7 @@ def rl(a):
     """Stage 2, complexity-adaptive reinforcement learning: GRPO on kinds of questions (or on questions, scored by the SFT model first) drawn by pass rate."""
     (policy, v), run = read_weights(a, a.weights("sft")), Run(a.folder(), a.name)
     world = data.open_world(a.world, a.seed_world, a.towns)
-    env = gog.Environment(v, make_toolbox(world, a.failure_rate, a.seed), policy.config)
+    env = Environment(v, make_toolbox(world, a.failure_rate, a.seed), policy.config)
     validate = development(env, world, a)
     fresh = a.curriculum == "fresh"  # then the pool holds kinds of questions, and each is asked anew; else questions, scored once first
     pool = grpo.kinds(world) if fresh else data.questions(world, data.RL_MIX, a.rl_questions, f"rl/{a.seed}") + list(world.own[::2])
@@ -163,7 +163,7 @@ def rl(a):
             break
         lr = set_lr(opts, lr_factor(step, a.rl_steps, warmup=3, decay=1.0))
         chosen = curriculum.draw(a.rl_batch)
-        batch, advantages, worth, solved, stats = grpo.iteration(policy, reference, env, grpo.ask(world, [pool[i] for i in chosen], f"rl/{a.seed}/{step}"), opts, a, generator)
+        batch, advantages, solved, stats = grpo.iteration(policy, reference, env, grpo.ask(world, [pool[i] for i in chosen], f"rl/{a.seed}/{step}"), opts, a, generator)
         curriculum.seen(chosen, solved)
         run.log(step=step, **stats, lr=lr)
         bar.update()
@@ -173,9 +173,9 @@ def rl(a):
         if step % a.show_every == 0:
             print("\n" + gog.tell(batch[int(advantages.argmax())]), file=sys.stderr)
             shown += [dict(key=f"{step} {i // a.group}", suite=f"step {step}", policy=f"rollout {i % a.group + 1}", reward=grpo.reward(t.correct, t.well_formed, a.lam), advantage=advantages[i].item(),
-                           **gog.record(t, world, v, pictures, worth[i].expand(sum(t.trained)))) for i, t in enumerate(batch[:3 * a.group])]
-            write_report(run.folder / f"{a.name}-report.html", f"{a.label(a.world)}: groups of rollouts while RL trains", f"Preset {a.preset}, seed {a.seed}, on {a.device}; "
-                         f"three questions of every {a.show_every}th step.", shown, pictures, curves=run.rows)
+                           **gog.record(t, world, v, pictures)) for i, t in enumerate(batch[:3 * a.group])]
+            gog.write_report(run.folder / f"{a.name}-report.html", f"{a.label(a.world)}: groups of rollouts while RL trains", f"Preset {a.preset}, seed {a.seed}, on {a.device}; "
+                         f"three questions of every {a.show_every}th step.", shown, pictures, curves=columns(run.rows))
         run.checkpoint([policy], opts, a.eval_every, step=step + 1, pass_rates=curriculum.pass_rates, pool=curriculum.pool, best=best,
                        python_rng=[curriculum.rng.getstate(), env.toolbox.rng.getstate()], torch_rng=generator.get_state().tolist())
     bar.close()
@@ -208,7 +208,7 @@ def evaluate(a):
         # another policy than rl adds its row, and leaves those of others; and nobody knows where to look in a user's own picture
         for row in (r for r in (ROWS if a.name == "rl" else ("rl",)) if r != "oracle" or name != "own"):
             policy, v = policies.get(row, policies["rl"])
-            began, env = time.time(), gog.Environment(v, toolbox, policy.config, withhold=row == "withheld")
+            began, env = time.time(), Environment(v, toolbox, policy.config, withhold=row == "withheld")
             tries = gog.evaluate(policy, env, qs, row, a.seed, progress=f"{name}, {row}")
             table += measure(a, "main", a.name if row == "rl" else row, label, name, {k: (x, len(qs)) for k, x in gog.behaviour(tries).items()}, began)
             for i, t in enumerate(tries[:2] if row == a.name == "rl" else ()):
@@ -217,10 +217,11 @@ def evaluate(a):
                 tries_shown += [dict(key=f"{name} {i}", suite=name, policy=row, reward=grpo.reward(t.correct, t.well_formed, a.lam), advantage=None, **gog.record(t, searched, v, pictures))
                                 for i, t in enumerate(tries[:a.shown])]
         write_results(a, table)  # suite by suite: what is measured is kept
-    print("\n".join(["", f"{'accuracy %':<12}" + "".join(f"{c:>8}" for c in (told := accuracy_table(table))["columns"]),
+    told = accuracy_table(table)
+    print("\n".join(["", f"{'accuracy %':<12}" + "".join(f"{c:>8}" for c in told["columns"]),
                      *(f"{row:<12}" + "".join(f"{x:8.1f}" for x in values) for row, *values in told["rows"])]))
-    write_report(a.folder() / f"report{'-' + label if a.trained_on else ''}.html", f"{label}: what the policies do", f"Preset {a.preset}, seed {a.seed}, on {a.device}; "
-                 f"the first {a.shown} questions of each suite, before SFT (base), after it (sft) and after RL (rl).", tries_shown, pictures, table, read_rows(a.weights("rl").with_suffix(".csv")))
+    gog.write_report(a.folder() / f"report{'-' + label if a.trained_on else ''}.html", f"{label}: what the policies do", f"Preset {a.preset}, seed {a.seed}, on {a.device}; "
+                 f"the first {a.shown} questions of each suite, before SFT (base), after it (sft) and after RL (rl).", tries_shown, pictures, told, columns(read_rows(a.weights("rl").with_suffix(".csv"))))
 
 
 # ------------------------------------------------------------------------------------------------------------ run folder
@@ -339,14 +340,9 @@ def accuracy_table(table):
     return dict(columns=[*suites, "mean"], rows=[[*row, sum(row[1:]) / max(1, len(suites))] for row in rows])
 
 
-def write_report(path, title, about, tries, pictures, table=(), curves=()):
-    """One page that needs nothing else (viewer.html, filled), and beside it `tries` as jsonl. tries: gog.record and what set each apart; curves: rows of a csv."""
-    values = {c: [float(r[c]) for r in curves if r[c] not in ("", "nan")] for c in CURVES}
-    told = dict(title=title, about=about, table=accuracy_table(table), curves=[dict(name=c, values=y) for c, y in values.items() if y], pictures=list(pictures), trajectories=tries)
-    page, text = (Path(__file__).parent / "viewer.html").read_text(encoding="utf-8"), json.dumps(told).replace("<", "\\u003c")  # no text can end the script that it stands in
-    atomic(path, lambda p: p.write_text(page.replace(">DATA<", f">{text}<"), encoding="utf-8"))
-    atomic(path.with_suffix(".jsonl"), lambda p: p.write_text("".join(json.dumps(t) + "\n" for t in tries), encoding="utf-8"))
-    print(f"to look at: {path}", file=sys.stderr)
+def columns(rows):
+    """Of rl.csv what is drawn, {name: values}."""
+    return {c: [float(r[c]) for r in rows if r[c] not in ("", "nan")] for c in CURVES}
 
 
 def measure(a, table, row, world, suite, metrics, began):
@@ -398,13 +394,12 @@ class Args:
     rl_steps: int = 40  # updates
     rl_batch: int = 32  # questions a step
     group: int = 8  # rollouts a question
-    rl_lr: float = 0.1  # of SGD, at its highest; it falls to 0
+    rl_lr: float = 0.04  # of SGD, at its highest; it falls to 0
     lam: float = 0.1  # weight of the format reward
     beta: float = 0.0  # weight of the KL to the SFT policy
     clip_low: float = 0.2  # the ratio is clipped to 1 - clip_low
     clip_high: float = 0.28  # .. 1 + clip_high
     advantage: str = "std"  # std or mean
-    credit: str = "branch"  # which of a trajectory's words its advantage reaches: those where its group parts ways (branch), or all (trajectory, the paper)
     curriculum: str = "fresh"  # level1, level2, all, learnable, adaptive (all of scored questions) or fresh (of scored kinds)
     temperature: float = 0.8  # of rollouts
     eval_every: int = 20  # RL steps between looks at the development split, and between checkpoints
@@ -412,7 +407,7 @@ class Args:
     token_budget: int = 4000  # tokens a micro-batch: changes speed and memory, not the update
     name: str = "rl"  # of the policy that rl writes, and of its row in the results; of another than "rl" eval adds the row only
     suite_size: int = 300  # questions a held-out suite
-    shown: int = 11  # of these in report.html (rl: groups of rollouts each time that one is printed)
+    shown: int = 11  # of these that report.html shows, for each of base, sft and rl
     trained_on: str = ""  # eval only: examine the policies of another world (zero-shot); default --world
 
     def folder(self, kind=""):
@@ -429,7 +424,7 @@ class Args:
 
 
 STAGES = {"pretrain": pretrain, "sft": sft, "rl": rl, "eval": evaluate}
-CHOICES = {"stage": list(STAGES), "preset": list(PRESETS), "device": ["auto", "cuda", "mps", "cpu"], "advantage": ["std", "mean"], "credit": ["branch", "trajectory"],
+CHOICES = {"stage": list(STAGES), "preset": list(PRESETS), "device": ["auto", "cuda", "mps", "cpu"], "advantage": ["std", "mean"], 
            "curriculum": ["level1", "level2", "all", "learnable", "adaptive", "fresh"]}
 
 

@@ -21,9 +21,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import data  # noqa: E402
 import gog  # noqa: E402
 import grpo  # noqa: E402
+import tools  # noqa: E402
 from model import Cache, ModelConfig, Policy, Vocabulary  # noqa: E402
 from conftest import llama_twin  # noqa: E402
-from tools import TextIndex, describe, make_toolbox  # noqa: E402
+from tools import TextIndex, describe  # noqa: E402
 from train import write_rows  # noqa: E402
 
 
@@ -41,7 +42,7 @@ class Bench:
         self.world = data.heraldry(0, 1000)
         self.v = Vocabulary.learn(grpo.corpus())
         self.policy = Policy(ModelConfig(vocab=self.v.size, smear=0, stem=False)).freeze_eyes()
-        self.env = gog.Environment(self.v, make_toolbox(self.world), self.policy.config)
+        self.env = tools.Environment(self.v, tools.make_toolbox(self.world), self.policy.config)
         self.questions = data.questions(self.world, data.RL_MIX, 64, "bench")
         self.demos = gog.play(self.env, self.questions, [gog.expert(q, random.Random(0)) for q in self.questions])
         self.llama = self.twin() if peer("transformers") else None
@@ -77,7 +78,7 @@ class Bench:
 
     def data_generation(self):
         asked = data.questions(self.world, data.RL_MIX, 64, "bench/pictures")
-        return "questions with picture", 64, lambda: [data.questions(self.world, data.RL_MIX, 64, "bench/data"), [gog.to_array(q.scene.picture(), 128) for q in asked]], "", None
+        return "questions with picture", 64, lambda: [data.questions(self.world, data.RL_MIX, 64, "bench/data"), [tools.to_array(q.scene.picture(), 128) for q in asked]], "", None
 
     def prompts(self, rows, length=60):
         """Ids (rows, length) whose first tokens are a picture, and the pictures."""
@@ -152,7 +153,7 @@ class Bench:
         from transformers import LogitsProcessor
         v, env, stop = self.v, self.env, self.v.id["<stop>"]
         scenes = [q.scene.picture() for q in self.questions]
-        done = [env.prompt(q, gog.to_array(s, env.side)) for q, s in zip(self.questions, scenes)]
+        done = [env.prompt(q, tools.to_array(s, env.side)) for q, s in zip(self.questions, scenes)]
         live = list(range(len(done)))
 
         class Forced(LogitsProcessor):
@@ -171,7 +172,7 @@ class Bench:
             said = [row[:row.index(stop) + 1] for row in out.tolist()]
             for i, turn in zip(live, said):
                 done[i].act(turn)
-            goes_on = env.step([done[i] for i in live], [gog.parse(v.decode(turn[:-1])) for turn in said], [scenes[i] for i in live])
+            goes_on = env.step([done[i] for i in live], [tools.parse(v.decode(turn[:-1])) for turn in said], [scenes[i] for i in live])
             live = [i for i, go in zip(live, goes_on) if go]
             if not live:
                 break

@@ -8,10 +8,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data  # noqa: E402
-import gog  # noqa: E402
 import grpo  # noqa: E402
+import tools  # noqa: E402
 from model import PRESETS, ModelConfig, Policy, Vocabulary  # noqa: E402
-from tools import make_toolbox  # noqa: E402
 
 
 def llama_twin(hf, policy, **options):
@@ -53,7 +52,7 @@ def policy(vocabulary):
 
 @pytest.fixture(scope="session")
 def env(vocabulary, world, policy):
-    return gog.Environment(vocabulary, make_toolbox(world), policy.config)
+    return tools.Environment(vocabulary, tools.make_toolbox(world), policy.config)
 
 
 @pytest.fixture(scope="session")

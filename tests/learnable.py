@@ -18,15 +18,15 @@ import data
 import gog
 import grpo
 import train
+import tools
 from model import Vocabulary, autocast, load
-from tools import make_toolbox
 
 
 def group_gradient(policy, env, group, advantages, a):
     """Gradient of the summed loss of one group, flat. Advantages are made small before, and the gradient large after, lest it be clipped."""
     policy.zero_grad()
     with autocast(policy.device.type):
-        grpo.grpo_step(policy, None, env, group, [credit / 100 for credit in grpo.branch_credit(env, group, advantages.tolist())], [], a)
+        grpo.grpo_step(policy, None, env, group, advantages / 100, [], a)
     flat = torch.cat([p.grad.flatten() for p in policy.parameters() if p.requires_grad])
     return (100 * sum(sum(t.trained) for t in group) * flat).bfloat16()
 
@@ -35,7 +35,7 @@ def main(each=16, path="out/heraldry-nano-0/sft.safetensors"):
     world, a = data.open_world("heraldry"), train.Args()
     policy, meta = load(path)
     policy.freeze_eyes()
-    env = gog.Environment(Vocabulary.from_text(meta["tokenizer"]), make_toolbox(world), policy.config)
+    env = tools.Environment(Vocabulary(meta["tokenizer"]), tools.make_toolbox(world), policy.config)
     kinds = sorted({(kind, setting) for kind, setting, _ in data.SFT_MIX + data.RL_MIX + data.DEV_MIX})
     told, found = [], []  # a row of the table for every kind; (index of its kind, gradient) for every group alive
     for k, (kind, setting) in enumerate(tqdm(kinds)):

@@ -18,9 +18,10 @@ from test_train import ROOT, TINY, run
 
 import data
 import gog
+import model
 import train
+import tools
 from model import TAGS
-from tools import make_toolbox
 
 # ------------------------------------------------------------------------------------------------------------------ text
 
@@ -42,22 +43,22 @@ def test_no_text_breaks_the_parser():
     """Prevents a crash, an endless regular expression, or a half-read action: 100,000 mutated turns give one of five kinds, gazes stay in range."""
     rng, kinds = random.Random(0), {}
     for _ in range(100_000):
-        turn = gog.parse(mutant(rng))
+        turn = tools.parse(mutant(rng))
         kinds[turn.kind] = kinds.get(turn.kind, 0) + 1
         if turn.kind == "gaze":
             assert len(turn.argument) == 4 and all(type(x) is int and 0 <= x <= 99 for x in turn.argument)
         elif turn.kind != "malformed":
             assert isinstance(turn.argument, str) and not set(turn.argument) & set("<>")
-    assert min(kinds[k] for k in (*gog.ACTIONS, "malformed")) > 500
+    assert min(kinds[k] for k in (*tools.ACTIONS, "malformed")) > 500
     began = time.time()
-    gog.parse("<think>" * 20_000 + "<answer>" + " x" * 100_000)
+    tools.parse("<think>" * 20_000 + "<answer>" + " x" * 100_000)
     assert time.time() - began < 2
 
 
 @pytest.mark.parametrize("answer", ["", " ", "...", "the a an", "Brenna or Old Vosk", "What is the name of the red round shield?", "Brenna</answer>", "<answer> Brenna", "Brenn", "Brenna Brenna"])
 def test_rewards_cannot_be_talked_into(answer):
     """Prevents reward hacking: nothing, everything joined, the question, tags or more than the answer are all wrong."""
-    assert not gog.exact_match(answer, ["Brenna"])
+    assert not tools.exact_match(answer, ["Brenna"])
 
 
 @pytest.mark.parametrize("tags", ["<search> Brenna</search>", "<think> Brenna</think>", "<answer> Brenna</answer><answer> Brenna</answer>", "<answer> Brenna</answer> and more", "Brenna"])
@@ -75,7 +76,7 @@ def script(*turns):
 
 def test_tools_that_often_fail_stop_nobody(vocabulary, world, policy):
     """Prevents a run that dies with its tools: at 20 % failures every rollout ends within its turns, and failures are seen by the policy."""
-    env = gog.Environment(vocabulary, make_toolbox(world, 0.2, seed=1), policy.config)
+    env = tools.Environment(vocabulary, tools.make_toolbox(world, 0.2, seed=1), policy.config)
     qs = data.questions(world, data.RL_MIX, 400, "faults")
     tries = gog.play(env, qs, [gog.expert(q, random.Random(0)) for q in qs]) + gog.evaluate(None, env, qs, "random")
     told = [turn for t in tries for turn in t.turns if turn.kind in ("search", "glance", "gaze")]
@@ -108,7 +109,7 @@ def test_odd_pictures_are_read_or_refused(tmp_path):
     for name, is_good in pictures(tmp_path).items():
         if is_good:
             scene = data.Scene((), (), "picture", 0, data.Path(data.check_image(tmp_path / name) and tmp_path / name))
-            assert scene.picture().mode == "RGB" and gog.to_array(scene.picture(), 64).shape == (3, 64, 64), name
+            assert scene.picture().mode == "RGB" and tools.to_array(scene.picture(), 64).shape == (3, 64, 64), name
         else:
             with pytest.raises(data.WorldError, match=name):
                 data.check_image(tmp_path / name)
@@ -206,7 +207,7 @@ def test_a_full_disk_is_said_in_one_line(tmp_path, monkeypatch, capsys):
         path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    monkeypatch.setattr(train, "save_file", full)
+    monkeypatch.setattr(model, "save_file", full)
     with pytest.raises(SystemExit) as stopped:
         train.main()
     last = capsys.readouterr().err.strip().splitlines()[-1]

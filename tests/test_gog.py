@@ -1,3 +1,4 @@
+import io
 import itertools
 import random
 import re
@@ -9,8 +10,9 @@ from PIL import Image
 
 import data
 import gog
+import grpo
+import tools
 from model import TAGS, Vocabulary, load, pick, save
-from tools import make_toolbox
 
 
 @pytest.mark.parametrize("text, kind, argument", [
@@ -18,7 +20,7 @@ from tools import make_toolbox
     ("<glance></glance>", "glance", ""), ("<gaze> 1 2 33 99</gaze>", "gaze", (1, 2, 33, 99))])
 def test_parser_accepts(text, kind, argument):
     """Prevents a parser stricter than the protocol."""
-    turn = gog.parse(text)
+    turn = tools.parse(text)
     assert (turn.kind, turn.argument) == (kind, argument)
 
 
@@ -28,7 +30,7 @@ def test_parser_accepts(text, kind, argument):
     "<answer> a</answer> more", "<gaze> " + "9" * 5000 + " 1 2 3</gaze>", "<gaze> ² 2 3 4</gaze>"])
 def test_parser_refuses(text):
     """Prevents a crash or a half-read action: whatever is not exactly one action is malformed."""
-    assert gog.parse(text).kind == "malformed"
+    assert tools.parse(text).kind == "malformed"
 
 
 def test_fuzz_the_turns(env, questions, vocabulary):
@@ -37,16 +39,16 @@ def test_fuzz_the_turns(env, questions, vocabulary):
     for _ in range(300):
         ids = [rng.randrange(vocabulary.size) if rng.random() < .5 else rng.randrange(len(TAGS)) for _ in range(rng.randint(1, 20))]
         text = vocabulary.decode(ids)
-        t = env.prompt(questions[0], gog.to_array(questions[0].scene.picture(), env.side))
+        t = env.prompt(questions[0], tools.to_array(questions[0].scene.picture(), env.side))
         t.act(ids)
-        env.step([t], [gog.parse(text)], [questions[0].scene.picture()])
+        env.step([t], [tools.parse(text)], [questions[0].scene.picture()])
         assert len(t.ids) == len(t.trained) == len(t.logprobs)
         assert sum(i == vocabulary.id["<image>"] for i, m in zip(t.ids, t.trained) if not m) == len(t.pictures) * len(env.image)
 
 
 def test_observation_ids_cannot_be_sampled(vocabulary):
     """Prevents a policy that writes its own observations."""
-    allowed = gog._allowed(vocabulary, gog.ACTIONS, "cpu")
+    allowed = gog._allowed(vocabulary, tools.ACTIONS, "cpu")
     ids, _ = pick(torch.zeros(5000, vocabulary.size), 1.0, allowed, torch.Generator().manual_seed(0))
     forbidden = {vocabulary.id[t] for t in ("<pad>", "<bos>", "<image>", "<sep>", "<obs>", "</obs>")}
     assert not forbidden & set(ids.tolist()) and vocabulary.id["<stop>"] in range(vocabulary.size)
@@ -110,7 +112,7 @@ def test_the_oracle_solves_every_suite(vocabulary, world, policy):
     """Prevents an unsolvable world: the expert, which reads names and facts from the tools, must be right nearly always."""
     for name in data.SUITES:
         searched, qs = data.suite(world, name, 40)
-        env = gog.Environment(vocabulary, make_toolbox(searched, late=name == "live"), policy.config)
+        env = tools.Environment(vocabulary, tools.make_toolbox(searched, late=name == "live"), policy.config)
         assert sum(t.correct for t in gog.evaluate(None, env, qs, "oracle")) >= 38
 
 
@@ -124,7 +126,7 @@ def test_a_baseline_keeps_to_its_schedule(policy, env, questions, row):
 
 def test_withheld_observations_show_nothing(policy, vocabulary, world, questions):
     """Prevents a control that leaks: with observations withheld, no observation text and no crop may reach the policy."""
-    env = gog.Environment(vocabulary, make_toolbox(world), policy.config, withhold=True)
+    env = tools.Environment(vocabulary, tools.make_toolbox(world), policy.config, withhold=True)
     for t in gog.play(env, questions, [gog.chance(q, random.Random(1), ["x"]) for q in questions]):
         assert len(t.pictures) == 1 and not any(turn.observation for turn in t.turns)
 
@@ -134,7 +136,7 @@ def test_reflection_is_measured_against_the_missed_box(env, world):
     q = next(q for q in data.questions(world, data.SFT_MIX, 100, "reflect") if q.kind == "hop1" and len(q.scene.boxes) > 2)
     wrong = next(b for i, b in enumerate(q.scene.boxes) if i not in q.targets)
     right = q.scene.boxes[q.targets[0]]
-    made = lambda *boxes: gog.Trajectory(q, turns=[gog.Turn("gaze", b) for b in boxes])
+    made = lambda *boxes: tools.Trajectory(q, turns=[tools.Turn("gaze", b) for b in boxes])
     assert gog.wrong_gaze_then(made(wrong, right)) == [True]
     assert gog.wrong_gaze_then(made(wrong, wrong)) == [False, False]
     assert gog.wrong_gaze_then(made(right)) == []
@@ -193,7 +195,7 @@ class Pointer:
         self.box = box
 
     def __call__(self, policy, env, prompts, pictures):
-        return [gog.Turn("gaze", self.box, "look at red round")] * len(prompts)
+        return [tools.Turn("gaze", self.box, "look at red round")] * len(prompts)
 
 
 def test_slips_begin_where_the_policy_looked_in_vain(env, world, policy, monkeypatch):
@@ -266,10 +268,33 @@ def test_one_picture_one_question(tmp_path, monkeypatch, capsys, vocabulary, pol
     assert stop.value.code == 2 and says in capsys.readouterr().err and not (tmp_path / "gaze.png").exists()
 
 
+def test_questions_one_by_one(tmp_path, monkeypatch, capsys, vocabulary, policy):
+    """Prevents a session that forgets the second question, or ends with a traceback where the input does."""
+    save(policy, tmp_path / "rl.safetensors", tokenizer=vocabulary.to_text())
+    Image.new("RGB", (60, 40), (200, 30, 40)).save(tmp_path / "picture.png")
+    monkeypatch.setattr("sys.argv", ["gog.py", str(tmp_path / "picture.png"), "--world", "worlds/countries", "--checkpoint", str(tmp_path / "rl.safetensors"), "--save", str(tmp_path / "gaze.png")])
+    monkeypatch.setattr("sys.stdin", io.StringIO("What is the capital?\nHow many flags are red?\n"))
+    gog.main()
+    printed = capsys.readouterr().out
+    assert all(q in printed for q in ("What is the capital?", "How many flags are red?"))
+
+
+@pytest.mark.parametrize("turns, doubt", [
+    ([("gaze", (1, 2, 30, 40), "93 Brenna: red round | 80 Ost: blue round"), ("answer", "Brenna", "")], ""), ([("answer", "red", "")], ""),
+    ([("gaze", (1, 2, 30, 40), "41 Brenna: red round | 40 Ost: blue round"), ("answer", "Brenna", "")], "like nothing that is known"),
+    ([("gaze", (1, 2, 30, 40), "41 Brenna: red round"), ("gaze", (50, 50, 90, 90), "90 Ost: blue round"), ("answer", "Ost", "")], ""),
+    ([("glance", "", "93 Brenna: red round"), ("search", "river Brenna", "In Brenna the river is Ilm."), ("answer", "Elm", "")], "stands in nothing"),
+    ([("glance", "", "nothing found")], "without an answer")])
+def test_a_doubtful_answer_is_called_doubtful(turns, doubt):
+    """Prevents made-up answers that look like found ones, and warnings at every answer."""
+    t = tools.Trajectory(None, turns=[tools.Turn(kind, argument, observation=found) for kind, argument, found in turns])
+    assert doubt in gog.doubts(t) and bool(gog.doubts(t)) == bool(doubt)
+
+
 @pytest.mark.parametrize("name", ["sft", "rl"])
 def test_the_policies_that_come_with_the_code_answer(name, env, world):
     """Prevents shipping weights that the code can no longer read, or to which it speaks another language than they have learnt."""
     policy, meta = load(Path(__file__).parent.parent / "policies" / f"{name}.safetensors")
-    speaks = gog.Environment(Vocabulary.from_text(meta["tokenizer"]), env.toolbox, policy.config)
+    speaks = tools.Environment(Vocabulary(meta["tokenizer"]), env.toolbox, policy.config)
     tries = gog.evaluate(policy, speaks, data.questions(world, data.SUITES["plain"], 60, "shipped", ("test",)))
     assert gog.behaviour(tries)["accuracy"] > 0.7 and gog.behaviour(tries)["well_formed"] > 0.9

@@ -1,5 +1,4 @@
 import random
-import re
 from copy import deepcopy
 from dataclasses import replace
 from types import SimpleNamespace
@@ -11,6 +10,7 @@ import data
 import gog
 import grpo
 import train
+import tools
 
 
 @pytest.mark.parametrize("correct, formed, value", [(True, True, 1.0), (True, False, 0.9), (False, True, 0.1), (False, False, 0.0)])
@@ -23,7 +23,7 @@ def test_reward_table(correct, formed, value):
                                            ("Ilda Voss or Mirna", False), ("the", False)])
 def test_exact_match_is_no_substring(answer, right):
     """Prevents reward hacking: an empty answer, a part, or all candidates joined must score 0."""
-    assert gog.exact_match(answer, ["Ilda Voss"]) is right
+    assert tools.exact_match(answer, ["Ilda Voss"]) is right
 
 
 def test_group_advantages():
@@ -36,48 +36,6 @@ def test_group_advantages():
     assert (adv[1:] == 0).all()  # the third differs in format only: lambda must not become a full +-1
     mean_only, _ = grpo.group_advantages(rewards, correct, "mean")
     assert mean_only[0].tolist() == pytest.approx([.675, -.225, -.225, -.225])
-
-
-def told(env, *turns):
-    """A trajectory of (what the policy said, what the tools answered) turns."""
-    t = gog.Trajectory(None)
-    t.observe(env.v.encode("What is the river of the leftmost shield?"))
-    for said, found in turns:
-        t.act(env.v.encode_turn(said + "<stop>"))
-        t.turns.append(gog.Turn(gog.parse(said).kind, observation=found))
-        t.observe(env.v.encode(found))
-    return t
-
-
-def test_credit_goes_to_the_word_that_parted_the_ways(env):
-    """Prevents praise for what all of a group said, for the luck of a tool, and for how well a box was hit; and blame for all that followed a mistake."""
-    answer = ("<answer> Ilm</answer>", "")
-    group = [told(env, ("<think> look at red round</think><gaze> 3 36 30 63</gaze>", "97 Brenna: red round | 60 Vosk: red square"), answer),
-             told(env, ("<think> look at red round</think><gaze> 4 35 31 62</gaze>", "88 Brenna: red round | 60 Ost: red banner"), answer),  # the same decisions
-             told(env, ("<think> look at red round</think><gaze> 5 55 31 80</gaze>", "90 Vosk: red square"), answer),  # and what a tool found instead
-             told(env, ("<think> look at blue square</think><gaze> 3 36 30 63</gaze>", "97 Vosk: red square"), answer),
-             told(env, ("<think> look at red round</think><gaze><gaze> 3 36", "malformed"), answer)]  # a torn gaze is a mistake in form: it learns
-    credits = grpo.branch_credit(env, group, [1.5, 1.5, -1.0, -0.5, -1.5])
-    for t, credit, wanted in zip(group, credits, ({" red": 0.125, " 3": 13 / 24}, {" red": 0.125, " 3": 13 / 24}, {" red": 0.125, " 3": 13 / 24}, {" blue": -0.5}, {" red": 0.125, "<gaze>": -1.625})):
-        own = [env.v.decode([i]) for i, trained in zip(t.ids, t.trained) if trained]
-        assert {(" 3" if token in (" 4", " 5") else token): x for token, x in zip(own, credit.tolist()) if x} == pytest.approx(wanted)
-
-
-def test_credit_adds_up_to_the_advantage(policy, env, questions):
-    """Prevents credit that is lost or counted twice: along a trajectory it adds up to its advantage, but for what the tools' answers changed."""
-    batch = rollouts(policy, env, questions[:3])
-    assert any(len(t.turns) > 1 for t in batch)
-    for k in range(0, 12, 4):
-        group, advantages = batch[k:k + 4], [1.5, -0.5, -0.5, -0.5]
-        mean = {}
-        for t, advantage in zip(group, advantages):
-            for state in {s for step in grpo.states(env, t) for s in step}:
-                mean.setdefault(state, []).append(advantage)
-        value = lambda state: sum(mean[state]) / len(mean[state])
-        for t, advantage, credit in zip(group, advantages, grpo.branch_credit(env, group, advantages)):
-            steps = grpo.states(env, t)
-            luck = sum(value(after[0]) - value(before[1]) for before, after in zip(steps, steps[1:]))
-            assert len(credit) == sum(t.trained) and credit.sum().item() + luck == pytest.approx(advantage)
 
 
 def test_policy_loss_gradient_by_finite_differences():
