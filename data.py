@@ -1,4 +1,4 @@
-"""The world: who hangs on the wall, what is asked about it, and how an expert finds out.
+"""The world: who hangs on the wall, and what is asked about it.
 
 From the paper: questions about a picture that need 0..n searches; GoG-Instruct, 5,750 expert trajectories of which 43.5 %
     need no search; an uncertainty filter (N=4); six benchmarks, two in-domain and four out of it.
@@ -6,20 +6,26 @@ Here instead: an invented world of *heraldry* (towns with coats of arms drawn by
     construction, offline, and because every box, fact and search need is known exactly; or any *folder world* (real pictures
     and facts). What can be known about a question (its targets, phrases and chain) is kept with it: the expert in gog.py lives on that.
 
-Reading order: names -> arms -> entities and worlds -> scenes -> referring expressions -> questions -> suites -> folder worlds (skip at first).
+Reading order: names -> arms -> entities and worlds -> scenes -> referring expressions -> questions -> folder worlds (skip at first; their files are read by tools.py).
 Boxes are (x0, y0, x1, y1), integers 0..99: percent of the picture's width and height. There is no other box format outside the labels of the eyes.
 """
-import json
+import argparse
 import math
 import random
+import sys
+import textwrap
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 
+from tools import WorldError, as_row, atomic, describe, flat, image_path, lines, unaccented
+
+ALIKE = 0.98  # two pictures whose descriptors have such a cosine are one to a search
 SCENE_PX = 384  # side of a scene in pixels; the model's glance is much smaller, a gaze goes back to these pixels
 
 # ---------------------------------------------------------------------------------------------------------------- names
@@ -55,11 +61,6 @@ VALUES = {  # relation -> how an invented value is drawn. Many, or a policy woul
 ALL_TOWNS = ("ruler", "towers")  # facts of every town; four others of VALUES and two of TOWN_LINKS, by lot, and its region
 TOWN_LINKS = ("twin", "rival", "ally", "neighbour")  # values that lead on to another town; one word each: a plan is copied word by word, and what stands before "of the" tells where to go on
 REGION_LINKS = ("capital", "stronghold")  # .. and from a region back to a town
-PASSAGES = (  # how a fact may be worded, the value last; the policy has to find the value, never to recall it
-    "In {n} the {r} is {v}.", "{n} has one {r}: {v}.", "As for {n}, its {r} is {v}.", "People of {n} say of their {r}: {v}.",
-    "Chronicles of {n} tell that the {r} is {v}.")
-CHATTER = ("Travellers praise the bridges of {n}.", "The market of {n} opens at dawn.", "{n} was rebuilt after a great fire.",
-           "Maps often misplace {n}.", "Nobody agrees how to pronounce {n}.")
 
 # ----------------------------------------------------------------------------------------------------------------- arms
 
@@ -176,25 +177,6 @@ class World:
 
     def pictured(self, *splits):
         return [self.entities[n] for s in splits or ("train", "dev", "test") for n in self.splits[s]]
-
-    def passages(self, late=False):
-        """Every fact as one sentence, worded by lot, with a little chatter between, as (entity's name, sentence): what the text index holds."""
-        hidden, out = set() if late else set(self.splits["late"]), []
-        for e in (e for name, e in self.entities.items() if name not in hidden):
-            rng = random.Random(f"{self.seed}/{e.name}")
-            told = [rng.choice(PASSAGES).format(n=e.name, r=r, v=v) for r, v in e.facts.items()] + [rng.choice(CHATTER).format(n=e.name)]
-            out += [(e.name, sentence) for sentence in told]
-        return out
-
-    def aged(self):
-        """The same world some time after training: among test and late entities the values of every fact have been dealt anew."""
-        rng, entities = random.Random(f"{self.seed}/aged"), dict(self.entities)
-        names = self.splits["test"] + self.splits["late"]
-        for relation in sorted({r for n in names for r in entities[n].facts}):
-            holders = [n for n in names if relation in entities[n].facts]
-            values = rng.sample([self.entities[n].facts[relation] for n in holders], len(holders))
-            entities |= {n: replace(entities[n], facts={**entities[n].facts, relation: v}) for n, v in zip(holders, values) if v != n}
-        return replace(self, entities=entities)
 
 
 def split_names(names, rng):
@@ -374,14 +356,6 @@ SFT_MIX = [("colour", "normal", 3), ("shape", "normal", 2), ("count", "normal", 
 RL_MIX = [("count", "normal", 1), ("hop2", "normal", 1), ("hop3", "single", 1), ("hop3", "normal", 2), ("hop4", "single", 3), ("hop4", "normal", 4), ("hop5", "single", 2),
           ("hop1", "crowd", 1), ("hop2", "crowd", 1), ("hop1", "small", 2)]  # mostly plans (grpo.py, 5), and what RL unlearnt without practice: single shields
 # teach to glance, and a glance shows nothing of crowds and of small look-alikes
-SUITES = {  # the six held-out suites: what each isolates (the paper's benchmark that it stands for)
-    "facts": [("hop1", "normal", 5), ("name", "normal", 2), ("colour", "normal", 1), ("shape", "normal", 1), ("count", "normal", 1)],  # FVQA
-    "fine": [("name", "small", 1), ("hop1", "small", 1)],  # InfoSeek: small target among look-alikes
-    "plain": [("name", "single", 2), ("hop1", "single", 3), ("colour", "single", 1), ("shape", "normal", 2), ("count", "normal", 2)],  # SimpleVQA
-    "crowd": [("name", "crowd", 1), ("hop1", "crowd", 2)],  # MMSearch: more and smaller objects than in any demonstration (lessons in pointing know them)
-    "live": [("hop1", "normal", 3), ("hop2", "normal", 1)],  # LiveVQA: facts rewritten, entities added after training
-    "hops": [("hop4", "normal", 3), ("hop5", "normal", 1)]}  # DynVQA: more hops than any demonstration shows (lessons without pictures do)
-DEV_MIX = [(kind, setting, weight / sum(w for *_, w in mix)) for mix in SUITES.values() for kind, setting, weight in mix]  # every suite's as often
 
 
 def ask(world, kind, setting, split, rng):
@@ -446,17 +420,7 @@ def questions(world, mix, n, seed, split=("train",)):
     return out
 
 
-def suite(world, name, n=300):
-    """A held-out suite: (world to search in, questions)."""
-    searched = world.aged() if name == "live" else world
-    return searched, questions(searched, SUITES[name], n, f"suite/{name}", ("test", "late") if name == "live" else ("test",))
-
-
 # --------------------------------------------------------------------------------------------------------- folder worlds
-
-class WorldError(ValueError):
-    """A world that cannot be used; the message names file, line and way out."""
-
 
 def folder_world(path, seed=0):
     """A world of the user's own: `entities.jsonl`, one {"name", "image", "facts": {relation: value}} a line, and the images.
@@ -464,33 +428,40 @@ def folder_world(path, seed=0):
     A value that is another entity's name leads on (a hop). What a glance tells (main colour and shape) is read off the picture.
     """
     root, entities = Path(path), {}
-    for where, row in read_jsonl(root / "entities.jsonl"):
-        name, facts = row.get("name"), row.get("facts", {})
-        if not isinstance(name, str) or not name.strip() or name in entities or ": " in name or " | " in name:
-            raise WorldError(f"{where}: 'name' is missing, given twice or holds ': ' or ' | ' ({name!r}). Give every entity one name of its own")
-        if not isinstance(facts, dict) or any(not isinstance(v, str) or not v.strip() or " | " in v for v in facts.values()):
-            raise WorldError(f"{where}: a fact of {name!r} is not a non-empty string, or holds ' | '. Write facts as {{\"relation\": \"value\"}}")
-        image = image_path(root, row.get("image"), where)
-        colours, aspect = _colours(image, where)
-        look, detail = f"{colours[0]} {'banner' if aspect > 1.2 else 'square'}", " and ".join(colours[1:]) or "plain"
-        entities[name] = Entity(name, {k.replace("_", " "): v for k, v in facts.items()}, None, image, look, detail, f"{look}, {detail}", aspect)
+    for where, line in lines(root / "entities.jsonl"):
+        e = folder_entity(root, where, line, entities)
+        entities[e.name] = e
     if len(entities) < 8:
         raise WorldError(f"{root / 'entities.jsonl'}: {len(entities)} entities, and splits need at least 8. Add more")
     return World(root.resolve().name, "flag" if root.resolve().name == "countries" else "picture", entities,
-                 split_names(entities, random.Random(f"folder/{seed}")), seed, tuple(own_questions(root)))
+                 split_names(entities, random.Random(f"folder/{seed}")), seed, tuple(own_question(root, *line) for line in lines(root / "questions.jsonl", optional=True)))
 
 
-def own_questions(root):
-    """The optional `questions.jsonl` of a folder world: {"image", "question", "answers": [..], "box": [x0, y0, x1, y1] of the target or left out}."""
-    for where, row in read_jsonl(root / "questions.jsonl") if (root / "questions.jsonl").is_file() else ():
-        text, answers, box = row.get("question"), row.get("answers"), row.get("box", [])
-        if not isinstance(text, str) or not isinstance(answers, list) or not answers or not all(isinstance(a, str) and a.strip() for a in answers):
-            raise WorldError(f"{where}: 'question' must be text and 'answers' a list of texts, e.g. [\"Paris\"]")
-        if box and not (isinstance(box, list) and len(box) == 4 and all(type(x) is int and 0 <= x <= 99 for x in box) and box[0] < box[2] and box[1] < box[3]):
-            raise WorldError(f"{where}: 'box' must be four whole numbers 0 to 99, left < right and top < bottom (percent of the picture), not {box!r}")
-        path = image_path(root, row.get("image"), where)
-        check_image(path, where)
-        yield Question(text, tuple(answers), Scene((), (tuple(box),) if box else (), "picture", 0, path), "own", targets=(0,) if box else ())
+def folder_entity(root, where, line, known):
+    """One line of entities.jsonl; `known`: the names of those before."""
+    row = as_row(where, line)
+    name, facts = row.get("name"), row.get("facts", {})
+    if not isinstance(name, str) or not name.strip() or name in known or ": " in name or " | " in name:
+        raise WorldError(f"{where}: 'name' is missing, given twice or holds ': ' or ' | ' ({name!r}). Give every entity one name of its own")
+    if not isinstance(facts, dict) or any(not isinstance(v, str) or not v.strip() or " | " in v for v in facts.values()):
+        raise WorldError(f"{where}: a fact of {name!r} is not a non-empty string, or holds ' | '. Write facts as {{\"relation\": \"value\"}}")
+    image = image_path(root, row.get("image"), where)
+    colours, aspect = _colours(image, where)
+    look, detail = f"{colours[0]} {'banner' if aspect > 1.2 else 'square'}", " and ".join(colours[1:]) or "plain"
+    return Entity(name, {k.replace("_", " "): v for k, v in facts.items()}, None, image, look, detail, f"{look}, {detail}", aspect)
+
+
+def own_question(root, where, line):
+    """One line of the optional `questions.jsonl`: {"image", "question", "answers": [..], "box": [x0, y0, x1, y1] of the target or left out}."""
+    row = as_row(where, line)
+    text, answers, box = row.get("question"), row.get("answers"), row.get("box", [])
+    if not isinstance(text, str) or not isinstance(answers, list) or not answers or not all(isinstance(a, str) and a.strip() for a in answers):
+        raise WorldError(f"{where}: 'question' must be text and 'answers' a list of texts, e.g. [\"Paris\"]")
+    if box and not (isinstance(box, list) and len(box) == 4 and all(type(x) is int and 0 <= x <= 99 for x in box) and box[0] < box[2] and box[1] < box[3]):
+        raise WorldError(f"{where}: 'box' must be four whole numbers 0 to 99, left < right and top < bottom (percent of the picture), not {box!r}")
+    path = image_path(root, row.get("image"), where)
+    check_image(path, where)
+    return Question(text, tuple(answers), Scene((), (tuple(box),) if box else (), "picture", 0, path), "own", targets=(0,) if box else ())
 
 
 @lru_cache(maxsize=4)
@@ -499,36 +470,6 @@ def open_world(where, seed=0, towns=3000):
     if where == "heraldry" and towns < 40:
         raise WorldError(f"--towns {towns}: too few to be split. Ask for 40 or more")
     return heraldry(seed, towns) if where == "heraldry" else folder_world(where, seed)
-
-
-def read_jsonl(path):
-    """Yield ("file:line", dict) a line; raises WorldError naming the line that is no JSON object."""
-    try:
-        with open(path, encoding="utf-8-sig") as f:
-            for n, line in enumerate(f, 1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except ValueError as e:
-                    raise WorldError(f"{path}:{n}: not valid JSON ({e}). Mend or remove that line") from None
-                if not isinstance(row, dict):
-                    raise WorldError(f"{path}:{n}: a JSON object is expected, e.g. {{\"name\": ..., \"image\": ...}}")
-                yield f"{path}:{n}", row
-    except (OSError, UnicodeDecodeError) as e:
-        raise WorldError(f"{path}: cannot be read ({e}). A folder world needs this file, in UTF-8") from None
-
-
-def image_path(root, image, where):
-    """Path of an image inside the world's folder; never one outside it."""
-    if not isinstance(image, str) or not image:
-        raise WorldError(f"{where}: no 'image'. Every entity needs a picture, as a path inside {root}")
-    path = (root / image).resolve()
-    if not path.is_relative_to(root.resolve()):
-        raise WorldError(f"{where}: image {image!r} lies outside {root}. Copy it into the folder")
-    if not path.is_file():
-        raise WorldError(f"{where}: image {image!r} does not exist in {root}. Add the file or remove the line")
-    return path
 
 
 @lru_cache(maxsize=512)
@@ -550,3 +491,60 @@ def _colours(path, where):
     nearest = lambda rgba: min(TINCTURES, key=lambda t: sum((a - b) ** 2 for a, b in zip(rgba, TINCTURES[t])))
     count = Counter(nearest(rgba) for rgba in art.resize((24, 24), Image.BOX).get_flattened_data() if rgba[3] > 127)
     return [t for t in sorted(TINCTURES, key=lambda t: -count[t]) if count[t] >= max(1, count.total() / 8)] or ["white"], art.width / art.height
+
+
+# ------------------------------------------------------------------------------- python data.py check | preview FOLDER
+
+def check(path):
+    """(what is wrong with a folder world, line by line; what makes it a poor one), two lists of texts."""
+    root, wrong, known, poor = Path(path), [], {}, []
+    readers = (lines(root / "entities.jsonl"), lambda *line: known.update({(e := folder_entity(root, *line, known)).name: e})), (lines(root / "questions.jsonl", optional=True), lambda *line: own_question(root, *line))
+    for line, read in ((line, read) for file, read in readers for line in file):
+        try:
+            read(*line)
+        except WorldError as e:
+            wrong.append(str(e))
+    seen, names = describe([flat(e.picture(96)) for e in known.values()]), list(known)
+    for i, name in enumerate(names):
+        if len(alike := np.flatnonzero(seen[:i] @ seen[i] > ALIKE)):
+            poor.append(f"{name!r} looks nearly like {names[alike[0]]!r}: a search takes one for the other. Leave one out")
+    for relation in dict.fromkeys(r for e in known.values() for r in e.facts):
+        if told := [e for e in known.values() if e.name.casefold() in e.facts.get(relation, "").casefold()]:
+            poor.append(f"fact {relation!r} holds the entity's own name in {len(told)} of {len(known)}, as in {told[0].facts[relation]!r} of {told[0].name!r}: half of the answer is known before the search")
+    return wrong, poor
+
+
+def preview(world, n=9, side=384):
+    """`n` questions about a world with their pictures and answers, as one picture."""
+    mix = [(kind, setting, 1) for kind in ("colour", "count", "name", "hop1", "hop2", "compare") for setting in ("single", "normal", "twins", "crowd")]
+    sheet = Image.new("RGB", (3 * (side + 16), -(-n // 3) * (side + 70)), "white")
+    for i, q in enumerate(questions(world, mix, n, "preview", ("train", "dev", "test"))):
+        x, y = i % 3 * (side + 16) + 8, i // 3 * (side + 70) + 8
+        sheet.paste(q.scene.picture(side), (x, y))
+        ImageDraw.Draw(sheet).text((x, y + side + 4), textwrap.fill(unaccented(f"{q.text} {q.answers[0]}"), 58), fill="black", font_size=13)
+    return sheet
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Look at a folder world before you train on it.")
+    parser.add_argument("what", choices=("check", "preview"), help="check: what is wrong with it, line by line; preview: sample questions as one picture")
+    parser.add_argument("path", help="the folder")
+    parser.add_argument("--save", default="preview.png", help="where the preview goes (default: %(default)s)")
+    a = parser.parse_args()
+    try:
+        wrong, poor = check(a.path) if a.what == "check" else ([], [])
+        print(*(f"wrong: {x}" for x in wrong), *(f"look at this: {x}" for x in poor), sep="\n")
+        if wrong:
+            raise WorldError(f"{a.path}: {len(wrong)} lines are wrong, see above")
+        world = open_world(a.path)
+        print(f"{a.path}: {len(world.entities)} entities, {sum(len(e.facts) for e in world.entities.values())} facts, {len(world.own)} questions of your own. Next: python train.py --world {a.path}")
+        if a.what == "preview":
+            atomic(a.save, lambda p: preview(world).save(p, format="PNG"))
+            print(f"sample questions: {a.save}")
+    except (WorldError, OSError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

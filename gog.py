@@ -26,6 +26,7 @@ import re
 import sys
 import textwrap
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -34,11 +35,11 @@ from tqdm import tqdm
 
 import data
 from data import iou
-from model import Cache, CheckpointError, Vocabulary, atomic, load, pick
-from tools import ACTIONS, Environment, Turn, make_toolbox, normalise, parse, to_array, unaccented
+from model import Cache, CheckpointError, Vocabulary, load, pick
+from tools import ACTIONS, PASSAGES, Environment, Turn, atomic, make_toolbox, normalise, parse, to_array, unaccented
 
 MAX_TURNS, TURN_TOKENS = 8, 90
-ALIKE = 60  # an image hit with a lower score shows something else (measured: TODO)
+SAME = 60  # an image hit with a lower score shows something else (measured: TODO)
 FREE = [ACTIONS] * MAX_TURNS  # the schedule of a policy that may do what it wants
 
 # -------------------------------------------------------------------------------------------------------------- rollout
@@ -285,9 +286,9 @@ def _best_hit(obs, phrase, kind):
 
 
 def _read(obs, name, relation):
-    """The value that one of the passages gives for (name, relation), by the wordings in data.PASSAGES; None if there is none."""
+    """The value that one of the passages gives for (name, relation), by the wordings in PASSAGES; None if there is none."""
     for passage in (obs or "").split(" | "):
-        for form in data.PASSAGES:
+        for form in PASSAGES:
             pattern = re.escape(form).replace(r"\{v\}", "(.+)").replace(r"\{n\}", re.escape(name)).replace(r"\{r\}", re.escape(relation))
             if match := re.fullmatch(pattern, passage):
                 return match[1]
@@ -328,6 +329,33 @@ def send(script, observation):
 
 
 # ------------------------------------------------------------------------------------------------------------ evaluation
+
+SUITES = {  # the six held-out suites: what each isolates (the paper's benchmark that it stands for)
+    "facts": [("hop1", "normal", 5), ("name", "normal", 2), ("colour", "normal", 1), ("shape", "normal", 1), ("count", "normal", 1)],  # FVQA
+    "fine": [("name", "small", 1), ("hop1", "small", 1)],  # InfoSeek: small target among look-alikes
+    "plain": [("name", "single", 2), ("hop1", "single", 3), ("colour", "single", 1), ("shape", "normal", 2), ("count", "normal", 2)],  # SimpleVQA
+    "crowd": [("name", "crowd", 1), ("hop1", "crowd", 2)],  # MMSearch: more and smaller objects than in any demonstration (lessons in pointing know them)
+    "live": [("hop1", "normal", 3), ("hop2", "normal", 1)],  # LiveVQA: facts rewritten, entities added after training
+    "hops": [("hop4", "normal", 3), ("hop5", "normal", 1)]}  # DynVQA: more hops than any demonstration shows (lessons without pictures do)
+DEV_MIX = [(kind, setting, weight / sum(w for *_, w in mix)) for mix in SUITES.values() for kind, setting, weight in mix]  # every suite's as often
+
+
+def suite(world, name, n=300):
+    """A held-out suite: (world to search in, questions)."""
+    searched = aged(world) if name == "live" else world
+    return searched, data.questions(searched, SUITES[name], n, f"suite/{name}", ("test", "late") if name == "live" else ("test",))
+
+
+def aged(world):
+    """The same world some time after training: among test and late entities the values of every fact have been dealt anew."""
+    rng, entities = random.Random(f"{world.seed}/aged"), dict(world.entities)
+    names = world.splits["test"] + world.splits["late"]
+    for relation in sorted({r for n in names for r in entities[n].facts}):
+        holders = [n for n in names if relation in entities[n].facts]
+        values = rng.sample([world.entities[n].facts[relation] for n in holders], len(holders))
+        entities |= {n: replace(entities[n], facts={**entities[n].facts, relation: v}) for n, v in zip(holders, values) if v != n}
+    return replace(world, entities=entities)
+
 
 SCHEDULES = {  # baselines that need no other model: which actions a turn allows
     "direct": [("answer",)], "full-search": [("glance",), ("search",), ("answer",)], "no-gaze": [("answer", "search", "glance")] * MAX_TURNS}
@@ -459,7 +487,7 @@ def doubts(t):
     looks = [turn.observation for turn in t.turns if turn.kind in ("glance", "gaze") and turn.ok]
     found = normalise(" ".join(turn.observation for turn in t.turns if turn.kind != "malformed"))
     reasons = {"it ended without an answer": t.answer is None, "the answer stands in nothing that was found": found and normalise(t.answer or "") not in found,
-               "the picture is like nothing that is known": looks and not any(look.split(" ")[0].isdecimal() and int(look.split(" ")[0]) >= ALIKE for look in looks)}
+               "the picture is like nothing that is known": looks and not any(look.split(" ")[0].isdecimal() and int(look.split(" ")[0]) >= SAME for look in looks)}
     return ", ".join(reason for reason, holds in reasons.items() if holds)
 
 

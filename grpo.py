@@ -38,6 +38,7 @@ import torch.nn.functional as F
 
 import data
 import gog
+import tools
 from model import autocast, micro_batches, packed, update
 from tools import Trajectory, crop, parse, to_array
 
@@ -253,7 +254,7 @@ def corpus(seed=0):
     """Texts that the tokenizer learns to spell from: invented names, questions, passages and numbers. No world's own names are in it."""
     toy, rng = data.heraldry(f"{seed}/vocabulary", 300), random.Random(f"vocabulary/{seed}")
     asked = [(kind, setting, 1) for kind in (*data.VISUAL, "name", "hop1", "hop2", "compare") for setting in ("normal", "twins")]
-    texts = [text for _, text in toy.passages(late=True)] + [e.blazon for e in toy.pictured()] + [q.text for q in data.questions(toy, asked, 1500, "vocabulary")]
+    texts = [text for _, text in tools.passages(toy, late=True)] + [e.blazon for e in toy.pictured()] + [q.text for q in data.questions(toy, asked, 1500, "vocabulary")]
     texts += [" " + " ".join(str(rng.randint(0, 99)) for _ in range(8)) for _ in range(3000)]
     texts += [f" {w}" for w in (*data.TINCTURES, *data.OUTLINES, *data.ORDINARIES, *data.CHARGES, *data.ROW, *data.COLUMN, *data.SIZE)] * 50 + ["point to the each see look at all want : no not is for yes what this list repeat shows nothing found search failed again bad box more"] * 50
     return texts
@@ -476,13 +477,13 @@ def framed(town, rng):
 
 def text_lesson(env, rng, searches=2):
     """Read and copy, without pictures, in the forms that tools and thoughts have: passages or hits."""
-    t, search = begin(env), passages if rng.random() < 0.5 else hits
+    t, search = begin(env), ask_passages if rng.random() < 0.5 else ask_hits
     for _ in range(searches):
         search(env, rng, t, pieces_by_lot(env, rng))
     return t
 
 
-def passages(env, rng, t, pieces, asked=3):
+def ask_passages(env, rng, t, pieces, asked=3):
     """A text search: two passages, and values to be copied from either, by lot: if it were the first and then the other, nobody would read the query."""
     facts = [(e.name, r, v) for e in (fresh_town(rng, 2, pieces), fresh_town(rng, 2, pieces)) for r, v in e.facts.items()]
     shown = rng.sample(facts, 2)
@@ -502,7 +503,7 @@ def passages(env, rng, t, pieces, asked=3):
         say(env, t, "", f"<think> {r} is {v}</think><answer> {v}</answer>", "copy any text" if pieces else "copy")
 
 
-def hits(env, rng, t, pieces):
+def ask_hits(env, rng, t, pieces):
     """An image search: two hits; does the first fit, and what is it called?"""
     towns, depth = [fresh_town(rng, 0, pieces), fresh_town(rng, 0, pieces)], rng.choices(list(COMPARED), (1, 1, 3, 3))[0]
     wanted, seen, verdict = compared(rng, towns[0], depth)
@@ -513,7 +514,7 @@ def hits(env, rng, t, pieces):
 
 def passage_list(rng, facts):
     """The text index's words for some facts (name, relation, value)."""
-    return " | ".join(rng.choice(data.PASSAGES).format(n=n, r=r, v=v) for n, r, v in facts)
+    return " | ".join(rng.choice(tools.PASSAGES).format(n=n, r=r, v=v) for n, r, v in facts)
 
 
 def hit_list(rng, towns):

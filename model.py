@@ -22,7 +22,6 @@ Alphabet: B batch, T tokens, P patches, N image tokens a picture, D width, H que
 import itertools
 import json
 import math
-import os
 from copy import copy
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property, partial
@@ -35,6 +34,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
+
+from tools import atomic
 
 
 @dataclass
@@ -522,20 +523,6 @@ def update(module, opts, batch=(), clip=1.0):
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message names the file and the way out."""
-
-
-def atomic(path, write):
-    """Call write(temporary path), flush it to disk, then rename onto `path`: a reader sees the old file or the new, never half."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        with open(temporary, "rb+") as f:
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def save(model, path, **meta):

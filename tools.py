@@ -19,16 +19,19 @@ Why: same call, same answer, with no account, no network and no learnt part that
 Provenance is known at birth: `Trajectory.act` appends what the policy sampled or is to learn (trained), `Trajectory.observe` what the
 environment wrote, and an expert's slips (never trained). Token ids are never decoded and encoded again, so training sees exactly what was sampled.
 
-Reading order: crop -> how pictures and texts are compared -> the two indices -> toolbox -> turns -> trajectory and environment.
+Reading order: crop -> how pictures and texts are compared -> the two indices -> toolbox -> turns -> trajectory and environment -> files.
 Boxes are (x0, y0, x1, y1), integers 0..99: percent of the picture's width and height.
 """
 import itertools
+import json
+import os
 import random
 import re
 import unicodedata
 import zlib
 from dataclasses import dataclass, field
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -314,12 +317,29 @@ class Toolbox:
         return out
 
 
+PASSAGES = (  # how a fact may be worded, the value last; the policy has to find the value, never to recall it
+    "In {n} the {r} is {v}.", "{n} has one {r}: {v}.", "As for {n}, its {r} is {v}.", "People of {n} say of their {r}: {v}.",
+    "Chronicles of {n} tell that the {r} is {v}.")
+CHATTER = ("Travellers praise the bridges of {n}.", "The market of {n} opens at dawn.", "{n} was rebuilt after a great fire.",
+           "Maps often misplace {n}.", "Nobody agrees how to pronounce {n}.")
+
+
+def passages(world, late=False):
+    """Every fact of a data.World as one sentence, worded by lot, with a little chatter between: [(entity's name, sentence)]. What came late stays unknown, unless `late`."""
+    hidden, out = set() if late else set(world.splits["late"]), []
+    for e in (e for name, e in world.entities.items() if name not in hidden):
+        rng = random.Random(f"{world.seed}/{e.name}")
+        told = [rng.choice(PASSAGES).format(n=e.name, r=r, v=v) for r, v in e.facts.items()] + [rng.choice(CHATTER).format(n=e.name)]
+        out += [(e.name, sentence) for sentence in told]
+    return out
+
+
 def make_toolbox(world, failure=0.0, seed=0, late=False):
     """Tools over all that a data.World knows at training time (`late`: also what came after)."""
     pictured = world.pictured("train", "dev", "test", *(["late"] if late else []))
     images = ImageIndex(((e.name, e.blazon, e.picture(96)) for e in pictured),
                         progress=lambda x: tqdm(x, desc="image index", total=len(pictured), leave=False))
-    return Toolbox(images, TextIndex(world.passages(late)), failure, seed)
+    return Toolbox(images, TextIndex(passages(world, late)), failure, seed)
 
 
 # ------------------------------------------------------------------------------------------- what a policy says: turns
@@ -435,3 +455,57 @@ class Environment:
             shown = self.v.encode(turn.observation)
             t.observe([self.v.id["<obs>"], *(self.image if crop is not None else []), *shown, self.v.id["</obs>"]], crop)
         return [turn.kind != "answer" for turn in turns]
+
+
+# --------------------------------------------------------------------------------------- files: a user's, and our own
+
+class WorldError(ValueError):
+    """A world that cannot be used; the message names file, line and way out."""
+
+
+def lines(path, optional=False):
+    """Yield ("file:line", text) of every line that is not blank, one at a time. WorldError if the file cannot be read; an `optional` one may be missing."""
+    if optional and not path.is_file():
+        return
+    try:
+        with open(path, encoding="utf-8-sig") as f:
+            yield from ((f"{path}:{n}", line) for n, line in enumerate(f, 1) if line.strip())
+    except (OSError, UnicodeDecodeError) as e:
+        raise WorldError(f"{path}: cannot be read ({e}). A folder world needs this file, in UTF-8") from None
+
+
+def as_row(where, line):
+    """The JSON object of a line; WorldError if it is none."""
+    try:
+        row = json.loads(line)
+    except ValueError as e:
+        raise WorldError(f"{where}: not valid JSON ({e}). Mend or remove that line") from None
+    if not isinstance(row, dict):
+        raise WorldError(f"{where}: a JSON object is expected, e.g. {{\"name\": ..., \"image\": ...}}")
+    return row
+
+
+def image_path(root, image, where):
+    """Path of an image inside the world's folder; never one outside it."""
+    if not isinstance(image, str) or not image:
+        raise WorldError(f"{where}: no 'image'. Every entity needs a picture, as a path inside {root}")
+    path = (root / image).resolve()
+    if not path.is_relative_to(root.resolve()):
+        raise WorldError(f"{where}: image {image!r} lies outside {root}. Copy it into the folder")
+    if not path.is_file():
+        raise WorldError(f"{where}: image {image!r} does not exist in {root}. Add the file or remove the line")
+    return path
+
+
+def atomic(path, write):
+    """Call write(temporary path), flush it to disk, then rename onto `path`: a reader sees the old file or the new, never half."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as f:
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

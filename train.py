@@ -32,8 +32,8 @@ import data
 import gog
 import grpo
 from grpo import supervised_step
-from model import PRESETS, CheckpointError, ModelConfig, NotFinite, Policy, Vocabulary, atomic, autocast, load, load_state, lr_factor, number_line, optimisers, save, save_state, set_lr
-from tools import Environment, Toolbox, make_toolbox
+from model import PRESETS, CheckpointError, ModelConfig, NotFinite, Policy, Vocabulary, autocast, load, load_state, lr_factor, number_line, optimisers, save, save_state, set_lr
+from tools import Environment, Toolbox, atomic, make_toolbox
 
 # --------------------------------------------------------------------------------------------------------------- stages
 
@@ -121,7 +121,7 @@ def sft(a):
 
 def development(env, world, a):
     """A function of the policy: greedy accuracy on the development split, asked as the suites ask, and the trajectories. What is tuned is tuned here."""
-    asked = data.questions(world, data.DEV_MIX, a.rl_dev, f"dev/{a.seed}", ("dev",))
+    asked = data.questions(world, gog.DEV_MIX, a.rl_dev, f"dev/{a.seed}", ("dev",))
 
     def score(policy):
         tries = gog.evaluate(policy, Environment(env.v, Toolbox(env.toolbox.image_index, env.toolbox.text_index), policy.config), asked)  # tools that do not fail
@@ -198,9 +198,9 @@ def evaluate(a):
     world, table, tries_shown, pictures = data.open_world(a.world, a.seed_world, a.towns), [], [], {}
     policies = {"base": read_weights(a, a.weights("pretrain")), "sft": read_weights(a, a.weights("sft")), "rl": read_weights(a, a.weights("rl"))}
     label, known = a.label(a.world) + ("-zero-shot" if a.trained_on else ""), make_toolbox(world)
-    for name in (*data.SUITES, *(["own"] if world.own[1:] else [])):
+    for name in (*gog.SUITES, *(["own"] if world.own[1:] else [])):
         try:
-            searched, qs = (world, world.own[1::2]) if name == "own" else data.suite(world, name, a.suite_size)
+            searched, qs = (world, world.own[1::2]) if name == "own" else gog.suite(world, name, a.suite_size)
         except data.WorldError as e:  # a small world may know no deep chains, or no look-alikes
             print(f"suite {name} is left out: {e}", file=sys.stderr)
             continue
@@ -335,7 +335,7 @@ def write_rows(path, rows, key):
 def accuracy_table(table):
     """Accuracy in percent: the suites and "mean", and of each row its name and values."""
     accuracy = {(r["row"], r["suite"]): 100 * float(r["value"]) for r in table if r["metric"] == "accuracy"}
-    suites = [s for s in data.SUITES if any(s == suite for _, suite in accuracy)]
+    suites = [s for s in gog.SUITES if any(s == suite for _, suite in accuracy)]
     rows = [[row, *(accuracy[row, s] for s in suites)] for row in dict.fromkeys(r["row"] for r in table)]
     return dict(columns=[*suites, "mean"], rows=[[*row, sum(row[1:]) / max(1, len(suites))] for row in rows])
 

@@ -65,7 +65,7 @@ class Bench:
         return "queries", len(pictures), lambda: index.search(pictures, 5), "faiss IndexFlatIP on the same descriptors", other
 
     def text_index(self):
-        pages = self.world.passages()
+        pages = tools.passages(self.world)
         index = TextIndex(pages)
         queries = [f"{e.name} ruler" for e in self.world.pictured()[:256]]
         other = None

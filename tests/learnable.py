@@ -36,7 +36,7 @@ def main(each=16, path="out/heraldry-nano-0/sft.safetensors"):
     policy, meta = load(path)
     policy.freeze_eyes()
     env = tools.Environment(Vocabulary(meta["tokenizer"]), tools.make_toolbox(world), policy.config)
-    kinds = sorted({(kind, setting) for kind, setting, _ in data.SFT_MIX + data.RL_MIX + data.DEV_MIX})
+    kinds = sorted({(kind, setting) for kind, setting, _ in data.SFT_MIX + data.RL_MIX + gog.DEV_MIX})
     told, found = [], []  # a row of the table for every kind; (index of its kind, gradient) for every group alive
     for k, (kind, setting) in enumerate(tqdm(kinds)):
         asked = data.questions(world, [(kind, setting, 1)], int(each), "signal")

@@ -5,12 +5,14 @@ import pytest
 from PIL import Image
 
 import data
+import gog
+import tools
 
 
 def test_same_seed_same_bytes(world):
     """Prevents hidden randomness (set order, hash seeds): world, questions, pictures and passages come out the same."""
     again = data.heraldry(0, 200)
-    assert again.passages() == world.passages() and again.splits == world.splits
+    assert tools.passages(again) == tools.passages(world) and again.splits == world.splits
     a, b = (data.questions(w, data.SFT_MIX, 30, 5) for w in (world, again))
     assert [(q.text, q.answers, q.scene.boxes) for q in a] == [(q.text, q.answers, q.scene.boxes) for q in b]
     assert a[0].scene.picture().tobytes() == b[0].scene.picture().tobytes()
@@ -23,19 +25,19 @@ def test_splits_and_suites_never_share_entities(world):
     train = set(world.splits["train"])
     shown = lambda qs: {e.name for q in qs for e in q.scene.entities}
     assert shown(data.questions(world, data.RL_MIX, 100, 0)) <= train
-    for name in data.SUITES:
-        assert not shown(data.suite(world, name, 40)[1]) & train
+    for name in gog.SUITES:
+        assert not shown(gog.suite(world, name, 40)[1]) & train
 
 
 def test_late_entities_are_unknown_before(world):
     """Prevents a stale index that is not stale: what comes after training may be in no passage of before."""
-    before, after = world.passages(), world.passages(late=True)
+    before, after = tools.passages(world), tools.passages(world, late=True)
     assert all(not any(n == title or f" {n} " in f" {p} " for title, p in before) for n in world.splits["late"][:5]) and len(after) > len(before)
 
 
 def test_live_rewrites_facts(world):
     """Prevents a `live` suite that old knowledge can answer: most facts of test towns have changed."""
-    aged = world.aged()
+    aged = gog.aged(world)
     towns = world.splits["test"]
     changed = [aged.entities[n].facts["ruler"] != world.entities[n].facts["ruler"] for n in towns]
     assert sum(changed) > 0.8 * len(towns)
@@ -174,9 +176,35 @@ def test_empty_and_missing_worlds(tmp_path):
         data.folder_world(tmp_path / "nowhere")
 
 
+def test_check_tells_everything_at_once(tmp_path, world, monkeypatch, capsys):
+    """Prevents mending a folder one error a run: every bad line is named, and so are pictures that look alike and facts that hold their entity's name."""
+    shields = world.pictured()[:10]
+    rows = [{"name": f"Town{i}", "image": f"{i}.png", "facts": {"river": f"r{i}", "anthem": f"Song of Town{i}" if i == 4 else "Song"}} for i in range(10)]
+    folder = write_world(tmp_path / "w", [*rows[:3], "{", *rows[3:], {"name": "Town1", "image": "1.png"}], [])
+    for i, e in enumerate(shields):
+        (shields[6] if i == 8 else e).picture(80).save(folder / f"{i}.png")
+    (folder / "questions.jsonl").write_text(json.dumps({"image": "0.png", "question": "What?", "answers": []}))
+    wrong, poor = data.check(folder)
+    assert [w.split(": ")[0][len(str(folder)) + 1:] for w in wrong] == ["entities.jsonl:4", "entities.jsonl:12", "questions.jsonl:1"]
+    assert len(poor) == 2 and "'Town8' looks nearly like 'Town6'" in poor[0] and "'Song of Town4'" in poor[1]
+    monkeypatch.setattr("sys.argv", ["data.py", "check", str(folder)])
+    with pytest.raises(SystemExit) as stop:
+        data.main()
+    printed = capsys.readouterr()
+    assert stop.value.code == 2 and "3 lines are wrong" in printed.err and printed.out.count("wrong: ") == 3
+
+
+def test_preview_shows_a_world(tmp_path, monkeypatch, capsys):
+    """Prevents training for an hour on a world that nobody has looked at: sample questions as one picture."""
+    monkeypatch.setattr("sys.argv", ["data.py", "preview", "worlds/countries", "--save", str(tmp_path / "preview.png")])
+    data.main()
+    assert Image.open(tmp_path / "preview.png").width == 1200 and "232 entities" in capsys.readouterr().out
+
+
 def test_the_shipped_world_loads():
     """Prevents shipping a broken example: countries loads, and every suite can be asked."""
     world = data.folder_world("worlds/countries")
+    assert not data.check("worlds/countries")[0]
     assert len(world.pictured()) > 200 and world.entities["France"].facts["capital"] == "Paris"
-    for name in data.SUITES:
-        assert len(data.suite(world, name, 20)[1]) == 20
+    for name in gog.SUITES:
+        assert len(gog.suite(world, name, 20)[1]) == 20

@@ -110,8 +110,8 @@ def test_same_seed_same_rollout(policy, env, questions):
 
 def test_the_oracle_solves_every_suite(vocabulary, world, policy):
     """Prevents an unsolvable world: the expert, which reads names and facts from the tools, must be right nearly always."""
-    for name in data.SUITES:
-        searched, qs = data.suite(world, name, 40)
+    for name in gog.SUITES:
+        searched, qs = gog.suite(world, name, 40)
         env = tools.Environment(vocabulary, tools.make_toolbox(searched, late=name == "live"), policy.config)
         assert sum(t.correct for t in gog.evaluate(None, env, qs, "oracle")) >= 38
 
@@ -296,5 +296,5 @@ def test_the_policies_that_come_with_the_code_answer(name, env, world):
     """Prevents shipping weights that the code can no longer read, or to which it speaks another language than they have learnt."""
     policy, meta = load(Path(__file__).parent.parent / "policies" / f"{name}.safetensors")
     speaks = tools.Environment(Vocabulary(meta["tokenizer"]), env.toolbox, policy.config)
-    tries = gog.evaluate(policy, speaks, data.questions(world, data.SUITES["plain"], 60, "shipped", ("test",)))
+    tries = gog.evaluate(policy, speaks, data.questions(world, gog.SUITES["plain"], 60, "shipped", ("test",)))
     assert gog.behaviour(tries)["accuracy"] > 0.7 and gog.behaviour(tries)["well_formed"] > 0.9

@@ -7,7 +7,8 @@ from conftest import llama_twin
 from safetensors.torch import load_file, save_file
 
 import data
-from gog import to_array
+import gog
+from tools import to_array
 from model import PRESETS, Cache, CheckpointError, ModelConfig, Policy, load, pick, save
 
 
@@ -85,7 +86,7 @@ def test_a_patch_begins_as_loud_as_its_place(world):
     """Prevents eyes that learn late: as PyTorch begins convolutions, what a patch shows was 180 times quieter than where it is."""
     torch.manual_seed(0)
     vision = Policy(ModelConfig()).vision
-    walls = [to_array(q.scene.picture(), 128) for q in data.questions(world, data.SUITES["crowd"], 4, "loudness")]
+    walls = [to_array(q.scene.picture(), 128) for q in data.questions(world, gog.SUITES["crowd"], 4, "loudness")]
     shown = vision.embed(torch.from_numpy(np.stack(walls)) / 127.5 - 1)  # (4, W, grid, grid)
     assert 0.2 < shown.std((0, 2, 3)).mean() / vision.position.std() < 5
 

@@ -35,7 +35,7 @@ def image_index(entities):
 
 @pytest.fixture(scope="module")
 def text_index(world):
-    return tools.TextIndex(world.passages())
+    return tools.TextIndex(tools.passages(world))
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +120,7 @@ def test_text_index_finds_every_fact(text_index, world):
     """Names outweigh relations (or the reverse), so the right town comes with the wrong fact."""
     asked = [(e.name, r, v) for e in world.pictured("test") for r, v in e.facts.items()]
     found = text_index.search([f"{n} {r}" for n, r, _ in asked], 2)
-    gold = [{p.format(n=n, r=r, v=v) for p in data.PASSAGES} for n, r, v in asked]
+    gold = [{p.format(n=n, r=r, v=v) for p in tools.PASSAGES} for n, r, v in asked]
     assert np.mean([hits[0][1] in g for hits, g in zip(found, gold)]) >= 0.97
     assert np.mean([any(p in g for _, p in hits) for hits, g in zip(found, gold)]) >= 0.99
     assert all(0 <= score <= 1 for hits in found for score, _ in hits)
