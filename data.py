@@ -1,12 +1,12 @@
 """The world: who hangs on the wall, and what is asked about it.
 
-From the paper: questions about a picture that need 0..n searches; GoG-Instruct, 5,750 expert trajectories of which 43.5 %
-    need no search; an uncertainty filter (N=4); six benchmarks, two in-domain and four out of it.
+From the paper: questions about a picture that need 0..n searches.
 Here instead: an invented world of *heraldry* (towns with coats of arms drawn by code), because it is unlimited, long-tail by
     construction, offline, and because every box, fact and search need is known exactly; or any *folder world* (real pictures
     and facts). What can be known about a question (its targets, phrases and chain) is kept with it: the expert in gog.py lives on that.
 
-Reading order: names -> arms -> entities and worlds -> scenes -> referring expressions -> questions -> folder worlds (skip at first; their files are read by tools.py).
+Reading order: names -> arms -> entities and worlds -> scenes -> referring expressions -> questions -> folder worlds (skip at first). From tools.py
+comes what these need: reading a user's files line by line, comparing pictures.
 Boxes are (x0, y0, x1, y1), integers 0..99: percent of the picture's width and height. There is no other box format outside the labels of the eyes.
 """
 import argparse
@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 
-from tools import WorldError, as_row, atomic, describe, flat, image_path, lines, unaccented
+from tools import WorldError, as_row, atomic, describe, flat, image_path, lines, to_pixels, unaccented
 
 ALIKE = 0.98  # two pictures whose descriptors have such a cosine are one to a search
 SCENE_PX = 384  # side of a scene in pixels; the model's glance is much smaller, a gaze goes back to these pixels
@@ -238,11 +238,6 @@ class Scene:
         return wall
 
 
-def to_pixels(box, size):
-    """Percent box -> pixel box (x0, y0, x1, y1) inside a picture of `size` (width, height). tools.crop repeats this line, since tools.py imports nothing of ours."""
-    return tuple(round(v * s / 100) for v, s in zip(box, 2 * tuple(size)))
-
-
 def iou(a, b):
     """Intersection over union of two percent boxes, 0..1."""
     area = lambda box: max(0, box[2] - box[0]) * max(0, box[3] - box[1])
@@ -271,7 +266,7 @@ ZONES = ("top left", "top middle", "top right", "middle left", "centre", "middle
 SIDES = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 
 
-def relations(scene):
+def layout(scene):
     """How each object hangs among the others, list over objects of {"row", "column", "size": index into the words above, 0 where there is
     nothing clear to say; "zone": index into ZONES; a key of SIDES: the object that it stands left of, right of, ...}."""
     n, boxes = len(scene.boxes), scene.boxes
@@ -299,7 +294,7 @@ def relations(scene):
 
 def references(scene):
     """Every unambiguous way to point at each object: list over objects of {kind: expression without 'the'}."""
-    noun, looks, places = scene.noun, [e.look for e in scene.entities], relations(scene)
+    noun, looks, places = scene.noun, [e.look for e in scene.entities], layout(scene)
     seen = [set((e.look if e.arms else e.blazon.replace(",", "")).split()) for e in scene.entities]  # a flag is of all its colours, a shield of one
     out, tells = [{} for _ in looks], lambda words: sum(set(words.split()) <= s for s in seen) == 1
     for i, (look, place) in enumerate(zip(looks, places)):
@@ -353,9 +348,9 @@ SETTINGS = {  # name: (least, most objects, cells, sizes, look-alikes of the tar
 SFT_MIX = [("colour", "normal", 3), ("shape", "normal", 2), ("count", "normal", 6), ("colour", "single", 1), ("shape", "single", 1),
            ("name", "single", 1), ("hop1", "single", 1), ("name", "normal", 2), ("hop1", "normal", 4), ("name", "twins", 1),
            ("hop1", "twins", 2), ("hop2", "normal", 0.9), ("hop3", "normal", 0.3), ("hop2", "single", 0.3), ("hop3", "single", 0.2), ("compare", "normal", 1)]
+# Of RL: mostly plans (grpo.py, 5), and what it unlearnt without practice: single shields teach to glance, and a glance shows nothing of crowds and small look-alikes
 RL_MIX = [("count", "normal", 1), ("hop2", "normal", 1), ("hop3", "single", 1), ("hop3", "normal", 2), ("hop4", "single", 3), ("hop4", "normal", 4), ("hop5", "single", 2),
-          ("hop1", "crowd", 1), ("hop2", "crowd", 1), ("hop1", "small", 2)]  # mostly plans (grpo.py, 5), and what RL unlearnt without practice: single shields
-# teach to glance, and a glance shows nothing of crowds and of small look-alikes
+          ("hop1", "crowd", 1), ("hop2", "crowd", 1), ("hop1", "small", 2)]
 
 
 def ask(world, kind, setting, split, rng):
@@ -446,12 +441,12 @@ def folder_entity(root, where, line, known):
     if not isinstance(facts, dict) or any(not isinstance(v, str) or not v.strip() or " | " in v for v in facts.values()):
         raise WorldError(f"{where}: a fact of {name!r} is not a non-empty string, or holds ' | '. Write facts as {{\"relation\": \"value\"}}")
     image = image_path(root, row.get("image"), where)
-    colours, aspect = _colours(image, where)
+    colours, aspect = _tinctures(image, where)
     look, detail = f"{colours[0]} {'banner' if aspect > 1.2 else 'square'}", " and ".join(colours[1:]) or "plain"
     return Entity(name, {k.replace("_", " "): v for k, v in facts.items()}, None, image, look, detail, f"{look}, {detail}", aspect)
 
 
-def own_question(root, where, line):
+def own_question(root, where, line, _=None):
     """One line of the optional `questions.jsonl`: {"image", "question", "answers": [..], "box": [x0, y0, x1, y1] of the target or left out}."""
     row = as_row(where, line)
     text, answers, box = row.get("question"), row.get("answers"), row.get("box", [])
@@ -485,7 +480,7 @@ def check_image(path, where="command line"):
         raise WorldError(f"{where}: image {path} cannot be read ({e}). Replace it with a PNG or JPEG") from None
 
 
-def _colours(path, where):
+def _tinctures(path, where):
     """The tincture names that cover at least an eighth of a picture, largest first, and its aspect (width / height)."""
     art = check_image(path, where)
     nearest = lambda rgba: min(TINCTURES, key=lambda t: sum((a - b) ** 2 for a, b in zip(rgba, TINCTURES[t])))
@@ -498,12 +493,13 @@ def _colours(path, where):
 def check(path):
     """(what is wrong with a folder world, line by line; what makes it a poor one), two lists of texts."""
     root, wrong, known, poor = Path(path), [], {}, []
-    readers = (lines(root / "entities.jsonl"), lambda *line: known.update({(e := folder_entity(root, *line, known)).name: e})), (lines(root / "questions.jsonl", optional=True), lambda *line: own_question(root, *line))
-    for line, read in ((line, read) for file, read in readers for line in file):
-        try:
-            read(*line)
-        except WorldError as e:
-            wrong.append(str(e))
+    for read, file in ((folder_entity, lines(root / "entities.jsonl")), (own_question, lines(root / "questions.jsonl", optional=True))):
+        for where, line in file:
+            try:
+                if isinstance(e := read(root, where, line, known), Entity):
+                    known[e.name] = e
+            except WorldError as e:
+                wrong.append(str(e))
     seen, names = describe([flat(e.picture(96)) for e in known.values()]), list(known)
     for i, name in enumerate(names):
         if len(alike := np.flatnonzero(seen[:i] @ seen[i] > ALIKE)):
@@ -533,7 +529,8 @@ def main():
     a = parser.parse_args()
     try:
         wrong, poor = check(a.path) if a.what == "check" else ([], [])
-        print(*(f"wrong: {x}" for x in wrong), *(f"look at this: {x}" for x in poor), sep="\n")
+        for told in (*(f"wrong: {x}" for x in wrong), *(f"look at this: {x}" for x in poor)):
+            print(told)
         if wrong:
             raise WorldError(f"{a.path}: {len(wrong)} lines are wrong, see above")
         world = open_world(a.path)

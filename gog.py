@@ -11,7 +11,7 @@ One whole trajectory (the protocol of its turns is tools.py's):
     <think> river is Ilm</think><answer> Ilm</answer>
 Had the crop shown a blue square: <think> want red round, see blue square: no, look at red round, for the river of the twin</think><gaze> ...
 
-From the paper: Selective Gaze; reflection after a wrong gaze; full-search, direct and no-gaze baselines.
+From the paper: Selective Gaze; reflection after a wrong gaze; six benchmarks, two in-domain and four out of it; full-search, direct and no-gaze baselines.
 Here instead: a program as the expert, where the paper filters a strong model's trajectories.
 
 Reading order: rollout -> the expert, and chance -> evaluation -> one picture, one question.
@@ -36,7 +36,7 @@ from tqdm import tqdm
 import data
 from data import iou
 from model import Cache, CheckpointError, Vocabulary, load, pick
-from tools import ACTIONS, PASSAGES, Environment, Turn, atomic, make_toolbox, normalise, parse, to_array, unaccented
+from tools import ACTIONS, PASSAGES, Environment, Turn, atomic, make_toolbox, normalise, parse, to_array, to_pixels, unaccented
 
 MAX_TURNS, TURN_TOKENS = 8, 90
 SAME = 60  # an image hit with a lower score shows something else (measured: TODO)
@@ -249,7 +249,7 @@ def look_thought(scene, i, kind, phrase):
     if kind != "neighbour":
         return (f"{phrase.split()[-1]}, " if kind == "shape" else "") + f"look at {phrase}"
     looks = [e.look for e in scene.entities]
-    side, j = data.beside(looks, data.relations(scene)[i])
+    side, j = data.beside(looks, data.layout(scene)[i])
     x0, y0, x1, y1 = scene.boxes[j]
     return f"{looks[j]} at {(x0 + x1) // 2} {(y0 + y1) // 2}, {side} it {phrase}"
 
@@ -330,7 +330,7 @@ def send(script, observation):
 
 # ------------------------------------------------------------------------------------------------------------ evaluation
 
-SUITES = {  # the six held-out suites: what each isolates (the paper's benchmark that it stands for)
+SUITES = {  # the six held-out suites, as (kind, setting, weight): what each isolates (the paper's benchmark that it stands for)
     "facts": [("hop1", "normal", 5), ("name", "normal", 2), ("colour", "normal", 1), ("shape", "normal", 1), ("count", "normal", 1)],  # FVQA
     "fine": [("name", "small", 1), ("hop1", "small", 1)],  # InfoSeek: small target among look-alikes
     "plain": [("name", "single", 2), ("hop1", "single", 3), ("colour", "single", 1), ("shape", "normal", 2), ("count", "normal", 2)],  # SimpleVQA
@@ -416,7 +416,7 @@ def draw_gazes(t):
     picture = t.question.scene.picture().copy()
     pen, width = ImageDraw.Draw(picture), max(2, picture.width // 150)
     for n, where in enumerate((turn.argument for turn in t.turns if turn.kind == "gaze"), 1):
-        x0, y0, x1, y1 = box = data.to_pixels(where, picture.size)
+        x0, y0, x1, y1 = box = to_pixels(where, picture.size)
         if x1 > x0 and y1 > y0:
             pen.rectangle(box, outline=(230, 40, 60), width=width)
             pen.rectangle((x0, y0, x0 + 9 * width, y0 + 9 * width), fill=(230, 40, 60))
@@ -466,7 +466,7 @@ def write_report(path, title, about, tries, pictures, table=None, curves=None):
     curves: {name: values}."""
     told = dict(title=title, about=about, table=table or dict(columns=[], rows=[]), curves=[dict(name=c, values=y) for c, y in (curves or {}).items() if y],
                 pictures=list(pictures), trajectories=tries)
-    page, text = (data.Path(__file__).parent / "viewer.html").read_text(encoding="utf-8"), json.dumps(told).replace("<", "\\u003c")  # no text can end the script that it stands in
+    page, text = (data.Path(__file__).parent / "viewer.html").read_text(encoding="utf-8"), json.dumps(told, allow_nan=False).replace("<", "\\u003c")  # no text can end the script that it stands in
     atomic(path, lambda p: p.write_text(page.replace(">DATA<", f">{text}<"), encoding="utf-8"))
     atomic(data.Path(path).with_suffix(".jsonl"), lambda p: p.write_text("".join(json.dumps(t) + "\n" for t in tries), encoding="utf-8"))
     print(f"to look at: {path}", file=sys.stderr)
@@ -479,14 +479,14 @@ def tell(t):
         argument = " ".join(map(str, turn.argument)) if isinstance(turn.argument, tuple) else turn.argument
         lines.append(f"    {turn.kind:<7}{argument}" + (f"      ({turn.thought})" if turn.thought else ""))
         lines += [f"            {line}" for line in turn.observation.split(" | ") if line]
-    return "\n".join(lines + ([] if t.answer is not None else ["    no answer: the last turn or the longest turn was reached"]))
+    return "\n".join(lines + ([] if t.answer is not None else ["    no answer: it ran out of turns or tokens"]))
 
 
 def doubts(t):
     """What speaks against the answer of a trajectory, in words; "" where nothing does. A policy answers anyway: it has never seen a question without an answer."""
     looks = [turn.observation for turn in t.turns if turn.kind in ("glance", "gaze") and turn.ok]
     found = normalise(" ".join(turn.observation for turn in t.turns if turn.kind != "malformed"))
-    reasons = {"it ended without an answer": t.answer is None, "the answer stands in nothing that was found": found and normalise(t.answer or "") not in found,
+    reasons = {"it ended without an answer": t.answer is None, "the answer stands in nothing that was found": found and f" {normalise(t.answer or '')} " not in f" {found} ",
                "the picture is like nothing that is known": looks and not any(look.split(" ")[0].isdecimal() and int(look.split(" ")[0]) >= SAME for look in looks)}
     return ", ".join(reason for reason, holds in reasons.items() if holds)
 

@@ -14,7 +14,7 @@ Here instead, numbered:
   5. `fresh`, the default curriculum: pass rates p belong to kinds of questions (four hops, counting ..). A kind is drawn with its weight in data.RL_MIX times
      0.02 + p(1-p), and p is updated while the policy changes: what is too easy or too hard now teaches nothing now; and every question is a new one. Of 800 questions
      that were scored one by one a policy learnt some by heart (+9.5 points on those, +3.9 on others); this way it gains as much on others (+4.1)
-     and nothing must be scored first. `level2` is the paper's curriculum, `adaptive` the same with questions re-scored.
+     and nothing must be scored first. `level2` is the paper's curriculum, `adaptive` draws as `fresh` does, from questions that were scored first.
      A pass rate cannot tell what is half learnt from what is half luck: look-alikes and comparisons succeed half of the time, too, and their
      gradients have nothing in common (`signal`, grpo_step). So data.RL_MIX has few look-alikes (two parts of 18, against forgetting) and no
      comparisons: two batches of 256 rollouts of chains and counting had a cosine of 0.16, with many look-alikes among them 0.03.
@@ -148,7 +148,7 @@ def iteration(policy, reference, env, questions, opts, a, generator):
 # ------------------------------------------------------------------------------- what they learn from: demonstrations, levels
 
 def level(p):
-    """Complexity level of a pass rate p in [0, 1]: 0 easy (above 5/8), 1 about a half, 2 hard (below 1/2, the paper trains on these)."""
+    """Complexity level of a pass rate p in [0, 1]: 0 easy, 1 about a half (1/2 to 5/8: of four tries two, of eight four or five), 2 hard (below 1/2, the paper trains on these)."""
     return 2 if p < 0.5 else 1 if p <= 0.625 else 0
 
 
@@ -242,7 +242,7 @@ def kinds(world):
     return [*world.own[::2], *filter(can_be_asked, data.RL_MIX)]
 
 
-def ask(world, wanted, seed):
+def ask_each(world, wanted, seed):
     """The questions themselves: of a kind a new one, which no other seed gives."""
     return [w if isinstance(w, data.Question) else data.questions(world, [w], 1, f"{seed}/{i}")[0] for i, w in enumerate(wanted)]
 
@@ -286,7 +286,7 @@ def labelled_picture(config, rng):
         least, most, cells, sizes, px = 1, 1, 1, (0.8, 1.0), rng.randint(config.picture // 3, config.picture)
     towns = [fresh_town(rng) for _ in range(rng.randint(least, most))]
     scene = data.hang(towns, "shield", rng, cells, sizes)
-    labels = np.array([part_labels(town, place, towns, box) for town, place, box in zip(towns, data.relations(scene), scene.boxes)])
+    labels = np.array([part_labels(town, place, towns, box) for town, place, box in zip(towns, data.layout(scene), scene.boxes)])
     return to_array(scene.picture(px), config.picture), *map(np.concatenate, zip(*(spread(scene.boxes, labels, config.picture // config.patch // shuffle) for shuffle in (1, config.shuffle))))
 
 
@@ -403,7 +403,7 @@ def point_lesson(env, rng):
     return t
 
 
-RARE = {"order": 2, "neighbour": 3, "size": 6}  # expressions that few objects of a wall have, and how much likelier they are taken
+RARE = {"shape": 2, "order": 2, "neighbour": 3, "size": 6}  # expressions that few objects of a wall have, and how much likelier they are taken
 
 
 def wall_lesson(env, rng, questions=9):

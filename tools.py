@@ -1,4 +1,5 @@
-"""The environment: crop, image index, text index, the `Toolbox` that runs actions, the protocol in which a policy asks for them, the trajectory.
+"""The environment: crop, image index, text index, the `Toolbox` that runs actions, the protocol in which a policy asks for them, the trajectory;
+and at its end what everybody needs to read a user's files and to write our own.
 
 One turn of the policy:   [<think> text </think>]  exactly one action  <stop>
     <answer> text </answer>           ends the trajectory
@@ -46,6 +47,11 @@ class ToolError(ValueError):
 
 # ----------------------------------------------------------------------------------------------------------------- crop
 
+def to_pixels(box, size):
+    """Percent box -> pixel box (x0, y0, x1, y1) inside a picture of `size` (width, height)."""
+    return tuple(round(v * s / 100) for v, s in zip(box, 2 * tuple(size)))
+
+
 def crop(picture, box):
     """Cut a percent box out of a picture at full resolution: RGB. ToolError if outside 0..99, inverted, or under 3 % a side."""
     x0, y0, x1, y1 = box
@@ -55,8 +61,7 @@ def crop(picture, box):
         raise ToolError("empty or inverted")
     if min(x1 - x0, y1 - y0) < 3:
         raise ToolError("too small")
-    w, h = picture.size
-    x0, y0, x1, y1 = (round(v * s / 100) for v, s in zip(box, (w, h, w, h)))
+    x0, y0, x1, y1 = to_pixels(box, picture.size)
     if x1 <= x0 or y1 <= y0:
         raise ToolError("too small")  # a few percent of a tiny picture may be less than one pixel
     return picture.crop((x0, y0, x1, y1)).convert("RGB")
@@ -205,11 +210,6 @@ def unaccented(text):
     return "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
 
 
-def plain(text):
-    """Lower case without accents: 'Dröse' and 'DROSE' are the same to a search."""
-    return unaccented(text.lower())
-
-
 class TextIndex:
     """Ranks passages by the weight of what they share with a query: words, word pairs and letter trigrams, rare ones heavier, and those of
     a passage's title half as heavy again: "The largest neighbour of Peru is Brazil" tells about Peru, not about Brazil.
@@ -234,7 +234,7 @@ class TextIndex:
 
     def _features(self, text, query=False):
         """Text -> {crc32 of a feature: its weight}. A query also tries its words behind the little words that it left out."""
-        words, out = re.findall(r"[^\W_]+", plain(text)), {}
+        words, out = re.findall(r"[^\W_]+", unaccented(text.lower())), {}  # "Dröse" and "DROSE" are the same to a search
         for word in words:
             out |= _word(word, self.TRIGRAMS)
         pairs = [f"{a} {b}" for a, b in zip(words, words[1:])] + [f.format(w) for w in words for f in LITTLE if query]
@@ -270,6 +270,9 @@ def _key(feature):
 
 # --------------------------------------------------------------------------------------------------------------- toolbox
 
+HITS = 2  # how many a search shows
+
+
 @dataclass
 class Observation:
     """What the environment answers. `picture`: the crop of a gaze, else None. `ok`: False after a bad box or a failed tool."""
@@ -281,10 +284,9 @@ class Observation:
 class Toolbox:
     """Runs batches of actions. `counts`: calls of each action, and how many of them went wrong; `rng` draws the failures."""
 
-    def __init__(self, image_index, text_index, failure_rate=0.0, seed=0, hits=2, passages=2):
+    def __init__(self, image_index, text_index, failure_rate=0.0, seed=0):
         self.image_index, self.text_index = image_index, text_index
-        self.failure_rate, self.hits, self.passages = failure_rate, hits, passages
-        self.rng = random.Random(seed)
+        self.failure_rate, self.rng = failure_rate, random.Random(seed)
         self.counts = dict.fromkeys(("search", "glance", "gaze", "failed"), 0)
 
     def run(self, calls):
@@ -309,10 +311,10 @@ class Toolbox:
                 else:
                     views[i] = picture
             self.counts["failed"] += out[i] is not None
-        for i, found in zip(views, self.image_index.search(list(views.values()), self.hits)):
+        for i, found in zip(views, self.image_index.search(list(views.values()), HITS)):
             text = " | ".join(f"{min(99, int(100 * score))} {name}: {caption}" for score, name, caption in found)
             out[i] = Observation(text or "nothing found", views[i] if calls[i][0] == "gaze" else None)
-        for i, found in zip(queries, self.text_index.search(list(queries.values()), self.passages)):
+        for i, found in zip(queries, self.text_index.search(list(queries.values()), HITS)):
             out[i] = Observation(" | ".join(passage for _, passage in found) or "nothing found")
         return out
 
@@ -334,12 +336,12 @@ def passages(world, late=False):
     return out
 
 
-def make_toolbox(world, failure=0.0, seed=0, late=False):
+def make_toolbox(world, failure_rate=0.0, seed=0, late=False):
     """Tools over all that a data.World knows at training time (`late`: also what came after)."""
     pictured = world.pictured("train", "dev", "test", *(["late"] if late else []))
     images = ImageIndex(((e.name, e.blazon, e.picture(96)) for e in pictured),
                         progress=lambda x: tqdm(x, desc="image index", total=len(pictured), leave=False))
-    return Toolbox(images, TextIndex(passages(world, late)), failure, seed)
+    return Toolbox(images, TextIndex(passages(world, late)), failure_rate, seed)
 
 
 # ------------------------------------------------------------------------------------------- what a policy says: turns
@@ -449,11 +451,11 @@ class Environment:
                 continue
             seen = found.get(i)
             turn.observation, turn.ok = (seen.text, seen.ok) if seen else (f"malformed: {turn.argument}", False)
-            crop = to_array(seen.picture, self.side) if seen and seen.picture is not None else None
+            shown_crop = to_array(seen.picture, self.side) if seen and seen.picture is not None else None
             if self.withhold:  # control: the action happens, but nothing of what it finds is shown
-                turn.observation, crop = "", None
+                turn.observation, shown_crop = "", None
             shown = self.v.encode(turn.observation)
-            t.observe([self.v.id["<obs>"], *(self.image if crop is not None else []), *shown, self.v.id["</obs>"]], crop)
+            t.observe([self.v.id["<obs>"], *(self.image if shown_crop is not None else []), *shown, self.v.id["</obs>"]], shown_crop)
         return [turn.kind != "answer" for turn in turns]
 
 

@@ -31,7 +31,6 @@ from tqdm import tqdm
 import data
 import gog
 import grpo
-from grpo import supervised_step
 from model import PRESETS, CheckpointError, ModelConfig, NotFinite, Policy, Vocabulary, autocast, load, load_state, lr_factor, number_line, optimisers, save, save_state, set_lr
 from tools import Environment, Toolbox, atomic, make_toolbox
 
@@ -70,7 +69,7 @@ def pretrain(a):
                 loss, norm = grpo.see_step(policy, heads, [torch.from_numpy(x).to(a.device) for x in batch], word_ids, opts)
             else:
                 with autocast(a.device):  # the part before is in float32: in bfloat16 the eyes' loss ended at 2.65 instead of 2.51
-                    loss, norm = supervised_step(policy, env, batch, opts, a.token_budget)
+                    loss, norm = grpo.supervised_step(policy, env, batch, opts, a.token_budget)
             run.log(step=before + at, part=part, loss=loss, grad_norm=norm, lr=lr, seconds=bar.format_dict["elapsed"])
             bar.update()
             bar.set_postfix(part=part, loss=f"{loss:.3f}")
@@ -85,6 +84,7 @@ def pretrain(a):
 
 
 def read_weights(a, path):
+    """A policy whose eyes are held still, and the vocabulary that it was trained with."""
     policy, meta = load(path, a.device)
     return policy.freeze_eyes(), Vocabulary(meta["tokenizer"])
 
@@ -107,7 +107,7 @@ def sft(a):
         lr = set_lr(opts, lr_factor(step, total))
         again = grpo.replay(env, f"{a.seed}/{step}", round(a.replay * a.sft_batch))
         with autocast(a.device):
-            loss, norm = supervised_step(policy, env, [demos[i] for i in order[at:at + a.sft_batch]] + again, opts, a.token_budget)
+            loss, norm = grpo.supervised_step(policy, env, [demos[i] for i in order[at:at + a.sft_batch]] + again, opts, a.token_budget)
         run.log(step=step, epoch=step // per_epoch, loss=loss, grad_norm=norm, lr=lr, seconds=bar.format_dict["elapsed"])
         bar.update()
         bar.set_postfix(loss=f"{loss:.3f}")
@@ -163,7 +163,7 @@ def rl(a):
             break
         lr = set_lr(opts, lr_factor(step, a.rl_steps, warmup=3, decay=1.0))
         chosen = curriculum.draw(a.rl_batch)
-        batch, advantages, solved, stats = grpo.iteration(policy, reference, env, grpo.ask(world, [pool[i] for i in chosen], f"rl/{a.seed}/{step}"), opts, a, generator)
+        batch, advantages, solved, stats = grpo.iteration(policy, reference, env, grpo.ask_each(world, [pool[i] for i in chosen], f"rl/{a.seed}/{step}"), opts, a, generator)
         curriculum.seen(chosen, solved)
         run.log(step=step, **stats, lr=lr)
         bar.update()
@@ -175,7 +175,7 @@ def rl(a):
             shown += [dict(key=f"{step} {i // a.group}", suite=f"step {step}", policy=f"rollout {i % a.group + 1}", reward=grpo.reward(t.correct, t.well_formed, a.lam), advantage=advantages[i].item(),
                            **gog.record(t, world, v, pictures)) for i, t in enumerate(batch[:3 * a.group])]
             gog.write_report(run.folder / f"{a.name}-report.html", f"{a.label(a.world)}: groups of rollouts while RL trains", f"Preset {a.preset}, seed {a.seed}, on {a.device}; "
-                         f"three questions of every {a.show_every}th step.", shown, pictures, curves=columns(run.rows))
+                         f"three questions of every {a.show_every}th step.", shown, pictures, curves=curve_values(run.rows))
         run.checkpoint([policy], opts, a.eval_every, step=step + 1, pass_rates=curriculum.pass_rates, pool=curriculum.pool, best=best,
                        python_rng=[curriculum.rng.getstate(), env.toolbox.rng.getstate()], torch_rng=generator.get_state().tolist())
     bar.close()
@@ -188,7 +188,7 @@ def rl(a):
 def alarms(first, now):
     """What looks like collapse, in words: the metrics of an iteration beside those of the first."""
     told = [f"{k} fell from {first[k]:.2f} to {now[k]:.2f}" for k in grpo.LOGGED if k.endswith("_share") and first[k] > 0.05 and now[k] < 0.2 * first[k]]
-    told += [f"{k} fell from {first[k]:.2f} to {now[k]:.2f}" for k, part in (("entropy", 0.2), ("reward", 0.7)) if now[k] < part * first[k]]
+    told += [f"{k} fell from {first[k]:.2f} to {now[k]:.2f}" for k, part in (("entropy", 0.2), ("reward", 0.7)) if now[k] < part * first[k] and now["dead"] < 1]  # entropy is that of live groups
     return told + [f"tokens a trajectory rose from {first['tokens']:.0f} to {now['tokens']:.0f}"] * (now["tokens"] > 2 * first["tokens"])
 
 
@@ -214,14 +214,15 @@ def evaluate(a):
             for i, t in enumerate(tries[:2] if row == a.name == "rl" else ()):
                 atomic(Path(a.results) / f"{label}-{name}-{i}.png", lambda p: gog.poster(t).save(p, format="PNG"))
             if row in policies:
-                tries_shown += [dict(key=f"{name} {i}", suite=name, policy=row, reward=grpo.reward(t.correct, t.well_formed, a.lam), advantage=None, **gog.record(t, searched, v, pictures))
+                tries_shown += [dict(key=f"{name} {i}", suite=name, policy=a.name if row == "rl" else row, reward=grpo.reward(t.correct, t.well_formed, a.lam), advantage=None, **gog.record(t, searched, v, pictures))
                                 for i, t in enumerate(tries[:a.shown])]
         write_results(a, table)  # suite by suite: what is measured is kept
     told = accuracy_table(table)
     print("\n".join(["", f"{'accuracy %':<12}" + "".join(f"{c:>8}" for c in told["columns"]),
                      *(f"{row:<12}" + "".join(f"{x:8.1f}" for x in values) for row, *values in told["rows"])]))
-    gog.write_report(a.folder() / f"report{'-' + label if a.trained_on else ''}.html", f"{label}: what the policies do", f"Preset {a.preset}, seed {a.seed}, on {a.device}; "
-                 f"the first {a.shown} questions of each suite, before SFT (base), after it (sft) and after RL (rl).", tries_shown, pictures, told, columns(read_rows(a.weights("rl").with_suffix(".csv"))))
+    which = "-".join([*([label] if a.trained_on else []), *([a.name] if a.name != "rl" else [])])  # of another world, of another policy: another page
+    gog.write_report(a.folder() / f"report{which and '-'}{which}.html", f"{label}: what the policies do", f"Preset {a.preset}, seed {a.seed}, on {a.device}; "
+                     f"the first {a.shown} questions of each suite, asked of " + ("the policies before SFT (base), after it (sft) and after RL (rl)." if a.name == "rl" else f"{a.name}."), tries_shown, pictures, told, curve_values(read_rows(a.weights("rl").with_suffix(".csv"))))
 
 
 # ------------------------------------------------------------------------------------------------------------ run folder
@@ -299,7 +300,7 @@ class Run:
             if len(values) < 2:
                 continue
             low, high = values.min(), max(values.max(), values.min() + 1e-9)
-            kernel = np.ones(max(1, len(values) // 25))
+            kernel = np.ones(min(len(values), max(5, len(values) // 25)))
             smooth = np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
             at = lambda y: list(zip(left + np.linspace(0, w - 60, len(y)), top + (h - 50) * (1 - (y - low) / (high - low))))
             pen.line(at(values), fill=(205, 205, 210))
@@ -340,9 +341,9 @@ def accuracy_table(table):
     return dict(columns=[*suites, "mean"], rows=[[*row, sum(row[1:]) / max(1, len(suites))] for row in rows])
 
 
-def columns(rows):
-    """Of rl.csv what is drawn, {name: values}."""
-    return {c: [float(r[c]) for r in rows if r[c] not in ("", "nan")] for c in CURVES}
+def curve_values(rows):
+    """Of rl.csv what is drawn, {name: values}; None where a step has none."""
+    return {c: [float(r[c]) if r.get(c) not in (None, "", "nan") else None for r in rows] for c in CURVES}
 
 
 def measure(a, table, row, world, suite, metrics, began):
@@ -475,6 +476,8 @@ def main():
     a.device = there[0] if a.device == "auto" else a.device
     torch.set_flush_denormal(True)  # a decayed momentum of denormal numbers would slow a CPU down tenfold
     try:
+        if a.name != "rl" and a.name in (*STAGES, *ROWS):
+            raise CheckpointError(f"--name {a.name}: that is the name of a stage or of a row of the results. Choose another")
         if a.device not in there:
             raise CheckpointError(f"--device {a.device}: this machine has {' and '.join(there)} only. Leave the flag out")
         data.open_world(a.world, a.seed_world, a.towns)  # a bad world is refused before anything is trained

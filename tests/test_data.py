@@ -47,8 +47,8 @@ def test_live_rewrites_facts(world):
 @pytest.mark.parametrize("size", [(100, 100), (384, 384), (1000, 333)])
 def test_one_box_conversion(size):
     """Prevents swapped axes and off-by-one frames: percent boxes map into the picture on any size."""
-    assert data.to_pixels((0, 0, 99, 99), size) <= tuple(size * 2)
-    assert data.to_pixels((10, 20, 50, 70), size) == tuple(round(v * s / 100) for v, s in zip((10, 20, 50, 70), size * 2))
+    assert tools.to_pixels((0, 0, 99, 99), size) <= tuple(size * 2)
+    assert tools.to_pixels((10, 20, 50, 70), size) == tuple(round(v * s / 100) for v, s in zip((10, 20, 50, 70), size * 2))
 
 
 def test_boxes_frame_what_is_drawn(world):
@@ -60,7 +60,7 @@ def test_boxes_frame_what_is_drawn(world):
         assert all(data.iou(a, b) == 0 for b in scene.boxes[i + 1:])
     plain = next(e for e in world.pictured() if not e.arms.ordinary and e.arms.outline == "square")
     scene = data.hang([plain], "shield", rng, 1, (0.5, 0.6))
-    x0, y0, x1, y1 = data.to_pixels(scene.boxes[0], (data.SCENE_PX,) * 2)
+    x0, y0, x1, y1 = tools.to_pixels(scene.boxes[0], (data.SCENE_PX,) * 2)
     pixel = scene.picture().getpixel((x0 + 8, y0 + 8))
     assert max(abs(a - b) for a, b in zip(pixel, data.TINCTURES[plain.arms.tincture])) < 25
 
@@ -91,7 +91,7 @@ def test_relations_say_what_the_picture_shows(world):
     """Prevents 'left of' that means right of, and 'leftmost' counted from the wrong side: a wall laid out by hand."""
     towns = world.pictured()[:4]
     boxes = ((0, 0, 20, 20), (30, 2, 52, 22), (70, 1, 90, 21), (35, 42, 65, 72))
-    first, second, third, low = data.relations(data.Scene(tuple(towns), boxes, "shield", 0))
+    first, second, third, low = data.layout(data.Scene(tuple(towns), boxes, "shield", 0))
     assert [data.ROW[p["row"]] for p in (first, second, third, low)] == ["leftmost", "", "rightmost", ""]
     assert [p["column"] for p in (first, second, third, low)] == [0, 0, 0, 2] and [p["size"] for p in (first, third, low)] == [0, 0, 1]
     assert [p["zone"] for p in (first, third, low)] == [0, 2, 4]

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -64,7 +65,7 @@ def test_rewards_cannot_be_talked_into(answer):
 @pytest.mark.parametrize("tags", ["<search> Brenna</search>", "<think> Brenna</think>", "<answer> Brenna</answer><answer> Brenna</answer>", "<answer> Brenna</answer> and more", "Brenna"])
 def test_the_right_answer_in_the_wrong_tags_is_none(tags, env, questions):
     """Prevents points for an answer that was never given."""
-    q = data.replace(questions[0], answers=("Brenna",))
+    q = replace(questions[0], answers=("Brenna",))
     t = gog.play(env, [q], [script(tags)])[0]
     assert t.answer is None and not t.correct and not t.well_formed
 
@@ -146,30 +147,32 @@ def test_encodings(tmp_path):
 
 # ------------------------------------------------------------------------------------------------------- kills, full disks
 
+KILLS = int(os.environ.get("KILLS", 2))  # by hand, half an hour: KILLS=200 python -m pytest -s tests/test_faults.py -k at_any_moment
+
+
 def test_kill_at_any_moment(tmp_path):
     """Prevents half-written checkpoints: killed without warning (-9) again and again, a run resumes each time, and ends as if nothing had happened."""
-    stage = ["--stage", "rl", *TINY, "--rl-steps", "8", "--eval-every", "1", "--out", "run"]
+    stage = ["--stage", "rl", *TINY, "--eval-every", "1", "--out", "run"]
     assert run(*stage, "--rl-steps", "1", cwd=tmp_path).returncode == 0  # base and SFT
-    whole = tmp_path / "whole"
+    whole, stage = tmp_path / "whole", [*stage, "--rl-steps", str(6 * KILLS)]
     whole.mkdir()
     for f in ("pretrain", "sft"):
         (whole / f"{f}.safetensors").write_bytes((tmp_path / "run" / f"{f}.safetensors").read_bytes())
-    assert run(*stage, "--out", "whole", cwd=tmp_path).returncode == 0
+    assert run(*stage, "--out", "whole", cwd=tmp_path, timeout=100 + 10 * KILLS).returncode == 0
     rng, kills = random.Random(time.time()), 0
     (tmp_path / "run" / "rl.safetensors").unlink()
-    while kills < 2:
+    while kills < KILLS and not (tmp_path / "run" / "rl.safetensors").is_file():
         process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *stage, "--resume"], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-        while process.poll() is None and "step 1:" not in process.stderr.readline():
+        while process.poll() is None and not re.match(r"step \d+:", process.stderr.readline()):
             pass
-        time.sleep(rng.random())
+        time.sleep(rng.random() / 2)
         kills += process.poll() is None
         process.send_signal(signal.SIGKILL)
         process.wait()
-        if (tmp_path / "run" / "rl.safetensors").is_file():
-            break
-    assert run(*stage, "--resume", cwd=tmp_path).returncode == 0
+    print(f"killed {kills} times")
+    assert run(*stage, "--resume", cwd=tmp_path, timeout=100 + 10 * KILLS).returncode == 0
     tell = lambda d: [[r["step"], r["loss"], r["reward"]] for r in csv.DictReader(open(tmp_path / d / "rl.csv"))]
-    assert tell("run") == tell("whole") and [int(s) for s, *_ in tell("run")] == list(range(8))
+    assert kills and tell("run") == tell("whole") and [int(s) for s, *_ in tell("run")] == list(range(6 * KILLS))
 
 
 def test_two_runs_in_one_folder(tmp_path):

@@ -272,11 +272,11 @@ def test_questions_one_by_one(tmp_path, monkeypatch, capsys, vocabulary, policy)
     """Prevents a session that forgets the second question, or ends with a traceback where the input does."""
     save(policy, tmp_path / "rl.safetensors", tokenizer=vocabulary.to_text())
     Image.new("RGB", (60, 40), (200, 30, 40)).save(tmp_path / "picture.png")
-    monkeypatch.setattr("sys.argv", ["gog.py", str(tmp_path / "picture.png"), "--world", "worlds/countries", "--checkpoint", str(tmp_path / "rl.safetensors"), "--save", str(tmp_path / "gaze.png")])
+    monkeypatch.setattr("sys.argv", ["gog.py", str(tmp_path / "picture.png"), "--world", "worlds/countries", "--checkpoint", str(tmp_path / "rl.safetensors"), "--save", str(tmp_path / "gaze.png"), "--html", str(tmp_path / "page.html")])
     monkeypatch.setattr("sys.stdin", io.StringIO("What is the capital?\nHow many flags are red?\n"))
     gog.main()
     printed = capsys.readouterr().out
-    assert all(q in printed for q in ("What is the capital?", "How many flags are red?"))
+    assert all(q in printed and q in (tmp_path / "page.html").read_text(encoding="utf-8") for q in ("What is the capital?", "How many flags are red?"))
 
 
 @pytest.mark.parametrize("turns, doubt", [

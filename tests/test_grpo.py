@@ -151,11 +151,11 @@ def test_fresh_questions_are_never_asked_twice(world):
     own = data.Question("What is it?", ("it",), None, "own")
     kinds = grpo.kinds(replace(world, own=(own,)))
     assert kinds[0] is own and kinds[1:] == data.RL_MIX
-    steps = [grpo.ask(world, kinds[:1] + kinds[-3:] * 6, f"rl/0/{step}") for step in range(3)]
+    steps = [grpo.ask_each(world, kinds[:1] + kinds[-3:] * 6, f"rl/0/{step}") for step in range(3)]
     assert all(asked[0] is own for asked in steps) and [(q.kind, q.setting) for q in steps[1][1:4]] == [k[:2] for k in kinds[-3:]]
     scenes = [(q.text, q.scene.seed) for asked in steps for q in asked[1:]]
     assert len(set(scenes)) == len(scenes)
-    assert grpo.ask(world, kinds[:1] + kinds[-3:] * 6, "rl/0/2") == steps[2]
+    assert grpo.ask_each(world, kinds[:1] + kinds[-3:] * 6, "rl/0/2") == steps[2]
     c = grpo.Curriculum([0.5, 0.5, 0.0], "fresh", worth=[1, 3, 3])
     drawn = c.draw(3000)
     assert drawn.count(1) > 2 * drawn.count(0) and drawn.count(0) > drawn.count(2) > 0

@@ -27,7 +27,7 @@ def report(tmp_path_factory, env, world, policy):
         told += [dict(key=f"{n}", suite="facts", policy=who, reward=1.0, advantage=None, **gog.record(t, world, env.v, pictures)) for n, t in enumerate(of_policy)]
     path = tmp_path_factory.mktemp("report") / "report.html"
     table = train.accuracy_table([dict(row="rl", suite="facts", metric="accuracy", value="0.5")])
-    gog.write_report(path, "a title", "about it", told, pictures, table, train.columns([{c: str(n) for c in train.CURVES} for n in range(5)]))
+    gog.write_report(path, "a title", "about it", told, pictures, table, train.curve_values([{c: str(n) for c in train.CURVES} for n in range(5)]))
     return path, told, [t for of_policy in tries for t in of_policy]
 
 

@@ -22,8 +22,8 @@ TINY = ("--preset tiny --device cpu --towns 80 --see-steps 2 --see-batch 2 --wor
         "--sft-batch 6 --results run --rl-questions 8 --rl-dev 4 --rl-steps 3 --rl-batch 4 --group 2 --curriculum all --eval-every 2 --show-every 2").split()
 
 
-def run(*flags, cwd=ROOT):
-    return subprocess.run([sys.executable, str(ROOT / "train.py"), *flags], cwd=cwd, capture_output=True, text=True, timeout=150)
+def run(*flags, cwd=ROOT, timeout=150):
+    return subprocess.run([sys.executable, str(ROOT / "train.py"), *flags], cwd=cwd, capture_output=True, text=True, timeout=timeout)
 
 
 def test_both_stages_from_nothing(tmp_path):
@@ -43,7 +43,7 @@ def test_both_stages_from_nothing(tmp_path):
 @pytest.mark.parametrize("flags, says", [
     (["--sead", "1"], "did you mean --seed"), (["--stage", "rl", "--world", "nowhere"], "nowhere"), (["--preset", "huge"], "huge"),
     (["--stage", "dance"], "dance"), (["--device", "abacus"], "abacus"), (["--device", "mps" if torch.cuda.is_available() else "cuda"], "this machine has"),
-    (["--towns", "5"], "--towns 5")])
+    (["--towns", "5"], "--towns 5"), (["--name", "sft"], "--name sft")])
 def test_mistakes_are_answered_in_one_line(tmp_path, flags, says):
     """Prevents a traceback for a user's mistake: exit code 2 and a last line that says what to do."""
     done = run(*flags, cwd=tmp_path)
@@ -113,8 +113,8 @@ def test_a_gradient_that_is_no_number_changes_nothing(tmp_path, monkeypatch, env
 
 def test_alarms_tell_collapse_from_a_quiet_run():
     """Prevents silence while a policy stops using a tool (and an alarm at every step)."""
-    calm = dict(answer_share=0.3, search_share=0.3, glance_share=0.02, gaze_share=0.4, entropy=0.1, reward=0.6, tokens=90.0)
-    assert not train.alarms(calm, calm | dict(glance_share=0.0, reward=0.5, entropy=0.05))
+    calm = dict(answer_share=0.3, search_share=0.3, glance_share=0.02, gaze_share=0.4, entropy=0.1, reward=0.6, tokens=90.0, dead=0.3)
+    assert not train.alarms(calm, calm | dict(glance_share=0.0, reward=0.5, entropy=0.05)) and not train.alarms(calm, calm | dict(entropy=0.0, dead=1.0))  # entropy is that of live groups
     for metric, value in (("gaze_share", 0.01), ("entropy", 0.01), ("reward", 0.3), ("tokens", 400.0)):
         assert metric in train.alarms(calm, calm | {metric: value})[0]
 
