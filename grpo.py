@@ -403,7 +403,7 @@ def point_lesson(env, rng):
     return t
 
 
-RARE = {"shape": 2, "order": 2, "neighbour": 3, "size": 6}  # expressions that few objects of a wall have, and how much likelier they are taken
+RARE = {"order": 2, "neighbour": 3, "size": 6}  # expressions that few objects of a wall have, and how much likelier they are taken
 
 
 def wall_lesson(env, rng, questions=9):

@@ -153,6 +153,7 @@ def rl(a):
     best, champion = saved.get("best", [-1.0, 0]), run.weights.with_suffix(".best.safetensors")  # becomes the result only when the stage is done
     bar = tqdm(total=a.rl_steps, initial=saved.get("step", 0), desc="rl", unit="step")
     for step in range(saved.get("step", 0), a.rl_steps + 1):  # one turn more than updates: the last only validates
+        score = ""
         if step % a.eval_every == 0 or step == a.rl_steps:  # keep the best by validation, not the last
             score, _ = validate(policy)
             print(f"\nstep {step}: development accuracy {score:.3f}", file=sys.stderr)
@@ -160,12 +161,13 @@ def rl(a):
                 best = [score, step]
                 save(policy, champion, tokenizer=v.to_text())
         if step == a.rl_steps:
+            run.log(step=step, development=score)
             break
         lr = set_lr(opts, lr_factor(step, a.rl_steps, warmup=3, decay=1.0))
         chosen = curriculum.draw(a.rl_batch)
         batch, advantages, solved, stats = grpo.iteration(policy, reference, env, grpo.ask_each(world, [pool[i] for i in chosen], f"rl/{a.seed}/{step}"), opts, a, generator)
         curriculum.seen(chosen, solved)
-        run.log(step=step, **stats, lr=lr)
+        run.log(step=step, **stats, lr=lr, development=score)  # that of the policy before this update
         bar.update()
         for alarm in alarms({k: float(v) for k, v in run.rows[0].items()}, stats):
             tqdm.write(f"step {step}: {alarm}", file=sys.stderr)
@@ -275,7 +277,7 @@ class Run:
 
     def write_csv(self):
         if self.rows:
-            columns = list(self.rows[-1])
+            columns = list(self.rows[0])
             text = "\n".join([",".join(columns), *(",".join(r.get(c, "") for c in columns) for r in self.rows)]) + "\n"
             atomic(self.csv, lambda p: p.write_text(text, encoding="utf-8"))
 
@@ -300,7 +302,7 @@ class Run:
             if len(values) < 2:
                 continue
             low, high = values.min(), max(values.max(), values.min() + 1e-9)
-            kernel = np.ones(min(len(values), max(5, len(values) // 25)))
+            kernel = np.ones(max(1, min(5, len(values) // 8), len(values) // 25))
             smooth = np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
             at = lambda y: list(zip(left + np.linspace(0, w - 60, len(y)), top + (h - 50) * (1 - (y - low) / (high - low))))
             pen.line(at(values), fill=(205, 205, 210))
@@ -314,7 +316,7 @@ class Run:
 # ---------------------------------------------------------------------------------------------------------------- tables
 
 COLUMNS = "table row world suite seed metric value n preset device minutes".split()
-CURVES = ("accuracy", "reward", "dead", "entropy", "gaze_correct", "reflection", "turns", "signal", "loss")  # of rl.csv, that are drawn
+CURVES = ("development", "accuracy", "reward", "dead", "entropy", "gaze_correct", "reflection", "turns", "signal", "loss")  # of rl.csv, that are drawn
 ROWS = ("random", "base", "direct", "full-search", "no-gaze", "sft", "rl", "withheld", "oracle")
 
 

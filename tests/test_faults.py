@@ -172,7 +172,7 @@ def test_kill_at_any_moment(tmp_path):
     print(f"killed {kills} times")
     assert run(*stage, "--resume", cwd=tmp_path, timeout=100 + 10 * KILLS).returncode == 0
     tell = lambda d: [[r["step"], r["loss"], r["reward"]] for r in csv.DictReader(open(tmp_path / d / "rl.csv"))]
-    assert kills and tell("run") == tell("whole") and [int(s) for s, *_ in tell("run")] == list(range(6 * KILLS))
+    assert kills and tell("run") == tell("whole") and [int(s) for s, *_ in tell("run")] == list(range(6 * KILLS + 1))
 
 
 def test_two_runs_in_one_folder(tmp_path):

@@ -4,6 +4,7 @@ import io
 import re
 import shlex
 import tokenize
+from dataclasses import fields
 
 import pytest
 from test_train import ROOT
@@ -31,9 +32,17 @@ def test_accuracy_tables_are_those_of_the_csv():
     assert len(found) == 3
     for world, rows in zip(("heraldry", "countries", "countries-zero-shot"), found):
         for name, *values in rows:
-            row = "rl-trajectory" if "trajectory" in name else ROW["**SFT**" if name == "**SFT**" else name.split()[0]]
+            row = ROW["**SFT**" if name == "**SFT**" else name.split()[0]]
             wanted = [100 * RESULTS[world, row, suite, "accuracy"] for suite in gog.SUITES]
             assert values == [f"{x:.1f}" for x in (*wanted, sum(wanted) / len(wanted))], (world, name)
+
+
+def test_what_rl_adds_is_that_of_the_csv():
+    """Prevents a sentence that the table below it contradicts."""
+    gain = {suite: 100 * (RESULTS["heraldry", "rl", suite, "accuracy"] - RESULTS["heraldry", "sft", suite, "accuracy"]) for suite in gog.SUITES}
+    told = re.search(r"RL adds ([\d.]+) points.*?from ([\d.]+) to ([\d.]+) %; no other suite changes by more than ([\d.]+) points", README, re.S).groups()
+    hops = [100 * RESULTS["heraldry", row, "hops", "accuracy"] for row in ("sft", "rl")]
+    assert told == tuple(f"{x:.1f}" for x in (sum(gain.values()) / len(gain), *hops, max(abs(x) for suite, x in gain.items() if suite != "hops")))
 
 
 def test_the_exam_is_that_of_the_csv():
@@ -87,7 +96,10 @@ def code_lines(path):
 
 
 def test_what_it_names_is_there():
-    """Prevents pointing at a test, a picture or a file that has been renamed or removed."""
+    """Prevents pointing at a test, a flag, a picture or a file that has been renamed or removed, and a text that was never finished."""
+    assert not re.search("TODO|SAMPLES|RESULTTEXT", README)
+    flags = {"--" + f.name.replace("_", "-") for f in fields(train.Args)} | {"--checkpoint", "--html", "--save"}
+    assert set(re.findall(r"`(--[\w-]+)", README)) <= flags
     tests = "".join(p.read_text(encoding="utf-8") for p in (ROOT / "tests").glob("test_*.py"))
     named = set(re.findall(r"`(test_\w+)`", README))
     assert len(named) > 10 and all(f"def {name}(" in tests for name in named)

@@ -34,8 +34,9 @@ def test_both_stages_from_nothing(tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"run"}
     assert {f"{s}.{e}" for s in ("pretrain", "sft", "rl") for e in ("safetensors", "csv")} <= {p.name for p in (tmp_path / "run").iterdir()}
     rows = list(csv.DictReader(open(tmp_path / "run" / "rl.csv")))
-    assert [int(r["step"]) for r in rows] == [0, 1, 2] and all(0 <= float(r["reward"]) <= 1 for r in rows)
-    assert all(float(r["ratio_gap"]) < 1e-3 for r in rows)  # one update a batch: what is trained on is what was sampled
+    assert [int(r["step"]) for r in rows] == [0, 1, 2, 3] and all(0 <= float(r["reward"]) <= 1 for r in rows[:3])
+    assert [bool(r["development"]) for r in rows] == [True, False, True, True] and not rows[3]["reward"]  # the last update is followed by a look at the development split only
+    assert all(float(r["ratio_gap"]) < 1e-3 for r in rows[:3])  # one update a batch: what is trained on is what was sampled
     before, again = (tmp_path / "run" / "rl.safetensors").read_bytes(), run("--stage", "rl", *TINY, "--out", "run", "--resume", cwd=tmp_path)
     assert again.returncode == 0 and "rl is done" in again.stderr and before == (tmp_path / "run" / "rl.safetensors").read_bytes()
 
