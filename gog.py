@@ -4,9 +4,9 @@ One whole trajectory (the protocol of its turns is tools.py's):
     What is the river of the twin of the leftmost shield?
     <think> look at red round, for the river of the twin</think><gaze> 3 36 30 63</gaze>
         [crop] 97 Brenna: red round, gold bend, 2 white crowns | 84 Old Vosk: red round, gold bend, 2 white rings
-    <think> want red round, see red round: yes, Brenna, for the river of the twin</think><search> twin Brenna</search>
+    <think> want red round, see red round: yes, Brenna, for the river of the twin</think><search> Brenna twin</search>
         In Brenna the twin is Karvel Ost. | Dröse has one twin: Brenna.
-    <think> twin is Karvel Ost, for the river</think><search> river Karvel Ost</search>
+    <think> twin is Karvel Ost, for the river</think><search> Karvel Ost river</search>
         As for Karvel Ost, its river is Ilm. | In Karvel Ost the ruler is Te Gal IV.
     <think> river is Ilm</think><answer> Ilm</answer>
 Had the crop shown a blue square: <think> want red round, see blue square: no, look at red round, for the river of the twin</think><gaze> ...
@@ -39,7 +39,7 @@ from model import Cache, CheckpointError, Vocabulary, load, pick
 from tools import ACTIONS, PASSAGES, Environment, Turn, atomic, make_toolbox, normalise, parse, to_array, to_pixels, unaccented
 
 MAX_TURNS, TURN_TOKENS = 8, 90
-SAME = 60  # an image hit with a lower score shows something else (measured: TODO)
+SAME = 75  # an image hit with a lower score shows something else (careful crops of what the index knows: 82 or more in 99 of 100; of flags that it lacks: below 75 in half)
 FREE = [ACTIONS] * MAX_TURNS  # the schedule of a policy that may do what it wants
 
 # -------------------------------------------------------------------------------------------------------------- rollout
@@ -164,7 +164,7 @@ def expert(q, rng, wrong_gaze=0.0, glance_first=0.0, missed=None):
             return  # the tools did not find it, or found a wrong one that fits: grpo.instruct drops this demonstration
         value = name
         for k, relation in enumerate(q.chain):
-            query = f"<search> {relation} {value}</search>"  # the relation first: what comes behind a <search> is easily found again, what comes behind a name of any length is not
+            query = f"<search> {value} {relation}</search>"  # the name first: it is copied from its first token on, and that is found more surely right behind <search> (results/trials.md)
             obs = yield from _try(f"<think> {thought}</think>{query}", query)
             value = _read(obs, value, relation)
             if not value:

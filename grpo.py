@@ -380,9 +380,9 @@ def say(env, t, question, response, topic=""):
     t.lesson.append((topic, response))
 
 
-def wall(env, rng, often=(1, 5, 3, 2, 2)):
-    """A wall to look at, some of its arms look-alikes: (trajectory that shows it, scene). `often`: weights of data.SETTINGS."""
-    least, most, cells, sizes, twins = data.SETTINGS[rng.choices(list(data.SETTINGS), often)[0]]
+def wall(env, rng):
+    """A wall to look at, some of its arms look-alikes: (trajectory that shows it, scene)."""
+    least, most, cells, sizes, twins = data.SETTINGS[rng.choices(list(data.SETTINGS), (1, 5, 3, 2, 2))[0]]
     towns = [fresh_town(rng) for _ in range(rng.randint(least, most))]
     for i in range(1, min(len(towns), 1 + rng.randint(0, twins))):
         towns[i] = data.Entity.with_arms(data.town_name(rng), {}, data.Arms.draw(rng, outline=towns[0].arms.outline, tincture=towns[0].arms.tincture))
@@ -392,8 +392,8 @@ def wall(env, rng, often=(1, 5, 3, 2, 2)):
 
 
 def point_lesson(env, rng):
-    """Densely, every object on a wall: its look is said, its box is to be found; of look-alikes, which are many here, first where they all hang."""
-    t, scene = wall(env, rng, (1, 3, 6, 4, 1))
+    """Densely, every object on a wall: its look is said, its box is to be found; of look-alikes first where they all hang."""
+    t, scene = wall(env, rng)
     looks = [e.look for e in scene.entities]
     for look in rng.sample(sorted(set(looks)), len(set(looks))):
         boxes = gog.left_to_right([b for b, l in zip(scene.boxes, looks) if l == look])
@@ -492,15 +492,12 @@ def ask_passages(env, rng, t, pieces, asked=3):
         shown = [facts[0], (facts[-1][0], facts[0][1], facts[-1][2])]
         wanted = shown[:1]
     text = passage_list(rng, shown)
+    show(env, t, "{} {}".format(*wanted[0]), text)
     if rng.random() < 0.3:  # nothing but copying, and much of it: this is what forms the circuit
-        show(env, t, "", text)
         say(env, t, "repeat", f"<answer> {text}</answer>")
         return
     for i, (n, r, v) in enumerate(wanted):
-        t.observe(env.v.encode_turn(f"<search> {r} {n}</search>") + [env.v.id["<stop>"]])
-        if i == 0:
-            show(env, t, "", text)
-        say(env, t, "", f"<think> {r} is {v}</think><answer> {v}</answer>", "copy any text" if pieces else "copy")
+        say(env, t, f"{n} {r}" if i else "", f"<think> {r} is {v}</think><answer> {v}</answer>", "copy any text" if pieces else "copy")
 
 
 def ask_hits(env, rng, t, pieces):
@@ -550,7 +547,7 @@ def errand_lesson(env, rng):
 
         <bos>What is the river of the twin of the red round shield?<sep> [<think> look at red round, for the river of the twin</think>] <gaze> 3 36
         30 63</gaze><stop><obs> 97 Brenna: red round, gold bend, 2 white crowns | ..</obs> [<think> want red round, see red round: yes, Brenna, for
-        the river of the twin</think><search> twin Brenna</search><stop>] <obs> ..      (in brackets: trained)"""
+        the river of the twin</think><search> Brenna twin</search><stop>] <obs> ..      (in brackets: trained)"""
     world = little_world(rng, pieces_by_lot(env, rng))
     q = errand(world, rng)
     t, script = begin(env), gog.expert(q, rng, wrong_gaze=0.2)
@@ -584,7 +581,7 @@ def found(world, scene, turn, rng):
         return ""
     if turn.kind == "search":
         facts = [(e.name, r, v) for e in world.entities.values() for r, v in e.facts.items()]
-        asked = next(f for f in facts if f"{f[1]} {f[0]}" == turn.argument)
+        asked = next(f for f in facts if f"{f[0]} {f[1]}" == turn.argument)
         return passage_list(rng, (asked, rng.choice([f for f in facts if f != asked and asked[0] in (f[0], f[2])])))  # and one that names the same town
     under = [turn.kind == "glance" or data.iou(turn.argument, box) > 0.1 for box in scene.boxes]
     hit = scene.entities[under.index(True)] if True in under else rng.choice([e for e in world.entities.values() if e not in scene.entities])  # bare wall

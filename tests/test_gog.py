@@ -184,7 +184,7 @@ def test_the_plan_names_the_searches_in_order(env, world):
         plan = lambda turn: re.search(r"for the ([^,]*)", turn.thought)[1].split(" of the ")
         planned = plan(t.turns[0])[::-1]
         left = [len(plan(turn)) for turn in t.turns if turn.kind == "search"]
-        assert planned == list(q.chain) and len(searched) == len(planned) and all(s.startswith(f"{r} ") for s, r in zip(searched, planned))
+        assert planned == list(q.chain) and len(searched) == len(planned) and all(s.endswith(f" {r}") for s, r in zip(searched, planned))
         assert left == [*range(len(planned), 0, -1)]
     assert len(qs) > 10
 
