@@ -36,7 +36,7 @@ from tqdm import tqdm
 import data
 from data import iou
 from model import Cache, CheckpointError, Vocabulary, load, pick
-from tools import ACTIONS, PASSAGES, Environment, Turn, atomic, make_toolbox, normalise, parse, to_array, to_pixels, unaccented
+from tools import ACTIONS, PASSAGES, Environment, Turn, atomic, flat, make_toolbox, normalise, parse, to_array, to_pixels, unaccented
 
 MAX_TURNS, TURN_TOKENS = 8, 90
 SAME = 75  # an image hit with a lower score shows something else (careful crops of what the index knows: 82 or more in 99 of 100; of flags that it lacks: below 75 in half)
@@ -444,7 +444,7 @@ def record(t, world, v, pictures):
     overlap = iter(gazes(t))
 
     def number(picture):
-        picture.convert("RGB").save(file := io.BytesIO(), "WEBP", quality=60)
+        flat(picture).save(file := io.BytesIO(), "WEBP", quality=60)
         return pictures.setdefault("data:image/webp;base64," + base64.b64encode(file.getvalue()).decode(), len(pictures))
 
     def shown(line):  # the picture of an image hit, "97 Brenna: red round, gold bend, 2 white crowns"
