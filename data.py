@@ -10,6 +10,7 @@ comes what these need: reading a user's files line by line, comparing pictures.
 Boxes are (x0, y0, x1, y1), integers 0..99: percent of the picture's width and height. There is no other box format outside the labels of the eyes.
 """
 import argparse
+import colorsys
 import math
 import random
 import sys
@@ -480,11 +481,18 @@ def check_image(path, where="command line"):
         raise WorldError(f"{where}: image {path} cannot be read ({e}). Replace it with a PNG or JPEG") from None
 
 
+def _tincture(rgb):
+    """The tincture that a person would call a colour (0..255 each): black or white where it is dark or pale, else that of the nearest hue. Navy is blue, not black."""
+    hsv = lambda colour: colorsys.rgb_to_hsv(*(c / 255 for c in colour))
+    hue, saturation, value = hsv(rgb)
+    grey = "white" if value > 0.5 else "black"
+    return grey if saturation < 0.25 or value < 0.2 else min((t for t in TINCTURES if t not in ("white", "black")), key=lambda t: abs((hue - hsv(TINCTURES[t])[0] + 0.5) % 1 - 0.5))
+
+
 def _tinctures(path, where):
     """The tincture names that cover at least an eighth of a picture, largest first, and its aspect (width / height)."""
     art = check_image(path, where)
-    nearest = lambda rgba: min(TINCTURES, key=lambda t: sum((a - b) ** 2 for a, b in zip(rgba, TINCTURES[t])))
-    count = Counter(nearest(rgba) for rgba in art.resize((24, 24), Image.BOX).get_flattened_data() if rgba[3] > 127)
+    count = Counter(_tincture(rgba[:3]) for rgba in art.resize((24, 24), Image.BOX).get_flattened_data() if rgba[3] > 127)
     return [t for t in sorted(TINCTURES, key=lambda t: -count[t]) if count[t] >= max(1, count.total() / 8)] or ["white"], art.width / art.height
 
 
@@ -523,21 +531,18 @@ def preview(world, n=9, side=384):
 
 def main():
     parser = argparse.ArgumentParser(description="Look at a folder world before you train on it.")
-    parser.add_argument("what", choices=("check", "preview"), help="check: what is wrong with it, line by line; preview: sample questions as one picture")
-    parser.add_argument("path", help="the folder")
+    parser.add_argument("what", choices=("check", "preview"), help="check: what is wrong with it, line by line; preview: sample questions as one picture"), parser.add_argument("path", help="the folder")
     parser.add_argument("--save", default="preview.png", help="where the preview goes (default: %(default)s)")
     a = parser.parse_args()
     try:
         wrong, poor = check(a.path) if a.what == "check" else ([], [])
-        for told in (*(f"wrong: {x}" for x in wrong), *(f"look at this: {x}" for x in poor)):
-            print(told)
+        sys.stdout.writelines([*(f"wrong: {x}\n" for x in wrong), *(f"look at this: {x}\n" for x in poor)])
         if wrong:
             raise WorldError(f"{a.path}: {len(wrong)} lines are wrong, see above")
         world = open_world(a.path)
         print(f"{a.path}: {len(world.entities)} entities, {sum(len(e.facts) for e in world.entities.values())} facts, {len(world.own)} questions of your own. Next: python train.py --world {a.path}")
         if a.what == "preview":
-            atomic(a.save, lambda p: preview(world).save(p, format="PNG"))
-            print(f"sample questions: {a.save}")
+            atomic(a.save, lambda p: preview(world).save(p, format="PNG")), print(f"sample questions: {a.save}")
     except (WorldError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)

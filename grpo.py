@@ -35,6 +35,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 import data
 import gog
@@ -174,17 +175,19 @@ def instruct(policy, env, world, n=5750, seed=0, wrong_gaze=0.2, glance_first=0.
     checked: the answer is right, and the last gaze lies on a target."""
     quota = {True: round(0.435 * n), False: n - round(0.435 * n)}
     chosen, asked, dropped, rng, part = {True: [], False: []}, 0, 0, random.Random(f"expert/{seed}"), 0
+    bar = tqdm(total=n, desc="demonstrations")
     while any(len(chosen[free]) < quota[free] for free in quota):
         pool = [q for q in data.questions(world, data.SFT_MIX, n // 2 + 8, f"sft/{seed}/{part}") if len(chosen[q.search_free]) < quota[q.search_free]]
         kept = uncertain(policy, env, pool, seed=seed)
         asked, dropped, part = asked + len(pool), dropped + len(pool) - len(kept), part + 1
-        missed = misses(policy, env, kept)
-        demos = gog.play(env, kept, [gog.expert(q, rng, wrong_gaze, glance_first, m) for q, m in zip(kept, missed)], progress="expert")
+        demos = gog.play(env, kept, [gog.expert(q, rng, wrong_gaze, glance_first, m) for q, m in zip(kept, misses(policy, env, kept))], progress="expert")
         for t in demos:
             if t.correct and (not gog.gazes(t) or gog.gazes(t)[-1][1] > 0.9):
                 chosen[t.question.search_free].append(t)
+        bar.update(sum(min(len(chosen[free]), quota[free]) for free in quota) - bar.n)
         if part > 80:
             raise data.WorldError("the base model answers nearly every question of one kind without tools: no demonstrations are left. Ask for fewer --demos")
+    bar.close()
     demos = chosen[True][:quota[True]] + chosen[False][:quota[False]]
     random.Random(f"shuffle/{seed}").shuffle(demos)
     print(f"GoG-Instruct: {len(demos)} trajectories of {asked} questions asked, {dropped} dropped by the uncertainty filter; "

@@ -174,10 +174,10 @@ def rl(a):
         bar.set_postfix(acc=f"{stats['accuracy']:.2f}", dead=f"{stats['dead']:.2f}", entropy=f"{stats['entropy']:.2f}")
         if step % a.show_every == 0:
             print("\n" + gog.tell(batch[int(advantages.argmax())]), file=sys.stderr)
-            shown += [dict(key=f"{step} {i // a.group}", suite=f"step {step}", policy=f"rollout {i % a.group + 1}", reward=grpo.reward(t.correct, t.well_formed, a.lam), advantage=advantages[i].item(),
-                           **gog.record(t, world, v, pictures)) for i, t in enumerate(batch[:3 * a.group])]
-            gog.write_report(run.folder / f"{a.name}-report.html", f"{a.label(a.world)}: groups of rollouts while RL trains", f"Preset {a.preset}, seed {a.seed}, on {a.device}; "
-                         f"three questions of every {a.show_every}th step.", shown, pictures, curves=curve_values(run.rows))
+            shown += [for_report(a, t, world, v, pictures, key=f"{step} {i // a.group}", suite=f"step {step}", policy=f"rollout {i % a.group + 1}", advantage=advantages[i].item())
+                      for i, t in enumerate(batch[:3 * a.group])]
+            about = f"Preset {a.preset}, seed {a.seed}, on {a.device}; three questions of every {a.show_every}th step."
+            gog.write_report(run.folder / f"{a.name}-report.html", f"{a.label(a.world)}: groups of rollouts while RL trains", about, shown, pictures, curves=curve_values(run.rows))
         run.checkpoint([policy], opts, a.eval_every, step=step + 1, pass_rates=curriculum.pass_rates, pool=curriculum.pool, best=best,
                        python_rng=[curriculum.rng.getstate(), env.toolbox.rng.getstate()], torch_rng=generator.get_state().tolist())
     bar.close()
@@ -197,7 +197,7 @@ def alarms(first, now):
 def evaluate(a):
     """Six held-out suites (and a folder world's own questions), every baseline: results/results.csv, one measurement a row; rows of other worlds
     and seeds in that file stay. Baselines that are schedules (gog.SCHEDULES) and `withheld` play the RL policy."""
-    world, table, tries_shown, pictures = data.open_world(a.world, a.seed_world, a.towns), [], [], {}
+    world, table, shown, pictures = data.open_world(a.world, a.seed_world, a.towns), [], [], {}
     policies = {"base": read_weights(a, a.weights("pretrain")), "sft": read_weights(a, a.weights("sft")), "rl": read_weights(a, a.weights("rl"))}
     label, known = a.label(a.world) + ("-zero-shot" if a.trained_on else ""), make_toolbox(world)
     for name in (*gog.SUITES, *(["own"] if world.own[1:] else [])):
@@ -216,15 +216,20 @@ def evaluate(a):
             for i, t in enumerate(tries[:2] if row == a.name == "rl" else ()):
                 atomic(Path(a.results) / f"{label}-{name}-{i}.png", lambda p: gog.poster(t).save(p, format="PNG"))
             if row in policies:
-                tries_shown += [dict(key=f"{name} {i}", suite=name, policy=a.name if row == "rl" else row, reward=grpo.reward(t.correct, t.well_formed, a.lam), advantage=None, **gog.record(t, searched, v, pictures))
-                                for i, t in enumerate(tries[:a.shown])]
+                shown += [for_report(a, t, searched, v, pictures, key=f"{name} {i}", suite=name, policy=a.name if row == "rl" else row, advantage=None) for i, t in enumerate(tries[:a.shown])]
         write_results(a, table)  # suite by suite: what is measured is kept
-    told = accuracy_table(table)
-    print("\n".join(["", f"{'accuracy %':<12}" + "".join(f"{c:>8}" for c in told["columns"]),
-                     *(f"{row:<12}" + "".join(f"{x:8.1f}" for x in values) for row, *values in told["rows"])]))
-    which = "-".join([*([label] if a.trained_on else []), *([a.name] if a.name != "rl" else [])])  # of another world, of another policy: another page
-    gog.write_report(a.folder() / f"report{which and '-'}{which}.html", f"{label}: what the policies do", f"Preset {a.preset}, seed {a.seed}, on {a.device}; "
-                     f"the first {a.shown} questions of each suite, asked of " + ("the policies before SFT (base), after it (sft) and after RL (rl)." if a.name == "rl" else f"{a.name}."), tries_shown, pictures, told, curve_values(read_rows(a.weights("rl").with_suffix(".csv"))))
+    accuracy = accuracy_table(table)
+    print("\n".join(["", f"{'accuracy %':<12}" + "".join(f"{c:>8}" for c in accuracy["columns"]),
+                     *(f"{row:<12}" + "".join(f"{x:8.1f}" for x in values) for row, *values in accuracy["rows"])]))
+    who = "the policies before SFT (base), after it (sft) and after RL (rl)" if a.name == "rl" else a.name
+    about = f"Preset {a.preset}, seed {a.seed}, on {a.device}; the first {a.shown} questions of each suite, asked of {who}."
+    page = "-".join(["report", *([label] if a.trained_on else []), *([a.name] if a.name != "rl" else [])])  # of another world, of another policy: another page
+    gog.write_report(a.folder() / f"{page}.html", f"{label}: what the policies do", about, shown, pictures, accuracy, curve_values(read_rows(a.weights("rl").with_suffix(".csv"))))
+
+
+def for_report(a, t, world, v, pictures, **who):
+    """What a report tells of a trajectory: who did it, what it was rewarded with, and all that happened."""
+    return dict(**who, reward=grpo.reward(t.correct, t.well_formed, a.lam), **gog.record(t, world, v, pictures))
 
 
 # ------------------------------------------------------------------------------------------------------------ run folder

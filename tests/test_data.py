@@ -168,6 +168,13 @@ def test_ribbons_and_counts_in_words(tmp_path):
         assert min(min(b[2] - b[0], b[3] - b[1]) for b in q.scene.boxes) >= 3 and q.scene.picture().size == (384, 384)
 
 
+@pytest.mark.parametrize("rgb, name", [((8, 44, 94), "blue"), ((0, 180, 200), "blue"), ((255, 150, 50), "gold"), ((120, 10, 30), "red"), ((0, 60, 20), "green"), ((250, 240, 230), "white"),
+                                       ((25, 20, 30), "black"), ((90, 90, 90), "black"), *((rgb, name) for name, rgb in data.TINCTURES.items())])
+def test_colours_are_called_what_people_call_them(rgb, name):
+    """Prevents asking for "the black flag" where everybody sees a navy one: nearest in red, green and blue is not nearest to the eye."""
+    assert data._tincture(rgb) == name
+
+
 def test_empty_and_missing_worlds(tmp_path):
     """Prevents an empty world from reaching training."""
     with pytest.raises(data.WorldError, match="at least"):
