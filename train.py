@@ -19,7 +19,7 @@ import signal
 import sqlite3
 import sys
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -496,7 +496,7 @@ def main():
                 raise CheckpointError(f"{a.weights(stage)} is missing. Run python train.py --stage rl --world {a.trained_on} first, then --stage eval --trained-on")
             if stage != a.stage:
                 print(f"{a.stage} needs {a.weights(stage)}, which is missing: {stage} runs first.", file=sys.stderr)
-            timed(a, stage)
+            timed(replace(a, resume=a.resume or stage != a.stage), stage)  # what is not asked for goes on where it was interrupted
     except (data.WorldError, CheckpointError, OSError) as e:
         print(f"\nerror: {e}", file=sys.stderr)
         sys.exit(2)

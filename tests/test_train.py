@@ -92,6 +92,24 @@ def test_ctrl_c_saves_and_resume_is_exact(tmp_path, monkeypatch, capsys):
         assert rows[0] == rows[1], steps
 
 
+def test_what_is_not_asked_for_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
+    """Prevents an interrupted input stage from beginning anew, over its own checkpoint, because the user asked for the next one; what is asked for by name begins anew unless told."""
+    ran = []
+
+    def stage(name):
+        def run(a):
+            ran.append((name, a.resume))
+            a.weights(name).parent.mkdir(parents=True, exist_ok=True)
+            a.weights(name).touch()
+        return run
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "STAGES", {name: stage(name) for name in train.STAGES})
+    monkeypatch.setattr(sys, "argv", ["train.py", "--stage", "rl", *TINY])
+    train.main()
+    assert ran == [("pretrain", True), ("sft", True), ("rl", False)]
+
+
 def test_a_gradient_that_is_no_number_changes_nothing(tmp_path, monkeypatch, env):
     """Prevents one bad batch from destroying weights and optimiser: the step is refused, its batch can be looked at, the last checkpoint stays."""
     monkeypatch.chdir(tmp_path)
