@@ -17,7 +17,7 @@ import sys
 import textwrap
 from collections import Counter
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
 
@@ -425,16 +425,15 @@ def folder_world(path, seed=0):
     """
     root, entities = Path(path), {}
     for where, line in lines(root / "entities.jsonl"):
-        e = folder_entity(root, where, line, entities)
-        entities[e.name] = e
+        folder_entity(entities, root, where, line)
     if len(entities) < 8:
         raise WorldError(f"{root / 'entities.jsonl'}: {len(entities)} entities, and splits need at least 8. Add more")
     return World(root.resolve().name, "flag" if root.resolve().name == "countries" else "picture", entities,
                  split_names(entities, random.Random(f"folder/{seed}")), seed, tuple(own_question(root, *line) for line in lines(root / "questions.jsonl", optional=True)))
 
 
-def folder_entity(root, where, line, known):
-    """One line of entities.jsonl; `known`: the names of those before."""
+def folder_entity(known, root, where, line):
+    """One line of entities.jsonl joins those `known` before, {name: Entity}."""
     row = as_row(where, line)
     name, facts = row.get("name"), row.get("facts", {})
     if not isinstance(name, str) or not name.strip() or name in known or ": " in name or " | " in name:
@@ -444,10 +443,10 @@ def folder_entity(root, where, line, known):
     image = image_path(root, row.get("image"), where)
     colours, aspect = _tinctures(image, where)
     look, detail = f"{colours[0]} {'banner' if aspect > 1.2 else 'square'}", " and ".join(colours[1:]) or "plain"
-    return Entity(name, {k.replace("_", " "): v for k, v in facts.items()}, None, image, look, detail, f"{look}, {detail}", aspect)
+    known[name] = Entity(name, {k.replace("_", " "): v for k, v in facts.items()}, None, image, look, detail, f"{look}, {detail}", aspect)
 
 
-def own_question(root, where, line, _=None):
+def own_question(root, where, line):
     """One line of the optional `questions.jsonl`: {"image", "question", "answers": [..], "box": [x0, y0, x1, y1] of the target or left out}."""
     row = as_row(where, line)
     text, answers, box = row.get("question"), row.get("answers"), row.get("box", [])
@@ -501,11 +500,10 @@ def _tinctures(path, where):
 def check(path):
     """(what is wrong with a folder world, line by line; what makes it a poor one), two lists of texts."""
     root, wrong, known, poor = Path(path), [], {}, []
-    for read, file in ((folder_entity, lines(root / "entities.jsonl")), (own_question, lines(root / "questions.jsonl", optional=True))):
+    for read, file in ((partial(folder_entity, known), lines(root / "entities.jsonl")), (own_question, lines(root / "questions.jsonl", optional=True))):
         for where, line in file:
             try:
-                if isinstance(e := read(root, where, line, known), Entity):
-                    known[e.name] = e
+                read(root, where, line)
             except WorldError as e:
                 wrong.append(str(e))
     seen, names = describe([flat(e.picture(96)) for e in known.values()]), list(known)

@@ -250,8 +250,7 @@ def look_thought(scene, i, kind, phrase):
         return (f"{phrase.split()[-1]}, " if kind == "shape" else "") + f"look at {phrase}"
     looks = [e.look for e in scene.entities]
     side, j = data.beside(looks, data.layout(scene)[i])
-    x0, y0, x1, y1 = scene.boxes[j]
-    return f"{looks[j]} at {(x0 + x1) // 2} {(y0 + y1) // 2}, {side} it {phrase}"
+    return f"{looks[j]}{spots([scene.boxes[j]])}, {side} it {phrase}"
 
 
 def compare_aloud(wanted, seen):
@@ -439,25 +438,29 @@ def poster(t, width=760, line=19):
 
 
 def record(t, world, v, pictures):
-    """A trajectory as report.html shows it and report.jsonl keeps it: all of it but who did it, and how it was rewarded. `pictures`: {data URI: its number}, to
-    which those of the scene and of the hits are added."""
+    """A trajectory as report.html shows it and report.jsonl keeps it: all of it but who did it, and how it was rewarded. `pictures`: {scene or name: (its number, its size,
+    data URI)}, to which those of the scene and of the hits are added; each is drawn once."""
     overlap = iter(gazes(t))
 
-    def number(picture):
-        flat(picture).save(file := io.BytesIO(), "WEBP", quality=60)
-        return pictures.setdefault("data:image/webp;base64," + base64.b64encode(file.getvalue()).decode(), len(pictures))
+    def add(key, what, px):  # what: a scene or an entity, px: how large
+        if key not in pictures:
+            picture = flat(what.picture(px))
+            picture.thumbnail((640, 640))
+            picture.save(file := io.BytesIO(), "WEBP", quality=60)
+            pictures[key] = len(pictures), picture.size, "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
+        return pictures[key]
 
     def shown(line):  # the picture of an image hit, "97 Brenna: red round, gold bend, 2 white crowns"
         entity = world.entities.get(line.split(" ", 1)[-1].partition(": ")[0])
-        return number(entity.picture(48)) if entity and entity.look and line[0].isdigit() else None
+        return add(entity.name, entity, 48)[0] if entity and entity.look and line[0].isdigit() else None
 
     image = v.id["<image>"]
     tokens = [("[picture]" if i == image else v.decode([i]), int(own)) for i, own, before in zip(t.ids, t.trained, [None, *t.ids]) if not i == before == image]  # a picture is many tokens
     turns = [dict(kind=x.kind, argument=x.argument, thought=x.thought, ok=x.ok, iou=next(overlap)[1] if x.kind == "gaze" and t.question.targets else None,
                   found=[dict(text=line, picture=shown(line) if x.kind in ("glance", "gaze") else None) for line in x.observation.split(" | ") if line]) for x in t.turns]
-    q, scene = t.question, t.question.scene.picture()
-    scene.thumbnail((640, 640))
-    return dict(question=q.text, answers=q.answers, kind=q.kind, setting=q.setting, scene=number(scene), size=scene.size, targets=[q.scene.boxes[i] for i in q.targets],
+    q = t.question
+    scene, size, _ = add(q.scene, q.scene, data.SCENE_PX)
+    return dict(question=q.text, answers=q.answers, kind=q.kind, setting=q.setting, scene=scene, size=size, targets=[q.scene.boxes[i] for i in q.targets],
                 turns=turns, tokens=tokens, r_acc=int(t.correct), r_fmt=int(t.well_formed))
 
 
@@ -465,7 +468,7 @@ def write_report(path, title, about, tries, pictures, table=None, curves=None):
     """One page that needs nothing else (viewer.html, filled), and beside it the tries as jsonl. tries: `record` and what sets each apart; table: {columns, rows};
     curves: {name: values}."""
     told = dict(title=title, about=about, table=table or dict(columns=[], rows=[]), curves=[dict(name=c, values=y) for c, y in (curves or {}).items() if y],
-                pictures=list(pictures), trajectories=tries)
+                pictures=[uri for *_, uri in pictures.values()], trajectories=tries)
     page, text = (data.Path(__file__).parent / "viewer.html").read_text(encoding="utf-8"), json.dumps(told, allow_nan=False).replace("<", "\\u003c")  # no text can end the script that it stands in
     atomic(path, lambda p: p.write_text(page.replace(">DATA<", f">{text}<"), encoding="utf-8"))
     atomic(data.Path(path).with_suffix(".jsonl"), lambda p: p.write_text("".join(json.dumps(t) + "\n" for t in tries), encoding="utf-8"))

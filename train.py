@@ -299,9 +299,9 @@ class Run:
         """STAGE.png beside STAGE.csv: one panel a column, step by step (grey) and as a running mean (red)."""
         sheet = Image.new("RGB", (across * w, -(-len(columns) // across) * h), "white")
         pen = ImageDraw.Draw(sheet)
-        for i, name in enumerate(columns):
+        for i, (name, values) in enumerate(curve_values(self.rows, columns).items()):
             left, top = i % across * w + 46, i // across * h + 26
-            values = np.array([float(r[name]) for r in self.rows if r.get(name) not in (None, "", "nan")])
+            values = np.array([x for x in values if x is not None])
             pen.text((left, top - 20), f"{self.stage}: {name}", fill="black", font_size=13)
             pen.rectangle((left, top, left + w - 60, top + h - 50), outline=(200, 200, 200))
             if len(values) < 2:
@@ -348,9 +348,9 @@ def accuracy_table(table):
     return dict(columns=[*suites, "mean"], rows=[[*row, sum(row[1:]) / max(1, len(suites))] for row in rows])
 
 
-def curve_values(rows):
-    """Of rl.csv what is drawn, {name: values}; None where a step has none."""
-    return {c: [float(r[c]) if r.get(c) not in (None, "", "nan") else None for r in rows] for c in CURVES}
+def curve_values(rows, columns=CURVES):
+    """Columns of a csv as numbers, {name: values}; None where a row has none."""
+    return {c: [float(r[c]) if r.get(c) not in (None, "", "nan") else None for r in rows] for c in columns}
 
 
 def measure(a, table, row, world, suite, metrics, began):
@@ -432,7 +432,7 @@ class Args:
 
 
 STAGES = {"pretrain": pretrain, "sft": sft, "rl": rl, "eval": evaluate}
-CHOICES = {"stage": list(STAGES), "preset": list(PRESETS), "device": ["auto", "cuda", "mps", "cpu"], "advantage": ["std", "mean"], 
+CHOICES = {"stage": list(STAGES), "preset": list(PRESETS), "device": ["auto", "cuda", "mps", "cpu"], "advantage": ["std", "mean"],
            "curriculum": ["level1", "level2", "all", "learnable", "adaptive", "fresh"]}
 
 
