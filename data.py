@@ -346,6 +346,7 @@ VISUAL = ("colour", "shape", "count")
 SETTINGS = {  # name: (least, most objects, cells, sizes, look-alikes of the target)
     "single": (1, 1, 1, (0.45, 0.8), 0), "normal": (2, 6, 3, (0.66, 0.98), 0), "twins": (3, 6, 3, (0.66, 0.98), 2),
     "small": (4, 6, 3, (0.52, 0.72), 2), "crowd": (7, 10, 4, (0.7, 0.98), 0)}
+LESSONS_ON = (2, 4, 3, 4, 2)  # how often the base model's lessons draw each: where shields hang freely (one alone, small ones) takes more practice than a full wall
 SFT_MIX = [("colour", "normal", 3), ("shape", "normal", 2), ("count", "normal", 6), ("colour", "single", 1), ("shape", "single", 1),
            ("name", "single", 1), ("hop1", "single", 1), ("name", "normal", 2), ("hop1", "normal", 4), ("name", "twins", 1),
            ("hop1", "twins", 2), ("hop2", "normal", 0.9), ("hop3", "normal", 0.3), ("hop2", "single", 0.3), ("hop3", "single", 0.2), ("compare", "normal", 1)]

@@ -23,11 +23,14 @@ environment wrote, and an expert's slips (never trained). Token ids are never de
 Reading order: crop -> how pictures and texts are compared -> the two indices -> toolbox -> turns -> trajectory and environment -> files.
 Boxes are (x0, y0, x1, y1), integers 0..99: percent of the picture's width and height.
 """
+import csv
+import io
 import itertools
 import json
 import os
 import random
 import re
+import sys
 import unicodedata
 import zlib
 from dataclasses import dataclass, field
@@ -511,3 +514,27 @@ def atomic(path, write):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def read_rows(path):
+    """Rows of a csv as dicts; none if there is no such file."""
+    return list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8")))) if path.is_file() else []
+
+
+def write_rows(path, rows, key):
+    """Add rows (dicts) to a csv; a row with the same values of `key` is replaced, the others stay."""
+    name = lambda r: [str(r[k]) for k in key]
+    old, new, text = read_rows(path), [name(r) for r in rows], io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows([r for r in old if name(r) not in new] + rows)
+    atomic(path, lambda p: p.write_text(text.getvalue(), encoding="utf-8"))
+
+
+def peak_memory():
+    """Most memory that this process has held, in MB; empty where the system does not tell (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return ""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (2**20 if sys.platform == "darwin" else 2**10)

@@ -1,16 +1,14 @@
-"""The command line: python train.py --stage pretrain | sft | rl | eval. Each stage is one loop, top to bottom.
+"""The command line: python train.py --stage pretrain | sft | rl | eval. Each stage is one loop, top to bottom. And reproduce: a grid of them.
 
 From the paper: SFT on reflective trajectories, then GRPO on the questions that the SFT model mostly fails.
 Here instead: one stage more. `pretrain` makes the base model that the paper takes from the shelf: first the eyes alone, with labels on
     every patch and image token; then, with the eyes held still, lessons in words. A stage whose input is missing runs the one before it first.
 
-Reading order: the four stages -> run folder -> tables -> flags. `a` is the flags everywhere (Args, below); `v` the vocabulary.
+Reading order: the four stages -> the grid -> run folder -> tables -> flags. `a` is the flags everywhere (Args, below); `v` the vocabulary.
 """
 import argparse
-import csv
 import difflib
 import inspect
-import io
 import json
 import random
 import re
@@ -23,16 +21,14 @@ from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 import data
 import gog
 import grpo
 from model import PRESETS, CheckpointError, ModelConfig, NotFinite, Policy, Vocabulary, autocast, load, load_state, lr_factor, number_line, optimisers, save, save_state, set_lr
-from tools import Environment, Toolbox, atomic, make_toolbox
+from tools import Environment, Toolbox, atomic, make_toolbox, peak_memory, read_rows, write_rows
 
 # --------------------------------------------------------------------------------------------------------------- stages
 
@@ -177,7 +173,7 @@ def rl(a):
             shown += [for_report(a, t, world, v, pictures, key=f"{step} {i // a.group}", suite=f"step {step}", policy=f"rollout {i % a.group + 1}", advantage=advantages[i].item())
                       for i, t in enumerate(batch[:3 * a.group])]
             about = f"Preset {a.preset}, seed {a.seed}, on {a.device}; three questions of every {a.show_every}th step."
-            gog.write_report(run.folder / f"{a.name}-report.html", f"{a.label(a.world)}: groups of rollouts while RL trains", about, shown, pictures, curves=curve_values(run.rows))
+            gog.write_report(run.folder / f"{a.name}-report.html", f"{a.label(a.world)}: groups of rollouts while RL trains", about, shown, pictures, curves=gog.curve_values(run.rows, CURVES))
         run.checkpoint([policy], opts, a.eval_every, step=step + 1, pass_rates=curriculum.pass_rates, pool=curriculum.pool, best=best,
                        python_rng=[curriculum.rng.getstate(), env.toolbox.rng.getstate()], torch_rng=generator.get_state().tolist())
     bar.close()
@@ -199,37 +195,66 @@ def evaluate(a):
     and seeds in that file stay. Baselines that are schedules (gog.SCHEDULES) and `withheld` play the RL policy."""
     world, table, shown, pictures = data.open_world(a.world, a.seed_world, a.towns), [], [], {}
     policies = {"base": read_weights(a, a.weights("pretrain")), "sft": read_weights(a, a.weights("sft")), "rl": read_weights(a, a.weights("rl"))}
-    label, known = a.label(a.world) + ("-zero-shot" if a.trained_on else ""), make_toolbox(world)
+    label, known, mine = a.examined(), make_toolbox(world, a.tools_fail, a.seed), a.row()
     for name in (*gog.SUITES, *(["own"] if world.own[1:] else [])):
         try:
             searched, qs = (world, world.own[1::2]) if name == "own" else gog.suite(world, name, a.suite_size)
         except data.WorldError as e:  # a small world may know no deep chains, or no look-alikes
             print(f"suite {name} is left out: {e}", file=sys.stderr)
+            table += measure(a, "main", mine, label, name, {"left_out": (1, 0)}, time.time())
             continue
-        toolbox = make_toolbox(searched, late=True) if name == "live" else known
+        toolbox = make_toolbox(searched, a.tools_fail, a.seed, late=True) if name == "live" and not a.stale else known
         # another policy than rl adds its row, and leaves those of others; and nobody knows where to look in a user's own picture
-        for row in (r for r in (ROWS if a.name == "rl" else ("rl",)) if r != "oracle" or name != "own"):
+        for row in (r for r in (ROWS if mine == "rl" else ("rl",)) if r != "oracle" or name != "own"):
             policy, v = policies.get(row, policies["rl"])
             began, env = time.time(), Environment(v, toolbox, policy.config, withhold=row == "withheld")
-            tries = gog.evaluate(policy, env, qs, row, a.seed, progress=f"{name}, {row}")
-            table += measure(a, "main", a.name if row == "rl" else row, label, name, {k: (x, len(qs)) for k, x in gog.behaviour(tries).items()}, began)
-            for i, t in enumerate(tries[:2] if row == a.name == "rl" else ()):
+            tries = gog.evaluate(policy, env, qs, row, a.seed, a.turns, progress=f"{name}, {row}")
+            table += measure(a, "main", mine if row == "rl" else row, label, name, {k: (x, len(qs)) for k, x in gog.behaviour(tries).items()}, began)
+            for i, t in enumerate(tries[:2] if row == mine == "rl" else ()):
                 atomic(Path(a.results) / f"{label}-{name}-{i}.png", lambda p: gog.poster(t).save(p, format="PNG"))
             if row in policies:
-                shown += [for_report(a, t, searched, v, pictures, key=f"{name} {i}", suite=name, policy=a.name if row == "rl" else row, advantage=None) for i, t in enumerate(tries[:a.shown])]
+                shown += [for_report(a, t, searched, v, pictures, key=f"{name} {i}", suite=name, policy=mine if row == "rl" else row, advantage=None) for i, t in enumerate(tries[:a.shown])]
         write_results(a, table)  # suite by suite: what is measured is kept
-    accuracy = accuracy_table(table)
+    accuracy = gog.accuracy_table(table)
     print("\n".join(["", f"{'accuracy %':<12}" + "".join(f"{c:>8}" for c in accuracy["columns"]),
                      *(f"{row:<12}" + "".join(f"{x:8.1f}" for x in values) for row, *values in accuracy["rows"])]))
-    who = "the policies before SFT (base), after it (sft) and after RL (rl)" if a.name == "rl" else a.name
+    who = "the policies before SFT (base), after it (sft) and after RL (rl)" if mine == "rl" else mine
     about = f"Preset {a.preset}, seed {a.seed}, on {a.device}; the first {a.shown} questions of each suite, asked of {who}."
-    page = "-".join(["report", *([label] if a.trained_on else []), *([a.name] if a.name != "rl" else [])])  # of another world, of another policy: another page
-    gog.write_report(a.folder() / f"{page}.html", f"{label}: what the policies do", about, shown, pictures, accuracy, curve_values(read_rows(a.weights("rl").with_suffix(".csv"))))
+    page = "-".join(["report", *([label] if a.trained_on else []), *([mine] if mine != "rl" else [])])  # of another world, of another row: another page
+    gog.write_report(a.folder() / f"{page}.html", f"{label}: what the policies do", about, shown, pictures, accuracy, gog.curve_values(read_rows(a.weights("rl").with_suffix(".csv")), CURVES))
 
 
 def for_report(a, t, world, v, pictures, **who):
     """What a report tells of a trajectory: who did it, what it was rewarded with, and all that happened."""
     return dict(**who, reward=grpo.reward(t.correct, t.well_formed, a.lam), **gog.record(t, world, v, pictures))
+
+
+# ------------------------------------------------------------------------------------------------------------- the grid
+
+EXAMINED = ("tools_fail", "turns", "stale")  # flags of eval that ask another thing of the same policy
+GRID = {  # the flags of every row of the paper's tables, and of questions that it leaves open; a policy with a name of its own is trained first
+    "main": [{}],
+    "curriculum": [dict(name=mode, curriculum=mode) for mode in ("level1", "level2", "all", "learnable", "adaptive")],
+    "GRPO": [dict(name="group-4", group=4, rl_batch=64), dict(name="group-16", group=16, rl_batch=16), dict(name="mean-only", advantage="mean"), dict(name="lambda-0", lam=0.0),
+             dict(name="lambda-0.2", lam=0.2), dict(name="kl-0.001", beta=0.001), dict(name="lr-0.01", rl_lr=0.01), dict(name="lr-0.1", rl_lr=0.1)],
+    "robustness": [dict(tools_fail=0.05), dict(tools_fail=0.2), dict(stale=True), *(dict(turns=n) for n in (2, 4, 6, 10))],
+    "scale": [dict(name=f"demos-{n}", demos=n, rl_steps=0) for n in (500, 2000, 20000)]}
+PAPER = {"direct": 20.3, "full-search": 44.4, "no-gaze": 36.9, "sft": 43.3, "rl": 53.2, "level1": 50.5, "level2": 53.2}  # means of Qwen2.5-VL-7B; no-gaze: MMSearch-R1; level1: the mean of its row (printed: 47.28)
+
+
+def reproduce(a):
+    """Every row of GRID for seeds 0 .. a.seeds - 1 that results.csv lacks, training what must be; then grid.md beside it. Stopped at any time, it goes on where it was."""
+    path, todo = Path(a.results) / "results.csv", [replace(a, stage="eval", seed=seed, **flags) for seed in range(a.seeds) for rows in GRID.values() for flags in rows]
+    measured = lambda: [r for r in read_rows(path) if (r["world"], r["preset"]) == (a.examined(), a.preset)]
+    for n, b in enumerate(todo, 1):
+        there = {*gog.SUITES} <= {r["suite"] for r in measured() if (r["row"], r["seed"]) == (b.row(), str(b.seed))}
+        print(f"grid, {n} of {len(todo)}: {b.row()}, seed {b.seed}{', is there' if there else ''}", file=sys.stderr)
+        if not there:
+            through(b)
+    tables = {name: [*(ROWS if name == "main" else ["rl"]), *(replace(a, **flags).row() for flags in rows if flags)] for name, rows in GRID.items()}
+    text = gog.grid_tables(tables, measured(), PAPER)
+    atomic(path.with_name("grid.md"), lambda p: p.write_text(text, encoding="utf-8"))
+    print(text)
 
 
 # ------------------------------------------------------------------------------------------------------------ run folder
@@ -289,68 +314,18 @@ class Run:
     def close(self, columns):
         """The stage is done: its metrics stay, with the curves of some columns, and its training state goes."""
         self.write_csv()
-        self.curves(columns)
+        sheet = gog.curve_sheet(self.stage, gog.curve_values(self.rows, columns))
+        atomic(self.csv.with_suffix(".png"), lambda p: sheet.save(p, format="PNG"))
         self.state.unlink(missing_ok=True)
         self.lock.close()
         self.lock_file.unlink(missing_ok=True)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def curves(self, columns, across=3, w=330, h=190):
-        """STAGE.png beside STAGE.csv: one panel a column, step by step (grey) and as a running mean (red)."""
-        sheet = Image.new("RGB", (across * w, -(-len(columns) // across) * h), "white")
-        pen = ImageDraw.Draw(sheet)
-        for i, (name, values) in enumerate(curve_values(self.rows, columns).items()):
-            left, top = i % across * w + 46, i // across * h + 26
-            values = np.array([x for x in values if x is not None])
-            pen.text((left, top - 20), f"{self.stage}: {name}", fill="black", font_size=13)
-            pen.rectangle((left, top, left + w - 60, top + h - 50), outline=(200, 200, 200))
-            if len(values) < 2:
-                continue
-            low, high = values.min(), max(values.max(), values.min() + 1e-9)
-            kernel = np.ones(max(1, min(5, len(values) // 8), len(values) // 25))
-            smooth = np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
-            at = lambda y: list(zip(left + np.linspace(0, w - 60, len(y)), top + (h - 50) * (1 - (y - low) / (high - low))))
-            pen.line(at(values), fill=(205, 205, 210))
-            pen.line(at(smooth), fill=(200, 30, 50), width=2)
-            for value, y in ((high, top - 4), (low, top + h - 62)):
-                pen.text((left - 44, y), f"{value:.3g}", fill=(90, 90, 90), font_size=11)
-            pen.text((left + w - 100, top + h - 48), f"{len(values)} steps", fill=(90, 90, 90), font_size=11)
-        atomic(self.csv.with_suffix(".png"), lambda p: sheet.save(p, format="PNG"))
-
 
 # ---------------------------------------------------------------------------------------------------------------- tables
 
 COLUMNS = "table row world suite seed metric value n preset device minutes".split()
 CURVES = ("development", "accuracy", "reward", "dead", "entropy", "gaze_correct", "reflection", "turns", "signal", "loss")  # of rl.csv, that are drawn
 ROWS = ("random", "base", "direct", "full-search", "no-gaze", "sft", "rl", "withheld", "oracle")
-
-
-def read_rows(path):
-    """Rows of a csv as dicts; none if there is no such file."""
-    return list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8")))) if path.is_file() else []
-
-
-def write_rows(path, rows, key):
-    """Add rows (dicts) to a csv; a row with the same values of `key` is replaced, the others stay."""
-    name = lambda r: [str(r[k]) for k in key]
-    old, new, text = read_rows(path), [name(r) for r in rows], io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows([r for r in old if name(r) not in new] + rows)
-    atomic(path, lambda p: p.write_text(text.getvalue(), encoding="utf-8"))
-
-
-def accuracy_table(table):
-    """Accuracy in percent: the suites and "mean", and of each row its name and values."""
-    accuracy = {(r["row"], r["suite"]): 100 * float(r["value"]) for r in table if r["metric"] == "accuracy"}
-    suites = [s for s in gog.SUITES if any(s == suite for _, suite in accuracy)]
-    rows = [[row, *(accuracy[row, s] for s in suites)] for row in dict.fromkeys(r["row"] for r in table)]
-    return dict(columns=[*suites, "mean"], rows=[[*row, sum(row[1:]) / max(1, len(suites))] for row in rows])
-
-
-def curve_values(rows, columns=CURVES):
-    """Columns of a csv as numbers, {name: values}; None where a row has none."""
-    return {c: [float(r[c]) if r.get(c) not in (None, "", "nan") else None for r in rows] for c in columns}
 
 
 def measure(a, table, row, world, suite, metrics, began):
@@ -368,7 +343,7 @@ def write_results(a, rows):
 @dataclass
 class Args:
     """Every field is a flag, and its comment is the help."""
-    stage: str = "rl"  # pretrain, sft, rl or eval; a missing input stage runs first
+    stage: str = "rl"  # pretrain, sft, rl or eval; a missing input stage runs first. reproduce: every row of GRID, in days
     preset: str = "nano"  # tiny, nano or small
     device: str = "auto"  # auto, cuda, mps or cpu
     world: str = "heraldry"  # heraldry, or the path of a folder world
@@ -379,9 +354,9 @@ class Args:
     out: str = ""  # run folder; default out/WORLD-PRESET-SEED
     resume: bool = False  # go on from the last checkpoint
     save_every: int = 50  # steps between checkpoints of pretrain and sft
-    see_steps: int = 2600  # of pretraining: the eyes alone
+    see_steps: int = 3000  # of pretraining: the eyes alone
     see_batch: int = 12  # pictures a step
-    word_steps: int = 3300  # lessons in words
+    word_steps: int = 3200  # lessons in words
     word_batch: int = 12  # lessons a step: at equal time, many small ones teach more than few large ones
     exam: int = 3072  # held-out questions, about so many, that the base model is examined with
     see_lr: float = 0.004  # of the eyes' matrices
@@ -416,15 +391,28 @@ class Args:
     name: str = "rl"  # of the policy that rl writes, and of its row in the results; of another than "rl" eval adds the row only
     suite_size: int = 300  # questions a held-out suite
     shown: int = 11  # of these that report.html shows, for each of base, sft and rl
+    tools_fail: float = 0.0  # eval only: how often tools fail
+    turns: int = gog.MAX_TURNS  # eval only: turns that a trajectory may have
+    stale: bool = False  # eval only: what changed after training is not in the index
+    seeds: int = 3  # of the grid
     trained_on: str = ""  # eval only: examine the policies of another world (zero-shot); default --world
 
     def folder(self, kind=""):
         """The run folder; the base model knows no world, so all worlds share it."""
-        return Path(self.out or f"out/{kind or self.label(self.trained_on or self.world)}-{self.preset}-{self.seed}")
+        taught = f"-{self.demos}demos" if self.demos != Args.demos else ""
+        return Path(self.out or f"out/{kind or self.label(self.trained_on or self.world) + taught}-{self.preset}-{self.seed}")
 
     def label(self, world):
         """The name of a world (heraldry or a path) with what sets it apart from the usual one: runs and results of different worlds never mix."""
         return Path(world).resolve().name + (f"-world{self.seed_world}" if self.seed_world else "") + (f"-{self.towns}towns" if self.towns != Args.towns else "")
+
+    def examined(self):
+        """The world of the results, and if the policy had never seen it."""
+        return self.label(self.world) + ("-zero-shot" if self.trained_on else "")
+
+    def row(self):
+        """The row of the results: the policy's name, and what sets this examination apart from the usual one."""
+        return "-".join([self.name, *(f"{k.replace('_', '-')}-{getattr(self, k)}" for k in EXAMINED if getattr(self, k) != getattr(Args, k))])
 
     def weights(self, stage):
         """What a stage leaves behind."""
@@ -432,7 +420,7 @@ class Args:
 
 
 STAGES = {"pretrain": pretrain, "sft": sft, "rl": rl, "eval": evaluate}
-CHOICES = {"stage": list(STAGES), "preset": list(PRESETS), "device": ["auto", "cuda", "mps", "cpu"], "advantage": ["std", "mean"],
+CHOICES = {"stage": [*STAGES, "reproduce"], "preset": list(PRESETS), "device": ["auto", "cuda", "mps", "cpu"], "advantage": ["std", "mean"],
            "curriculum": ["level1", "level2", "all", "learnable", "adaptive", "fresh"]}
 
 
@@ -463,18 +451,23 @@ def timed(a, stage):
         bad, text = a.weights(stage).with_suffix(".bad.json"), json.dumps([{k: getattr(x, k) for k in ("ids", "trained", "logprobs")} for x in e.args[0]])
         atomic(bad, lambda p: p.write_text(text))
         raise CheckpointError(f"{stage}: the gradient is not finite. It has changed nothing; its batch is in {bad}. Go on from the last checkpoint with --resume and a lower learning rate") from None
-    row = dict(stage=stage, preset=a.preset, world=a.label(a.world), device=a.device, minutes=f"{(time.time() - began) / 60:.1f}", peak_memory_mb=peak_memory(), seed=a.seed)
+    world = a.label(a.world) + (f", {a.row()}" if stage in ("rl", "eval") and a.row() != "rl" else "")  # rows of the grid leave those of the main job alone
+    row = dict(stage=stage, preset=a.preset, world=world, device=a.device, minutes=f"{(time.time() - began) / 60:.1f}", peak_memory_mb=peak_memory(), seed=a.seed)
     write_rows(path, [row], ("stage", "preset", "world", "device", "seed"))
     print(f"{stage}: {row['minutes']} minutes, peak memory {row['peak_memory_mb']} MB", file=sys.stderr)
 
 
-def peak_memory():
-    """Most memory that this process has held, in MB; empty where the system does not tell (Windows)."""
-    try:
-        import resource
-    except ImportError:
-        return ""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (2**20 if sys.platform == "darwin" else 2**10)
+def through(a):
+    """The stage that is asked for, and before it those that it needs and that are not done."""
+    for stage in list(STAGES)[:list(STAGES).index(a.stage) + 1]:
+        if a.weights(stage).is_file() and (stage != a.stage or a.resume and not a.weights(stage).with_suffix(".state.safetensors").is_file()):
+            print(f"{stage} is done: {a.weights(stage)}", file=sys.stderr)
+            continue
+        if a.trained_on and stage != "eval":
+            raise CheckpointError(f"{a.weights(stage)} is missing. Run python train.py --stage rl --world {a.trained_on} first, then --stage eval --trained-on")
+        if stage != a.stage:
+            print(f"{a.stage} needs {a.weights(stage)}, which is missing: {stage} runs first.", file=sys.stderr)
+        timed(replace(a, resume=a.resume or stage != a.stage), stage)  # what is not asked for goes on where it was interrupted
 
 
 def main():
@@ -488,15 +481,7 @@ def main():
         if a.device not in there:
             raise CheckpointError(f"--device {a.device}: this machine has {' and '.join(there)} only. Leave the flag out")
         data.open_world(a.world, a.seed_world, a.towns)  # a bad world is refused before anything is trained
-        for stage in list(STAGES)[:list(STAGES).index(a.stage) + 1]:
-            if a.weights(stage).is_file() and (stage != a.stage or a.resume and not a.weights(stage).with_suffix(".state.safetensors").is_file()):
-                print(f"{stage} is done: {a.weights(stage)}", file=sys.stderr)
-                continue
-            if a.trained_on and stage != "eval":
-                raise CheckpointError(f"{a.weights(stage)} is missing. Run python train.py --stage rl --world {a.trained_on} first, then --stage eval --trained-on")
-            if stage != a.stage:
-                print(f"{a.stage} needs {a.weights(stage)}, which is missing: {stage} runs first.", file=sys.stderr)
-            timed(replace(a, resume=a.resume or stage != a.stage), stage)  # what is not asked for goes on where it was interrupted
+        reproduce(a) if a.stage == "reproduce" else through(a)
     except (data.WorldError, CheckpointError, OSError) as e:
         print(f"\nerror: {e}", file=sys.stderr)
         sys.exit(2)

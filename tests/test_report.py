@@ -26,8 +26,8 @@ def report(tmp_path_factory, env, world, policy):
     for who, of_policy in zip(("expert", "policy"), tries):
         told += [dict(key=f"{n}", suite="facts", policy=who, reward=1.0, advantage=None, **gog.record(t, world, env.v, pictures)) for n, t in enumerate(of_policy)]
     path = tmp_path_factory.mktemp("report") / "report.html"
-    table = train.accuracy_table([dict(row="rl", suite="facts", metric="accuracy", value="0.5")])
-    gog.write_report(path, "a title", "about it", told, pictures, table, train.curve_values([{c: str(n) for c in train.CURVES} for n in range(5)]))
+    table = gog.accuracy_table([dict(row="rl", suite="facts", metric="accuracy", value="0.5")])
+    gog.write_report(path, "a title", "about it", told, pictures, table, gog.curve_values([{c: str(n) for c in train.CURVES} for n in range(5)], train.CURVES))
     return path, told, [t for of_policy in tries for t in of_policy]
 
 
@@ -63,3 +63,12 @@ def test_a_browser_opens_it(report, tmp_path):
     dom = done.stdout.split('id="data"')[0]
     assert dom.count('<article class="card">') == 2 and '<h1 id="title">a title</h1>' in dom and "<title>Glance or Gaze: report</title>" in dom
     assert dom.count("<polyline") == 2 * len(train.CURVES) and dom.count('class="box now"') >= 1 and "&lt;/script&gt;&lt;script&gt;" in dom
+
+
+def test_intervals_are_those_of_a_textbook():
+    """Prevents error bars that are too short: three seeds of 50, 60 and 70 % have a mean of 60 +- 4.30 * 10 / sqrt(3); one seed, 150 of 300 right, is 50 +- 5.66, the mean of six such suites 50 +- 2.31."""
+    row = lambda name, seed, value: [dict(row=name, seed=str(seed), suite=suite, metric="accuracy", value=str(value), n="300") for suite in gog.SUITES]
+    told = gog.grid_tables({"main": ["three", "one", "none"]}, [*row("three", 0, .5), *row("three", 1, .6), *row("three", 2, .7), *row("one", 0, .5), *row("none", 0, .5)[1:]], {"one": 53.2})
+    cells = {line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ")[1:] for line in told.splitlines() if line.startswith("|")}
+    assert cells["three"] == ["", *["60.0 +- 24.8"] * 7, "3"] and cells["one"] == ["53.2", *["50.0 +- 5.7"] * 6, "50.0 +- 2.3", "1"]
+    assert set(cells["none"][:-1]) == {""} and cells["none"][-1] == "0"  # a suite is missing: not measured

@@ -92,6 +92,43 @@ def test_ctrl_c_saves_and_resume_is_exact(tmp_path, monkeypatch, capsys):
         assert rows[0] == rows[1], steps
 
 
+def test_the_grid_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
+    """Prevents a grid that leaves holes, measures twice, or differs after a stop: Ctrl-C in the RL of its second row, then the same command, ends with the rows of an unbroken grid; a third
+    call trains and measures nothing. A row that asks another thing of the same policy trains none of its own."""
+    monkeypatch.setattr(train, "GRID", {"main": [{}], "GRPO": [dict(name="lambda-0", lam=0.0)], "robustness": [dict(turns=2)]})
+    monkeypatch.setattr(train, "ROWS", ("sft", "rl"))
+    real, told = train.Run.log, {}
+
+    def interrupted(self, **row):
+        real(self, **row)
+        if self.stage == "lambda-0" and row["step"] == 1:
+            signal.raise_signal(signal.SIGINT)
+
+    def grid(folder, code=0):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        monkeypatch.chdir(tmp_path / folder)
+        monkeypatch.setattr(sys, "argv", ["train.py", "--stage", "reproduce", "--seeds", "1", "--suite-size", "2", "--shown", "1", *TINY, "--out", "run", "--demos", "12"])
+        if code:
+            with pytest.raises(SystemExit) as stopped:
+                train.main()
+            assert stopped.value.code == code
+        else:
+            train.main()
+        rows = [{k: v for k, v in r.items() if k != "minutes"} for r in csv.DictReader(open("run/results.csv"))]
+        told[folder] = sorted(map(str, rows)), capsys.readouterr().err
+        return {r["row"] for r in rows if r["table"] == "main"}
+
+    assert grid("whole") == {"sft", "rl", "lambda-0", "rl-turns-2"} and not (tmp_path / "whole/run/rl-turns-2.safetensors").exists()
+    monkeypatch.setattr(train.Run, "log", interrupted)
+    assert grid("broken", 130) == {"sft", "rl"}
+    monkeypatch.setattr(train.Run, "log", real)
+    grid("broken")
+    assert told["broken"][0] == told["whole"][0]
+    grid("broken")
+    assert told["broken"][0] == told["whole"][0] and told["broken"][1].count("is there") == 3 and "preset" not in told["broken"][1]
+    assert "## GRPO" in (tmp_path / "broken/run/grid.md").read_text()
+
+
 def test_what_is_not_asked_for_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
     """Prevents an interrupted input stage from beginning anew, over its own checkpoint, because the user asked for the next one; what is asked for by name begins anew unless told."""
     ran = []
