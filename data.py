@@ -18,7 +18,7 @@ import textwrap
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 
 import numpy as np
@@ -346,7 +346,7 @@ VISUAL = ("colour", "shape", "count")
 SETTINGS = {  # name: (least, most objects, cells, sizes, look-alikes of the target)
     "single": (1, 1, 1, (0.45, 0.8), 0), "normal": (2, 6, 3, (0.66, 0.98), 0), "twins": (3, 6, 3, (0.66, 0.98), 2),
     "small": (4, 6, 3, (0.52, 0.72), 2), "crowd": (7, 10, 4, (0.7, 0.98), 0)}
-LESSONS_ON = (2, 4, 3, 4, 2)  # how often the base model's lessons draw each: where shields hang freely (one alone, small ones) takes more practice than a full wall
+LESSONS_ON = {"single": 2, "normal": 4, "twins": 3, "small": 4, "crowd": 2}  # how often the base model's lessons draw each: where shields hang freely (one alone, small ones) takes more practice than a full wall
 SFT_MIX = [("colour", "normal", 3), ("shape", "normal", 2), ("count", "normal", 6), ("colour", "single", 1), ("shape", "single", 1),
            ("name", "single", 1), ("hop1", "single", 1), ("name", "normal", 2), ("hop1", "normal", 4), ("name", "twins", 1),
            ("hop1", "twins", 2), ("hop2", "normal", 0.9), ("hop3", "normal", 0.3), ("hop2", "single", 0.3), ("hop3", "single", 0.2), ("compare", "normal", 1)]
@@ -502,7 +502,7 @@ def check(path):
     """(what is wrong with a folder world, line by line; what makes it a poor one), two lists of texts."""
     root, wrong, known, poor = Path(path), [], {}, []
     for read, file in ((partial(folder_entity, known), lines(root / "entities.jsonl")), (own_question, lines(root / "questions.jsonl", optional=True))):
-        for where, line in file:
+        for where, line in takewhile(lambda _: len(wrong) < 100, file):  # enough to mend at once
             try:
                 read(root, where, line)
             except WorldError as e:
@@ -537,7 +537,7 @@ def main():
         wrong, poor = check(a.path) if a.what == "check" else ([], [])
         sys.stdout.writelines([*(f"wrong: {x}\n" for x in wrong), *(f"look at this: {x}\n" for x in poor)])
         if wrong:
-            raise WorldError(f"{a.path}: {len(wrong)} lines are wrong, see above")
+            raise WorldError(f"{a.path}: {len(wrong)} lines are wrong{' (the check ends here)' if len(wrong) == 100 else ''}, see above")
         world = open_world(a.path)
         print(f"{a.path}: {len(world.entities)} entities, {sum(len(e.facts) for e in world.entities.values())} facts, {len(world.own)} questions of your own. Next: python train.py --world {a.path}")
         if a.what == "preview":

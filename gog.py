@@ -14,7 +14,7 @@ Had the crop shown a blue square: <think> want red round, see blue square: no, l
 From the paper: Selective Gaze; reflection after a wrong gaze; six benchmarks, two in-domain and four out of it; full-search, direct and no-gaze baselines.
 Here instead: a program as the expert, where the paper filters a strong model's trajectories.
 
-Reading order: rollout -> the expert, and chance -> evaluation -> one picture, one question.
+Reading order: rollout -> the expert, and chance -> evaluation -> tables and curves -> what there is to look at: pictures, reports, one question.
 """
 import argparse
 import base64
@@ -359,9 +359,6 @@ SCHEDULES = {  # baselines that need no other model: which actions a turn allows
     "direct": [("answer",)], "full-search": [("glance",), ("search",), ("answer",)], "no-gaze": [("answer", "search", "glance")] * MAX_TURNS}
 
 
-STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # 97.5 % quantile, by number of seeds
-
-
 def gazes(t):
     """(box, best IoU with a target) of every gaze of a trajectory."""
     boxes = [t.question.scene.boxes[i] for i in t.question.targets]
@@ -410,7 +407,66 @@ def evaluate(policy, env, questions, row="", seed=0, turns=MAX_TURNS, progress=N
     return rollout(policy, env, questions, 1, 0.0, schedule=SCHEDULES.get(row, [ACTIONS] * turns), rows=320, progress=progress)  # a whole suite at once
 
 
-# ---------------------------------------------------------------------------------------------- one picture, one question
+# ----------------------------------------------------------------------------------------------------- tables and curves
+
+def accuracy_table(table):
+    """Accuracy in percent: the suites and "mean", and of each row its name and values."""
+    accuracy = {(r["row"], r["suite"]): 100 * float(r["value"]) for r in table if r["metric"] == "accuracy"}
+    suites = [s for s in SUITES if any(s == suite for _, suite in accuracy)]
+    rows = [[row, *(accuracy[row, s] for s in suites)] for row in dict.fromkeys(r["row"] for r in table)]
+    return dict(columns=[*suites, "mean"], rows=[[*row, sum(row[1:]) / max(1, len(suites))] for row in rows])
+
+
+STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # 97.5 % quantile, by number of seeds
+
+
+def grid_tables(tables, measured, paper):
+    """Markdown of {table: its rows}: accuracy in percent, the mean of the seeds in `measured` (rows of results.csv) +- half of its 95 % interval, beside the paper's mean."""
+    accuracy = {(r["row"], r["seed"], r["suite"]): (float(r["value"]), int(r["n"])) for r in measured if r["metric"] == "accuracy"}
+    suites = [s for s in SUITES if any(s == suite for *_, suite in accuracy)]
+    text = "Accuracy in percent, mean of the seeds +- half of the 95 % interval: over seeds (Student), or, where there is one seed, over questions (binomial). Empty: not measured yet.\n"
+    for name, rows in tables.items():
+        text += f"\n## {name}\n\n| row | paper, mean | {' | '.join(suites)} | mean | seeds |\n" + "|---" * (len(suites) + 4) + "|\n"
+        for row in rows:
+            seeds = [s for s in sorted({s for r, s, _ in accuracy if r == row}) if all((row, s, suite) in accuracy for suite in suites)]
+            shown = [""] * (len(suites) + 1)
+            if seeds:
+                p, n = np.array([[accuracy[row, s, suite] for suite in suites] for s in seeds]).transpose(2, 0, 1)  # (seeds, suites, 2) -> two of (seeds, suites)
+                every = np.concatenate([p, p.mean(1, keepdims=True)], 1)  # (seeds, suites + 1)
+                half = STUDENT.get(len(seeds), 2.26) * every.std(0, ddof=1) / len(seeds) ** 0.5 if seeds[1:] else 1.96 * np.append(v := p[0] * (1 - p[0]) / n[0], v.mean() / len(v)) ** 0.5
+                shown = [f"{100 * m:.1f} +- {100 * h:.1f}" for m, h in zip(every.mean(0), half)]
+            text += f"| {row} | {paper.get(row, '')} | {' | '.join(shown)} | {len(seeds)} |\n"
+    return text
+
+
+def curve_values(rows, columns):
+    """Columns of a csv as numbers, {name: values}; None where a row has none."""
+    return {c: [float(r[c]) if r.get(c) not in (None, "", "nan") else None for r in rows] for c in columns}
+
+
+def curve_sheet(title, curves, across=3, w=330, h=190):
+    """One panel a curve ({name: values}, `curve_values`), step by step (grey) and as a running mean (red): a picture."""
+    sheet = Image.new("RGB", (across * w, -(-len(curves) // across) * h), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, (name, values) in enumerate(curves.items()):
+        left, top, values = i % across * w + 46, i // across * h + 26, np.array([x for x in values if x is not None])
+        pen.text((left, top - 20), f"{title}: {name}", fill="black", font_size=13)
+        pen.rectangle((left, top, left + w - 60, top + h - 50), outline=(200, 200, 200))
+        if len(values) < 2:
+            continue
+        low, high = values.min(), max(values.max(), values.min() + 1e-9)
+        kernel = np.ones(max(1, min(5, len(values) // 8), len(values) // 25))
+        smooth = np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
+        at = lambda y: list(zip(left + np.linspace(0, w - 60, len(y)), top + (h - 50) * (1 - (y - low) / (high - low))))
+        pen.line(at(values), fill=(205, 205, 210))
+        pen.line(at(smooth), fill=(200, 30, 50), width=2)
+        for value, y in ((high, top - 4), (low, top + h - 62)):
+            pen.text((left - 44, y), f"{value:.3g}", fill=(90, 90, 90), font_size=11)
+        pen.text((left + w - 100, top + h - 48), f"{len(values)} steps", fill=(90, 90, 90), font_size=11)
+    return sheet
+
+
+# -------------------------------------------------------------------- what there is to look at: pictures, reports, one question
 
 def draw_gazes(t):
     """The picture with every gaze framed and numbered, in order."""
@@ -463,60 +519,6 @@ def record(t, world, v, pictures):
     scene, size, _ = add(q.scene, q.scene, data.SCENE_PX)
     return dict(question=q.text, answers=q.answers, kind=q.kind, setting=q.setting, scene=scene, size=size, targets=[q.scene.boxes[i] for i in q.targets],
                 turns=turns, tokens=tokens, r_acc=int(t.correct), r_fmt=int(t.well_formed))
-
-
-def accuracy_table(table):
-    """Accuracy in percent: the suites and "mean", and of each row its name and values."""
-    accuracy = {(r["row"], r["suite"]): 100 * float(r["value"]) for r in table if r["metric"] == "accuracy"}
-    suites = [s for s in SUITES if any(s == suite for _, suite in accuracy)]
-    rows = [[row, *(accuracy[row, s] for s in suites)] for row in dict.fromkeys(r["row"] for r in table)]
-    return dict(columns=[*suites, "mean"], rows=[[*row, sum(row[1:]) / max(1, len(suites))] for row in rows])
-
-
-def grid_tables(tables, measured, paper):
-    """Markdown of {table: its rows}: accuracy in percent, the mean of the seeds in `measured` (rows of results.csv) +- half of its 95 % interval, beside the paper's mean."""
-    accuracy = {(r["row"], r["seed"], r["suite"]): (float(r["value"]), int(r["n"])) for r in measured if r["metric"] == "accuracy"}
-    text = "Accuracy in percent, mean of the seeds +- half of the 95 % interval: over seeds (Student), or, where there is one seed, over questions (binomial). Empty: not measured yet.\n"
-    for name, rows in tables.items():
-        text += f"\n## {name}\n\n| row | paper, mean | {' | '.join(SUITES)} | mean | seeds |\n" + "|---" * (len(SUITES) + 4) + "|\n"
-        for row in rows:
-            seeds = [s for s in sorted({s for r, s, _ in accuracy if r == row}) if all((row, s, suite) in accuracy for suite in SUITES)]
-            shown = [""] * (len(SUITES) + 1)
-            if seeds:
-                p, n = np.array([[accuracy[row, s, suite] for suite in SUITES] for s in seeds]).transpose(2, 0, 1)  # (seeds, suites, 2) -> two of (seeds, suites)
-                every = np.concatenate([p, p.mean(1, keepdims=True)], 1)  # (seeds, suites + 1)
-                half = STUDENT[len(seeds)] * every.std(0, ddof=1) / len(seeds) ** 0.5 if seeds[1:] else 1.96 * np.append(v := p[0] * (1 - p[0]) / n[0], v.mean() / len(v)) ** 0.5
-                shown = [f"{100 * m:.1f} +- {100 * h:.1f}" for m, h in zip(every.mean(0), half)]
-            text += f"| {row} | {paper.get(row, '')} | {' | '.join(shown)} | {len(seeds)} |\n"
-    return text
-
-
-def curve_values(rows, columns):
-    """Columns of a csv as numbers, {name: values}; None where a row has none."""
-    return {c: [float(r[c]) if r.get(c) not in (None, "", "nan") else None for r in rows] for c in columns}
-
-
-def curve_sheet(title, curves, across=3, w=330, h=190):
-    """One panel a curve ({name: values}, `curve_values`), step by step (grey) and as a running mean (red): a picture."""
-    sheet = Image.new("RGB", (across * w, -(-len(curves) // across) * h), "white")
-    pen = ImageDraw.Draw(sheet)
-    for i, (name, values) in enumerate(curves.items()):
-        left, top = i % across * w + 46, i // across * h + 26
-        values = np.array([x for x in values if x is not None])
-        pen.text((left, top - 20), f"{title}: {name}", fill="black", font_size=13)
-        pen.rectangle((left, top, left + w - 60, top + h - 50), outline=(200, 200, 200))
-        if len(values) < 2:
-            continue
-        low, high = values.min(), max(values.max(), values.min() + 1e-9)
-        kernel = np.ones(max(1, min(5, len(values) // 8), len(values) // 25))
-        smooth = np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
-        at = lambda y: list(zip(left + np.linspace(0, w - 60, len(y)), top + (h - 50) * (1 - (y - low) / (high - low))))
-        pen.line(at(values), fill=(205, 205, 210))
-        pen.line(at(smooth), fill=(200, 30, 50), width=2)
-        for value, y in ((high, top - 4), (low, top + h - 62)):
-            pen.text((left - 44, y), f"{value:.3g}", fill=(90, 90, 90), font_size=11)
-        pen.text((left + w - 100, top + h - 48), f"{len(values)} steps", fill=(90, 90, 90), font_size=11)
-    return sheet
 
 
 def write_report(path, title, about, tries, pictures, table=None, curves=None):

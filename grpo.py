@@ -283,7 +283,7 @@ def labelled_pictures(config, seed, size, i):
 
 def labelled_picture(config, rng):
     """One picture and its labels."""
-    least, most, cells, sizes, _ = data.SETTINGS[rng.choices(list(data.SETTINGS), data.LESSONS_ON)[0]]
+    least, most, cells, sizes, _ = data.SETTINGS[rng.choices(list(data.LESSONS_ON), data.LESSONS_ON.values())[0]]
     px = 2 * config.picture  # shrunk to half, edges lie between pixels, too
     if rng.random() < 0.35:  # as a crop shows it: one shield, nearly as large as the picture, and more or less blurred
         least, most, cells, sizes, px = 1, 1, 1, (0.8, 1.0), rng.randint(config.picture // 3, config.picture)
@@ -333,7 +333,7 @@ def pieces_by_lot(env, rng):
 
 
 def see_step(policy, heads, batch, word_ids, opts):
-    """One step of the eyes' dense loss: L1 of the edges, relative to the sides of the box (as IoU counts it), plus cross-entropy of each part, on
+    """One step of the eyes' dense loss: 50 times the L1 of the edges, relative to the sides of the box (as IoU counts it), plus cross-entropy of each part, that of charges twice, on
     patches and on image tokens. And the token that shows the leftmost red round shall look like the words "red", "round" and "leftmost" in the
     decoder's own embedding, so that the decoder finds what it reads about. `word_ids`: {part: ids of its words}."""
     pictures, boxes, labels = batch
@@ -385,7 +385,7 @@ def say(env, t, question, response, topic=""):
 
 def wall(env, rng):
     """A wall to look at, some of its arms look-alikes: (trajectory that shows it, scene)."""
-    least, most, cells, sizes, twins = data.SETTINGS[rng.choices(list(data.SETTINGS), data.LESSONS_ON)[0]]
+    least, most, cells, sizes, twins = data.SETTINGS[rng.choices(list(data.LESSONS_ON), data.LESSONS_ON.values())[0]]
     towns = [fresh_town(rng) for _ in range(rng.randint(least, most))]
     for i in range(1, min(len(towns), 1 + rng.randint(0, twins))):
         towns[i] = data.Entity.with_arms(data.town_name(rng), {}, data.Arms.draw(rng, outline=towns[0].arms.outline, tincture=towns[0].arms.tincture))
@@ -487,8 +487,8 @@ def text_lesson(env, rng, searches=2):
 
 
 def ask_passages(env, rng, t, pieces, asked=3):
-    """A text search: two passages. What was searched for stands first in nine of ten (in 3,997 of 4,000 real searches); then values of either are asked for, by lot: who only
-    ever copied the first would never read the question."""
+    """A text search: two passages. What was searched for stands first in nine of ten (in 3,997 of 4,000 real searches). Mostly values of either are asked for after it, by lot: who
+    only ever copied the first would never read the question."""
     facts = [(e.name, r, v) for e in (fresh_town(rng, 2, pieces), fresh_town(rng, 2, pieces)) for r, v in e.facts.items()]
     shown = rng.sample(facts, 2)
     wanted = [shown[rng.random() < 0.1], *rng.choices(shown, k=asked - 1)]

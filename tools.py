@@ -468,13 +468,20 @@ class WorldError(ValueError):
     """A world that cannot be used; the message names file, line and way out."""
 
 
+LONGEST = 100_000  # characters a line: a file may be of any size, only one line is held at a time
+
+
 def lines(path, optional=False):
     """Yield ("file:line", text) of every line that is not blank, one at a time. WorldError if the file cannot be read; an `optional` one may be missing."""
     if optional and not path.is_file():
         return
     try:
         with open(path, encoding="utf-8-sig") as f:
-            yield from ((f"{path}:{n}", line) for n, line in enumerate(f, 1) if line.strip())
+            for n, line in enumerate(iter(lambda: f.readline(LONGEST + 1), ""), 1):
+                if len(line) > LONGEST:
+                    raise WorldError(f"{path}:{n}: longer than {LONGEST:,} characters. Write one JSON object a line")
+                if line.strip():
+                    yield f"{path}:{n}", line
     except (OSError, UnicodeDecodeError) as e:
         raise WorldError(f"{path}: cannot be read ({e}). A folder world needs this file, in UTF-8") from None
 

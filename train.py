@@ -1,4 +1,4 @@
-"""The command line: python train.py --stage pretrain | sft | rl | eval. Each stage is one loop, top to bottom. And reproduce: a grid of them.
+"""The command line: python train.py --stage pretrain | sft | rl | eval | reproduce. Each of the four stages is one loop, top to bottom; reproduce is a grid of them.
 
 From the paper: SFT on reflective trajectories, then GRPO on the questions that the SFT model mostly fails.
 Here instead: one stage more. `pretrain` makes the base model that the paper takes from the shelf: first the eyes alone, with labels on
@@ -170,9 +170,11 @@ def rl(a):
         bar.set_postfix(acc=f"{stats['accuracy']:.2f}", dead=f"{stats['dead']:.2f}", entropy=f"{stats['entropy']:.2f}")
         if step % a.show_every == 0:
             print("\n" + gog.tell(batch[int(advantages.argmax())]), file=sys.stderr)
+            if len(shown) > 200:
+                shown, pictures = [], {}  # the report of a long run begins anew, rather than grow without end
             shown += [for_report(a, t, world, v, pictures, key=f"{step} {i // a.group}", suite=f"step {step}", policy=f"rollout {i % a.group + 1}", advantage=advantages[i].item())
                       for i, t in enumerate(batch[:3 * a.group])]
-            about = f"Preset {a.preset}, seed {a.seed}, on {a.device}; three questions of every {a.show_every}th step."
+            about = f"Preset {a.preset}, seed {a.seed}, on {a.device}; three questions of every {a.show_every}th step from {shown[0]['key'].split()[0]} on."
             gog.write_report(run.folder / f"{a.name}-report.html", f"{a.label(a.world)}: groups of rollouts while RL trains", about, shown, pictures, curves=gog.curve_values(run.rows, CURVES))
         run.checkpoint([policy], opts, a.eval_every, step=step + 1, pass_rates=curriculum.pass_rates, pool=curriculum.pool, best=best,
                        python_rng=[curriculum.rng.getstate(), env.toolbox.rng.getstate()], torch_rng=generator.get_state().tolist())
@@ -195,32 +197,32 @@ def evaluate(a):
     and seeds in that file stay. Baselines that are schedules (gog.SCHEDULES) and `withheld` play the RL policy."""
     world, table, shown, pictures = data.open_world(a.world, a.seed_world, a.towns), [], [], {}
     policies = {"base": read_weights(a, a.weights("pretrain")), "sft": read_weights(a, a.weights("sft")), "rl": read_weights(a, a.weights("rl"))}
-    label, known, mine = a.examined(), make_toolbox(world, a.tools_fail, a.seed), a.row()
-    for name in (*gog.SUITES, *(["own"] if world.own[1:] else [])):
+    label, known, named = a.examined_world(), make_toolbox(world, a.tools_fail, a.seed), a.row()
+    for name in (*(["own"] if world.own[1:] else []), *gog.SUITES):
         try:
             searched, qs = (world, world.own[1::2]) if name == "own" else gog.suite(world, name, a.suite_size)
         except data.WorldError as e:  # a small world may know no deep chains, or no look-alikes
             print(f"suite {name} is left out: {e}", file=sys.stderr)
-            table += measure(a, "main", mine, label, name, {"left_out": (1, 0)}, time.time())
+            write_results(a, measure(a, "main", named, label, name, {"left_out": (1, 0)}, time.time()))
             continue
         toolbox = make_toolbox(searched, a.tools_fail, a.seed, late=True) if name == "live" and not a.stale else known
         # another policy than rl adds its row, and leaves those of others; and nobody knows where to look in a user's own picture
-        for row in (r for r in (ROWS if mine == "rl" else ("rl",)) if r != "oracle" or name != "own"):
+        for row in (r for r in (ROWS if named == "rl" else ("rl",)) if r != "oracle" or name != "own"):
             policy, v = policies.get(row, policies["rl"])
             began, env = time.time(), Environment(v, toolbox, policy.config, withhold=row == "withheld")
             tries = gog.evaluate(policy, env, qs, row, a.seed, a.turns, progress=f"{name}, {row}")
-            table += measure(a, "main", mine if row == "rl" else row, label, name, {k: (x, len(qs)) for k, x in gog.behaviour(tries).items()}, began)
-            for i, t in enumerate(tries[:2] if row == mine == "rl" else ()):
+            table += measure(a, "main", named if row == "rl" else row, label, name, {k: (x, len(qs)) for k, x in gog.behaviour(tries).items()}, began)
+            for i, t in enumerate(tries[:2] if row == named == "rl" and not a.seed else ()):
                 atomic(Path(a.results) / f"{label}-{name}-{i}.png", lambda p: gog.poster(t).save(p, format="PNG"))
             if row in policies:
-                shown += [for_report(a, t, searched, v, pictures, key=f"{name} {i}", suite=name, policy=mine if row == "rl" else row, advantage=None) for i, t in enumerate(tries[:a.shown])]
+                shown += [for_report(a, t, searched, v, pictures, key=f"{name} {i}", suite=name, policy=named if row == "rl" else row, advantage=None) for i, t in enumerate(tries[:a.shown])]
         write_results(a, table)  # suite by suite: what is measured is kept
     accuracy = gog.accuracy_table(table)
     print("\n".join(["", f"{'accuracy %':<12}" + "".join(f"{c:>8}" for c in accuracy["columns"]),
                      *(f"{row:<12}" + "".join(f"{x:8.1f}" for x in values) for row, *values in accuracy["rows"])]))
-    who = "the policies before SFT (base), after it (sft) and after RL (rl)" if mine == "rl" else mine
+    who = "the policies before SFT (base), after it (sft) and after RL (rl)" if named == "rl" else named
     about = f"Preset {a.preset}, seed {a.seed}, on {a.device}; the first {a.shown} questions of each suite, asked of {who}."
-    page = "-".join(["report", *([label] if a.trained_on else []), *([mine] if mine != "rl" else [])])  # of another world, of another row: another page
+    page = "-".join(["report", *([label] if a.trained_on else []), *([named] if named != "rl" else [])])  # of another world, of another row: another page
     gog.write_report(a.folder() / f"{page}.html", f"{label}: what the policies do", about, shown, pictures, accuracy, gog.curve_values(read_rows(a.weights("rl").with_suffix(".csv")), CURVES))
 
 
@@ -231,30 +233,37 @@ def for_report(a, t, world, v, pictures, **who):
 
 # ------------------------------------------------------------------------------------------------------------- the grid
 
-EXAMINED = ("tools_fail", "turns", "stale")  # flags of eval that ask another thing of the same policy
-GRID = {  # the flags of every row of the paper's tables, and of questions that it leaves open; a policy with a name of its own is trained first
+EVAL_FLAGS = ("tools_fail", "turns", "stale")  # flags of eval that ask another thing of the same policy
+GRID = {  # the flags of every row of the paper's tables, and of questions that it leaves open; a policy with a name of its own is trained first, on as many rollouts
     "main": [{}],
+    "robustness": [dict(tools_fail=0.05), dict(tools_fail=0.2), dict(stale=True), *(dict(turns=n) for n in (2, 4, 6, 10))],
     "curriculum": [dict(name=mode, curriculum=mode) for mode in ("level1", "level2", "all", "learnable", "adaptive")],
     "GRPO": [dict(name="group-4", group=4, rl_batch=64), dict(name="group-16", group=16, rl_batch=16), dict(name="mean-only", advantage="mean"), dict(name="lambda-0", lam=0.0),
              dict(name="lambda-0.2", lam=0.2), dict(name="kl-0.001", beta=0.001), dict(name="lr-0.01", rl_lr=0.01), dict(name="lr-0.1", rl_lr=0.1)],
-    "robustness": [dict(tools_fail=0.05), dict(tools_fail=0.2), dict(stale=True), *(dict(turns=n) for n in (2, 4, 6, 10))],
     "scale": [dict(name=f"demos-{n}", demos=n, rl_steps=0) for n in (500, 2000, 20000)]}
 PAPER = {"direct": 20.3, "full-search": 44.4, "no-gaze": 36.9, "sft": 43.3, "rl": 53.2, "level1": 50.5, "level2": 53.2}  # means of Qwen2.5-VL-7B; no-gaze: MMSearch-R1; level1: the mean of its row (printed: 47.28)
 
 
 def reproduce(a):
-    """Every row of GRID for seeds 0 .. a.seeds - 1 that results.csv lacks, training what must be; then grid.md beside it. Stopped at any time, it goes on where it was."""
-    path, todo = Path(a.results) / "results.csv", [replace(a, stage="eval", seed=seed, **flags) for seed in range(a.seeds) for rows in GRID.values() for flags in rows]
-    measured = lambda: [r for r in read_rows(path) if (r["world"], r["preset"]) == (a.examined(), a.preset)]
+    """Every row of GRID for seeds 0 .. a.seeds - 1 that results.csv or the run folder lacks, training what must be; after each, all that is known goes to grid.md beside it. Stopped at
+    any time, it goes on where it was. A row that cannot be (no question of level 1, say) is left out, and said at the end."""
+    if a.row() != "rl" or a.out or a.trained_on:
+        raise CheckpointError("--stage reproduce chooses --name, --out, --trained-on and the flags of eval itself, row by row. Leave them out")
+    path, todo, failed = Path(a.results) / "results.csv", [replace(a, stage="eval", seed=seed, **flags) for seed in range(a.seeds) for rows in GRID.values() for flags in rows], []
+    tables = {name: [*(ROWS if name == "main" else ["sft"] if name == "scale" else ["rl"]), *(replace(a, **flags).row() for flags in rows if flags)] for name, rows in GRID.items()}
+    measured = lambda: [r for r in read_rows(path) if (r["world"], r["preset"]) == (a.examined_world(), a.preset)]
     for n, b in enumerate(todo, 1):
-        there = {*gog.SUITES} <= {r["suite"] for r in measured() if (r["row"], r["seed"]) == (b.row(), str(b.seed))}
-        print(f"grid, {n} of {len(todo)}: {b.row()}, seed {b.seed}{', is there' if there else ''}", file=sys.stderr)
-        if not there:
-            through(b)
-    tables = {name: [*(ROWS if name == "main" else ["rl"]), *(replace(a, **flags).row() for flags in rows if flags)] for name, rows in GRID.items()}
-    text = gog.grid_tables(tables, measured(), PAPER)
-    atomic(path.with_name("grid.md"), lambda p: p.write_text(text, encoding="utf-8"))
-    print(text)
+        there = {r["suite"] for r in measured() if (r["row"], r["seed"]) == (b.row(), str(b.seed)) and r["n"] in ("0", str(b.suite_size))}  # 0: a suite that is left out
+        skip = b.weights("rl").is_file() and there >= {*gog.SUITES}
+        print(f"grid, {n} of {len(todo)}: {b.row()}, seed {b.seed}{', is there' if skip else ''}", file=sys.stderr)
+        try:
+            skip or through(b)
+        except (data.WorldError, CheckpointError) as e:
+            failed.append(f"{b.row()}, seed {b.seed}: {e}")
+        atomic(path.with_name("grid.md"), lambda p: p.write_text(gog.grid_tables(tables, measured(), PAPER), encoding="utf-8"))
+    print(f"to look at: {path.with_name('grid.md')}", file=sys.stderr)
+    if failed:
+        raise CheckpointError("\n".join(["these rows are left out:", *failed]))
 
 
 # ------------------------------------------------------------------------------------------------------------ run folder
@@ -321,6 +330,7 @@ class Run:
         self.lock_file.unlink(missing_ok=True)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
+
 # ---------------------------------------------------------------------------------------------------------------- tables
 
 COLUMNS = "table row world suite seed metric value n preset device minutes".split()
@@ -343,7 +353,7 @@ def write_results(a, rows):
 @dataclass
 class Args:
     """Every field is a flag, and its comment is the help."""
-    stage: str = "rl"  # pretrain, sft, rl or eval; a missing input stage runs first. reproduce: every row of GRID, in days
+    stage: str = "rl"  # pretrain, sft, rl or eval; a missing input stage runs first. reproduce: every row of GRID, some 5 hours a seed
     preset: str = "nano"  # tiny, nano or small
     device: str = "auto"  # auto, cuda, mps or cpu
     world: str = "heraldry"  # heraldry, or the path of a folder world
@@ -369,7 +379,7 @@ class Args:
     failure_rate: float = 0.03  # of tools while training
     sft_epochs: int = 1  # passes over the demonstrations
     sft_batch: int = 32  # trajectories a step
-    replay: float = 0.2  # lessons of the base model on top, for each demonstration, so that pointing and long plans are not forgotten
+    replay: float = 0.6  # lessons of the base model on top, for each demonstration, so that pointing and long plans are not forgotten
     sft_lr: float = 0.002  # of hidden matrices
     sft_adam_lr: float = 0.001  # of embeddings and norms
     rl_questions: int = 800  # that the SFT model is scored on, where the curriculum is not fresh
@@ -391,7 +401,7 @@ class Args:
     name: str = "rl"  # of the policy that rl writes, and of its row in the results; of another than "rl" eval adds the row only
     suite_size: int = 300  # questions a held-out suite
     shown: int = 11  # of these that report.html shows, for each of base, sft and rl
-    tools_fail: float = 0.0  # eval only: how often tools fail
+    tools_fail: float = 0.0  # eval only: how often tools fail (--failure-rate: while training)
     turns: int = gog.MAX_TURNS  # eval only: turns that a trajectory may have
     stale: bool = False  # eval only: what changed after training is not in the index
     seeds: int = 3  # of the grid
@@ -399,20 +409,23 @@ class Args:
 
     def folder(self, kind=""):
         """The run folder; the base model knows no world, so all worlds share it."""
-        taught = f"-{self.demos}demos" if self.demos != Args.demos else ""
-        return Path(self.out or f"out/{kind or self.label(self.trained_on or self.world) + taught}-{self.preset}-{self.seed}")
+        return Path(self.out or f"out/{kind or self.label(self.trained_on or self.world) + self.taught()}-{self.preset}-{self.seed}")
+
+    def taught(self):
+        """What sets an SFT policy apart from the usual one of its world."""
+        return f"-{self.demos}demos" if self.demos != Args.demos else ""
 
     def label(self, world):
         """The name of a world (heraldry or a path) with what sets it apart from the usual one: runs and results of different worlds never mix."""
         return Path(world).resolve().name + (f"-world{self.seed_world}" if self.seed_world else "") + (f"-{self.towns}towns" if self.towns != Args.towns else "")
 
-    def examined(self):
+    def examined_world(self):
         """The world of the results, and if the policy had never seen it."""
         return self.label(self.world) + ("-zero-shot" if self.trained_on else "")
 
     def row(self):
         """The row of the results: the policy's name, and what sets this examination apart from the usual one."""
-        return "-".join([self.name, *(f"{k.replace('_', '-')}-{getattr(self, k)}" for k in EXAMINED if getattr(self, k) != getattr(Args, k))])
+        return "-".join([self.name, *(f"{k.replace('_', '-')}-{getattr(self, k)}".removesuffix("-True") for k in EVAL_FLAGS if getattr(self, k) != getattr(Args, k))])
 
     def weights(self, stage):
         """What a stage leaves behind."""
@@ -442,7 +455,9 @@ def arguments(argv=None):
 def timed(a, stage):
     """Run a stage; its minutes and the peak memory of the process so far go to results/stages.csv, where the next run finds what to expect."""
     path, began = Path(a.results) / "stages.csv", time.time()
-    known = [r for r in read_rows(path) if (r["stage"], r["preset"], r["device"]) == (stage, a.preset, a.device)]
+    which = {"rl": a.name, "eval": a.row()}.get(stage, "rl")
+    world = a.label(a.world) + a.taught() * (stage == "sft") + (f", {which}" if which != "rl" else "")  # rows of the grid leave those of the main job alone
+    known = sorted((r for r in read_rows(path) if (r["stage"], r["preset"], r["device"]) == (stage, a.preset, a.device)), key=lambda r: r["world"] == world)
     expect = f", about {float(known[-1]['minutes']):.0f} minutes (as noted in {path})" if known else ""
     print(f"{stage}: preset {a.preset}, world {a.world}, seed {a.seed}, on {a.device}{expect}", file=sys.stderr)
     try:
@@ -450,8 +465,8 @@ def timed(a, stage):
     except NotFinite as e:
         bad, text = a.weights(stage).with_suffix(".bad.json"), json.dumps([{k: getattr(x, k) for k in ("ids", "trained", "logprobs")} for x in e.args[0]])
         atomic(bad, lambda p: p.write_text(text))
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # that of the run was for saving
         raise CheckpointError(f"{stage}: the gradient is not finite. It has changed nothing; its batch is in {bad}. Go on from the last checkpoint with --resume and a lower learning rate") from None
-    world = a.label(a.world) + (f", {a.row()}" if stage in ("rl", "eval") and a.row() != "rl" else "")  # rows of the grid leave those of the main job alone
     row = dict(stage=stage, preset=a.preset, world=world, device=a.device, minutes=f"{(time.time() - began) / 60:.1f}", peak_memory_mb=peak_memory(), seed=a.seed)
     write_rows(path, [row], ("stage", "preset", "world", "device", "seed"))
     print(f"{stage}: {row['minutes']} minutes, peak memory {row['peak_memory_mb']} MB", file=sys.stderr)

@@ -24,8 +24,7 @@ import grpo  # noqa: E402
 import tools  # noqa: E402
 from model import Cache, ModelConfig, Policy, Vocabulary  # noqa: E402
 from conftest import llama_twin  # noqa: E402
-from tools import TextIndex, describe  # noqa: E402
-from train import write_rows  # noqa: E402
+from tools import TextIndex, describe, write_rows  # noqa: E402
 
 
 def peer(module):

@@ -9,11 +9,12 @@ from dataclasses import fields
 import pytest
 from test_train import ROOT
 
+import tools
 import train
 import gog
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-RESULTS = {(r["world"], r["row"], r["suite"], r["metric"]): float(r["value"]) for r in train.read_rows(ROOT / "results" / "results.csv") if r["seed"] == "0" and r["preset"] == "nano"}
+RESULTS = {(r["world"], r["row"], r["suite"], r["metric"]): float(r["value"]) for r in tools.read_rows(ROOT / "results" / "results.csv") if r["seed"] == "0" and r["preset"] == "nano"}
 ROW = {"random": "random", "base": "base", "direct": "direct", "full": "full-search", "no": "no-gaze", "**SFT**": "sft", "**SFT": "rl", "observations": "withheld", "oracle": "oracle"}  # by its first word
 EXAM = {"by look": "iou look", "does this crop show it?": "verify", "compare a hit with what is wanted": "reflect", "read and copy": "copy", "copy any text": "copy any text",
         "caption a crop": "caption", "colour, shape": "visual", **{k: f"iou {k}" for k in ("colour", "shape", "order", "size", "position", "neighbour")}}
@@ -55,7 +56,7 @@ def test_the_exam_is_that_of_the_csv():
 
 def test_minutes_are_those_of_the_csv():
     """Prevents a promise about time or memory that nobody has measured."""
-    measured = {r["stage"]: r for r in train.read_rows(ROOT / "results" / "stages.csv") if (r["world"], r["preset"], r["device"], r["seed"]) == ("heraldry", "nano", "cpu", "0")}
+    measured = {r["stage"]: r for r in tools.read_rows(ROOT / "results" / "stages.csv") if (r["world"], r["preset"], r["device"], r["seed"]) == ("heraldry", "nano", "cpu", "0")}
     (rows,) = [rows for head, rows in tables(README) if head[1] == "minutes"]
     assert len(rows) == 4
     for stage, minutes, memory, _ in rows:

@@ -44,7 +44,7 @@ def test_both_stages_from_nothing(tmp_path):
 @pytest.mark.parametrize("flags, says", [
     (["--sead", "1"], "did you mean --seed"), (["--stage", "rl", "--world", "nowhere"], "nowhere"), (["--preset", "huge"], "huge"),
     (["--stage", "dance"], "dance"), (["--device", "abacus"], "abacus"), (["--device", "mps" if torch.cuda.is_available() else "cuda"], "this machine has"),
-    (["--towns", "5"], "--towns 5"), (["--name", "sft"], "--name sft")])
+    (["--towns", "5"], "--towns 5"), (["--name", "sft"], "--name sft"), (["--stage", "reproduce", "--out", "x"], "--stage reproduce chooses")])
 def test_mistakes_are_answered_in_one_line(tmp_path, flags, says):
     """Prevents a traceback for a user's mistake: exit code 2 and a last line that says what to do."""
     done = run(*flags, cwd=tmp_path)
@@ -93,10 +93,12 @@ def test_ctrl_c_saves_and_resume_is_exact(tmp_path, monkeypatch, capsys):
 
 
 def test_the_grid_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
-    """Prevents a grid that leaves holes, measures twice, or differs after a stop: Ctrl-C in the RL of its second row, then the same command, ends with the rows of an unbroken grid; a third
-    call trains and measures nothing. A row that asks another thing of the same policy trains none of its own."""
-    monkeypatch.setattr(train, "GRID", {"main": [{}], "GRPO": [dict(name="lambda-0", lam=0.0)], "robustness": [dict(turns=2)]})
+    """Prevents a grid that leaves holes, measures a finished row twice, or differs after a stop: Ctrl-C in the RL of its second row, then the same command, ends with the rows of an unbroken
+    grid; a third call trains nothing. A row that asks another thing of the same policy trains none of its own, one of other demonstrations has its own SFT, and one that fails stops no other."""
+    rows = [dict(name="lambda-0", lam=0.0), dict(name="demos-9", demos=9, rl_steps=0), dict(name="nothing", curriculum="level1")]
+    monkeypatch.setattr(train, "GRID", {"main": [{}], "GRPO": rows, "robustness": [dict(turns=2)]})
     monkeypatch.setattr(train, "ROWS", ("sft", "rl"))
+    monkeypatch.setattr(grpo, "pass_rates", lambda policy, env, pool, *_: [0.0] * len(pool))  # so there is no level 1
     real, told = train.Run.log, {}
 
     def interrupted(self, **row):
@@ -104,28 +106,26 @@ def test_the_grid_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
         if self.stage == "lambda-0" and row["step"] == 1:
             signal.raise_signal(signal.SIGINT)
 
-    def grid(folder, code=0):
+    def grid(folder, code):
         (tmp_path / folder).mkdir(exist_ok=True)
         monkeypatch.chdir(tmp_path / folder)
-        monkeypatch.setattr(sys, "argv", ["train.py", "--stage", "reproduce", "--seeds", "1", "--suite-size", "2", "--shown", "1", *TINY, "--out", "run", "--demos", "12"])
-        if code:
-            with pytest.raises(SystemExit) as stopped:
-                train.main()
-            assert stopped.value.code == code
-        else:
+        monkeypatch.setattr(sys, "argv", ["train.py", "--stage", "reproduce", "--seeds", "1", "--suite-size", "2", "--shown", "1", *TINY, "--demos", "12"])
+        with pytest.raises(SystemExit) as stopped:
             train.main()
-        rows = [{k: v for k, v in r.items() if k != "minutes"} for r in csv.DictReader(open("run/results.csv"))]
-        told[folder] = sorted(map(str, rows)), capsys.readouterr().err
-        return {r["row"] for r in rows if r["table"] == "main"}
+        assert stopped.value.code == code
+        measured = [{k: v for k, v in r.items() if k != "minutes"} for r in csv.DictReader(open("run/results.csv"))]
+        told[folder] = sorted(map(str, measured)), capsys.readouterr().err
+        return {r["row"] for r in measured if r["table"] == "main"}
 
-    assert grid("whole") == {"sft", "rl", "lambda-0", "rl-turns-2"} and not (tmp_path / "whole/run/rl-turns-2.safetensors").exists()
+    assert grid("whole", 2) == {"sft", "rl", "lambda-0", "demos-9", "rl-turns-2"} and "nothing, seed 0: no question is left" in told["whole"][1]
+    assert told["whole"][1].count("rl: preset") == 4 and told["whole"][1].count("sft: preset") == 2  # the row that fails is tried
     monkeypatch.setattr(train.Run, "log", interrupted)
     assert grid("broken", 130) == {"sft", "rl"}
     monkeypatch.setattr(train.Run, "log", real)
-    grid("broken")
+    grid("broken", 2)
     assert told["broken"][0] == told["whole"][0]
-    grid("broken")
-    assert told["broken"][0] == told["whole"][0] and told["broken"][1].count("is there") == 3 and "preset" not in told["broken"][1]
+    grid("broken", 2)
+    assert told["broken"][0] == told["whole"][0] and told["broken"][1].count("is there") == 4 and told["broken"][1].count("rl: preset") == 1
     assert "## GRPO" in (tmp_path / "broken/run/grid.md").read_text()
 
 
@@ -292,5 +292,5 @@ def test_muon_orthogonalises():
 
 def test_other_worlds_have_their_own_folders_and_rows():
     """Prevents a policy of one world from being taken for another's, and its results from replacing those."""
-    folders = [str(train.Args(**flags).folder()) for flags in ({}, dict(seed_world=1), dict(towns=500), dict(seed=1), dict(world="worlds/countries"), dict(world="."))]
+    folders = [str(train.Args(**flags).folder()) for flags in ({}, dict(seed_world=1), dict(towns=500), dict(seed=1), dict(demos=500), dict(world="worlds/countries"), dict(world="."))]
     assert len(set(folders)) == len(folders) and folders[0] == "out/heraldry-nano-0" and not folders[-1].startswith("out/-")
