@@ -7,7 +7,8 @@ Here instead: an invented world of *heraldry* (towns with coats of arms drawn by
 
 Reading order: names -> arms -> entities and worlds -> scenes -> referring expressions -> questions -> folder worlds (skip at first). From tools.py
 comes what these need: reading a user's files line by line, comparing pictures.
-Boxes are (x0, y0, x1, y1), integers 0..99: percent of the picture's width and height. There is no other box format outside the labels of the eyes.
+Boxes are (x0, y0, x1, y1), integers 0..99: percent of the picture's width and height. The policy, the expert and the scenes know no other
+format. (Pixels: only inside the crop, the image index and drawing. 0..1: only the labels from which the vision encoder, "the eyes", learns.)
 """
 import argparse
 import colorsys
@@ -27,7 +28,7 @@ from PIL import Image, ImageDraw, ImageOps
 from tools import WorldError, as_row, atomic, describe, flat, image_path, lines, to_pixels, unaccented
 
 ALIKE = 0.98  # two pictures whose descriptors have such a cosine are one to a search
-SCENE_PX = 384  # side of a scene in pixels; the model's glance is much smaller, a gaze goes back to these pixels
+SCENE_PX = 384  # side of a scene in pixels; the model is given it much smaller, a gaze goes back to these pixels
 
 # ---------------------------------------------------------------------------------------------------------------- names
 
@@ -60,7 +61,7 @@ VALUES = {  # relation -> how an invented value is drawn. Many, or a policy woul
     **dict.fromkeys(("towers", "number of wells", "number of mills"), lambda r: str(r.randint(2, 98))),
     **dict.fromkeys(("anthem", "dance"), lambda r: f"{r.choice(['Song', 'March', 'Hymn'])} of {word(r)}")}
 ALL_TOWNS = ("ruler", "towers")  # facts of every town; four others of VALUES and two of TOWN_LINKS, by lot, and its region
-TOWN_LINKS = ("twin", "rival", "ally", "neighbour")  # values that lead on to another town; one word each: a plan is copied word by word, and what stands before "of the" tells where to go on
+TOWN_LINKS = ("twin", "rival", "ally", "neighbour")  # values that lead on to another town. One word each: thoughts copy "river of the twin" from the question word by word, and behind a longer name it is harder to tell where to go on
 REGION_LINKS = ("capital", "stronghold")  # .. and from a region back to a town
 
 # ----------------------------------------------------------------------------------------------------------------- arms
@@ -152,7 +153,7 @@ class Entity:
     facts: dict = field(hash=False)
     arms: Arms | None = None
     path: Path | None = None
-    look: str = ""  # what a glance tells, e.g. 'red round'
+    look: str = ""  # what can be told from afar, e.g. 'red round'
     detail: str = ""  # what only a closer look tells, e.g. '2 gold crowns'
     blazon: str = ""  # the caption that the image index returns; contains look and detail
     aspect: float = 1.0  # width / height
@@ -196,7 +197,7 @@ def heraldry(seed=0, towns=3000):
     facts = lambda keys, more: {k: VALUES[k](rng) for k in (*keys, *rng.sample([k for k in VALUES if k not in keys], more))}
     entities = {n: Entity.with_arms(n, {**facts(ALL_TOWNS, 4), "region": rng.choice(regions)}, a) for n, a in zip(names, shields)}
     splits = split_names(names, rng)
-    for group in splits.values():  # a twin is of the same split; a region's capital may be of any, but only its name is read, its arms are not seen
+    for group in splits.values():  # links stay within a split; a region's capital may be of any but `late`: its name and facts may be read in training, its arms are never seen
         for n in group:
             entities[n].facts.update({link: rng.choice([t for t in group if t != n] or [n]) for link in rng.sample(TOWN_LINKS, 2)})
     for r in regions:
@@ -284,8 +285,9 @@ def layout(scene):
         rank("row", [x for x, _ in centre], (0, n - 1), 7)
         rank("column", [y for _, y in centre], (0, n - 1), 7)
         rank("size", [math.log((b[2] - b[0]) * (b[3] - b[1])) for b in boxes], (n - 1, 0), 0.4)
-    for j in range(n):  # i stands beside j if it is the only one near on that side, and about level with it
+    for j in range(n):  # who stands beside j? The only one within 45 on that side, if it is more than 18 away and at most 14 out of line (percent, between middles)
         for side, (across, down) in SIDES.items():
+            # of every object: how far it is on that side, and how far out of line
             away = [((c[0] - centre[j][0]) * across + (c[1] - centre[j][1]) * down, abs((c[0] - centre[j][0]) * down) + abs((c[1] - centre[j][1]) * across)) for c in centre]
             near = [i for i, (far, aside) in enumerate(away) if 0 < far <= 45 and aside <= 45]
             if len(near) == 1 and away[near[0]][0] > 18 and away[near[0]][1] <= 14:
@@ -326,7 +328,7 @@ def beside(looks, place):
 @dataclass(frozen=True)
 class Question:
     """`targets`: indices of the scene's objects that must be found; `phrases`: what to look for, in the words of a blazon;
-    `chain`: relations from the picture outwards. These three are the expert's knowledge; the policy sees scene and text only."""
+    `chain`: relations from the picture outwards. These and `expressions` are the expert's knowledge; the policy sees scene and text only."""
     text: str
     answers: tuple
     scene: Scene
@@ -350,7 +352,7 @@ LESSONS_ON = {"single": 2, "normal": 4, "twins": 3, "small": 4, "crowd": 2}  # h
 SFT_MIX = [("colour", "normal", 3), ("shape", "normal", 2), ("count", "normal", 6), ("colour", "single", 1), ("shape", "single", 1),
            ("name", "single", 1), ("hop1", "single", 1), ("name", "normal", 2), ("hop1", "normal", 4), ("name", "twins", 1),
            ("hop1", "twins", 2), ("hop2", "normal", 0.9), ("hop3", "normal", 0.3), ("hop2", "single", 0.3), ("hop3", "single", 0.2), ("compare", "normal", 1)]
-# Of RL: mostly plans (grpo.py, 5), and what it unlearnt without practice: single shields teach to glance, and a glance shows nothing of crowds and small look-alikes
+# Of RL: mostly long chains (why: grpo.py, 5). The last three keep up gazing: chains about a single shield are solved by a glance, and who only glances finds nothing on a crowded wall
 RL_MIX = [("count", "normal", 1), ("hop2", "normal", 1), ("hop3", "single", 1), ("hop3", "normal", 2), ("hop4", "single", 3), ("hop4", "normal", 4), ("hop5", "single", 2),
           ("hop1", "crowd", 1), ("hop2", "crowd", 1), ("hop1", "small", 2)]
 
@@ -365,7 +367,7 @@ def ask(world, kind, setting, split, rng):
     # the target first, then its look-alikes: this cut never drops them
     shown = list(chosen.values())[:max(rng.randint(least, most), min(len(chosen), twins + 1))]
     scene = hang(rng.sample(shown, len(shown)), world.noun, rng, cells, sizes)
-    names, targets = references(scene), [scene.entities.index(target)]
+    ways, targets = references(scene), [scene.entities.index(target)]  # ways: of each object {kind: expression}
     if kind == "count":
         colour = rng.choice(shown).look.split()[0]
         return Question(f"How many {scene.noun}s are {colour}?", (str(sum(e.look.split()[0] == colour for e in shown)),), scene, kind, setting)
@@ -373,8 +375,8 @@ def ask(world, kind, setting, split, rng):
         relation = count_relation(world)
         other = [i for i in range(len(shown)) if i != targets[0] and scene.entities[i].facts.get(relation, "").isdecimal()]
         targets += rng.sample(other, min(1, len(other)))
-    # with look-alikes only an expression that names the detail will do; without, never that one
-    pick = [rng.choice(sorted((k, t) for k, t in names[i].items() if (k == "detail") == bool(twins)) or [None]) for i in targets]
+    # where look-alikes hang, always by the detail (though "the leftmost" would do, too), so that a closer look is needed; elsewhere never
+    pick = [rng.choice(sorted((k, t) for k, t in ways[i].items() if (k == "detail") == bool(twins)) or [None]) for i in targets]
     if None in pick or kind == "compare" and len(targets) < 2:
         return None
     by, expressions = zip(*pick)  # kinds of expressions, and their words
@@ -382,7 +384,7 @@ def ask(world, kind, setting, split, rng):
     phrases = tuple(f"{e.look}, {e.detail}" if k == "detail" else e.look for e, k in zip(found, by))
     made = lambda text, answer, chain=(): Question(text, (answer,), scene, kind, setting, tuple(targets), phrases, chain, by)
     if kind in VISUAL:
-        useless = by[0] in ("look", kind) or kind == "shape" and world.noun != "shield"  # it would contain its answer; and all flags have one shape
+        useless = by[0] in ("look", kind) or kind == "shape" and world.noun != "shield"  # it would contain its answer; and nearly all flags have one shape
         return None if useless else made(f"What is the {kind} of the {expressions[0]}?", target.look.split()[VISUAL.index(kind)])
     if kind == "name":
         return made(f"What is the name of the {expressions[0]}?", target.name)
@@ -429,7 +431,7 @@ def folder_world(path, seed=0):
         folder_entity(entities, root, where, line)
     if len(entities) < 8:
         raise WorldError(f"{root / 'entities.jsonl'}: {len(entities)} entities, and splits need at least 8. Add more")
-    return World(root.resolve().name, "flag" if root.resolve().name == "countries" else "picture", entities,
+    return World(root.resolve().name, "flag" if root.resolve().name == "countries" else "picture", entities,  # what questions call them: the world that comes with the code has flags
                  split_names(entities, random.Random(f"folder/{seed}")), seed, tuple(own_question(root, *line) for line in lines(root / "questions.jsonl", optional=True)))
 
 

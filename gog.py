@@ -9,6 +9,7 @@ One whole trajectory (the protocol of its turns is tools.py's):
     <think> twin is Karvel Ost, for the river</think><search> Karvel Ost river</search>
         As for Karvel Ost, its river is Ilm. | In Karvel Ost the ruler is Te Gal IV.
     <think> river is Ilm</think><answer> Ilm</answer>
+The first thought always names the look of the shield that is meant, also where the question only says where it hangs: a hit is compared with that.
 Had the crop shown a blue square: <think> want red round, see blue square: no, look at red round, for the river of the twin</think><gaze> ...
 
 From the paper: Selective Gaze; reflection after a wrong gaze; six benchmarks, two in-domain and four out of it; full-search, direct and no-gaze baselines.
@@ -39,7 +40,7 @@ from model import Cache, CheckpointError, Vocabulary, load, pick
 from tools import ACTIONS, PASSAGES, Environment, Turn, atomic, flat, make_toolbox, normalise, parse, to_array, to_pixels, unaccented
 
 MAX_TURNS, TURN_TOKENS = 8, 90
-SAME = 75  # an image hit with a lower score shows something else (careful crops of what the index knows: 82 or more in 99 of 100; of flags that it lacks: below 75 in half)
+KNOWN = 75  # where no hit scores more, the picture probably shows nothing that the index knows. Look-alikes score more, too (careful crops of what the index knows: 82 or more in 99 of 100; of flags that it lacks: below 75 in half)
 FREE = [ACTIONS] * MAX_TURNS  # the schedule of a policy that may do what it wants
 
 # -------------------------------------------------------------------------------------------------------------- rollout
@@ -49,7 +50,7 @@ def rollout(policy, env, questions, group=1, temperature=1.0, schedule=FREE, gen
     """Let the policy answer questions: list of Q * group trajectories, a question's group side by side.
 
     schedule: the actions allowed, turn by turn; at its end a trajectory ends, too. rows: batch size.
-    room: tokens a trajectory may have; the next turn must fit in, or it ends. generator: torch.Generator on the policy's device.
+    room: tokens a trajectory may have (the longest demonstrations have some 600); the next turn must fit in, or it ends. generator: torch.Generator on the policy's device.
     """
     out, per_batch = [], max(1, rows // group)
     for start in tqdm(range(0, len(questions), per_batch), desc=progress, unit="batch", leave=False, disable=progress is None):
@@ -59,11 +60,11 @@ def rollout(policy, env, questions, group=1, temperature=1.0, schedule=FREE, gen
 
 def _rollout_batch(policy, env, questions, group, temperature, schedule, generator, room):
     scenes = [q.scene.picture() for q in questions]
-    glances = [to_array(s, env.side) for s in scenes]
+    shrunk = [to_array(s, env.side) for s in scenes]
     room = min(room, policy.config.context)
     cache = Cache(policy.config, len(questions), room, policy.device, policy.embed_tokens.weight.dtype)
-    trajectories = [env.prompt(q, g) for q, g in zip(questions, glances) for _ in range(group)]
-    hidden = _feed(policy, env, cache, [t.ids for t in trajectories[::group]], glances)
+    trajectories = [env.prompt(q, g) for q, g in zip(questions, shrunk) for _ in range(group)]
+    hidden = _feed(policy, env, cache, [t.ids for t in trajectories[::group]], shrunk)
     repeat = torch.arange(len(questions), device=policy.device).repeat_interleave(group)  # the prompt is read once for the whole group
     cache, hidden = cache.take(repeat) if group > 1 else cache, hidden[repeat]
     live, scenes = list(trajectories), [s for s in scenes for _ in range(group)]
@@ -92,7 +93,7 @@ def _feed(policy, env, cache, chunks, pictures):
     lengths = torch.tensor([len(c) for c in chunks], device=policy.device)
     ids = torch.nn.utils.rnn.pad_sequence(list(map(torch.tensor, chunks)), batch_first=True, padding_value=env.v.id["<pad>"]).to(policy.device)
     pictures = torch.from_numpy(np.stack(pictures)).to(policy.device) if pictures else None
-    hidden = policy(ids, pictures, env.image[0], cache, lengths)
+    hidden = policy(ids, pictures, env.image[0], cache, valid=lengths)  # so many of each row are real, the rest is padding
     return hidden[torch.arange(len(chunks), device=policy.device), lengths - 1]
 
 
@@ -149,8 +150,8 @@ def expert(q, rng, wrong_gaze=0.0, glance_first=0.0, missed=None):
     name and value from the tools. Its thoughts are its memory: what is still to be looked up (in the question's own order, the
     next step last), and what was found of the first of two. After each look it states what it wants and what it sees, and goes on where they differ.
 
-    missed: {target: (what somebody took it for, where they looked in vain)}: it begins there, then reads the picture anew. wrong_gaze: chance of
-    a look at an object that does not fit, or at bare wall. glance_first: chance of a useless glance at a crowded wall. All three are slips.
+    missed: {target: (look, box)}, where the base model itself points in vain and what it takes that for (grpo.misses): the expert begins with this mistake,
+    then recovers. wrong_gaze: where nothing is missed so, the chance of a look at an object that does not fit, or at bare wall. glance_first: chance of a useless glance at a crowded wall. All three are slips.
     """
     if q.search_free:
         yield (count_aloud(q.scene, q.text.split()[-1].strip("?")) if q.kind == "count" else
@@ -182,7 +183,7 @@ def _find(q, target, phrase, kind, rng, missed_here, wrong_gaze, glance_first, t
     """The expert's looks at one target, slips among them, until a hit fits what is wanted: returns (its name or None, what to think next)."""
     looks, boxes = [e.look for e in q.scene.entities], q.scene.boxes
     places = ["glance"] if len(looks) == 1 else [boxes[target]] if kind != "detail" else left_to_right([b for b, l in zip(boxes, looks) if l == looks[target]])
-    tries = [(phrase, place, False) for place in places]  # (what is wanted, where to look, is it a slip?)
+    tries = [(phrase, place, False) for place in places]  # (the look that the thought names, where to look, is it a slip?); it is the true look but in the base model's own mistake
     elsewhere = [b for b in (rng.choice([b for b, l in zip(boxes, looks) if l != looks[target]] or [None]), _bare_wall(boxes, rng)) if b]
     if missed_here:
         tries = [(*missed_here, True), *tries]
@@ -195,12 +196,13 @@ def _find(q, target, phrase, kind, rng, missed_here, wrong_gaze, glance_first, t
         left = [place] + [p for _, p, slip in tries[k + 1:] if not slip] if kind == "detail" and place != "glance" else []
         turn = f"<think> {joined(thought, look, plan(q.chain), memory)}{spots(left)}</think>{action}"
         obs = yield from _try(Slip(turn) if slipped else turn, action)
+        # a hit is compared with one word where the question gives only that ("the round shield"), else with the look that was named
         held_to = stated(kind, phrase) if kind in ("colour", "shape") else wanted
         name, seen = _best_hit(obs, held_to, kind)
         thought = compare_aloud(held_to, seen)
         if name:
             break
-    # what fits after a look at a wrong place is a stranger: None, and the demonstration is dropped
+    # what fits the base model's mistake is a stranger: None. Any other stranger that fits by chance leads to a wrong answer: grpo.instruct drops that, too
     return (name if wanted == phrase else None), joined(thought, name, plan(q.chain), memory)
 
 
@@ -238,7 +240,7 @@ def spots(boxes):
 
 
 def stated(kind, phrase):
-    """What of a look a hit is held to: of "the round shield" the shape, as the colour is the policy's own guess; likewise by colour; else all of it."""
+    """The words that a hit must match: asked for "the round shield" only "round", as the colour in the thought is a guess; asked for "the red shield" only "red"; else the whole phrase."""
     return phrase.split()[0] if kind == "colour" else phrase.split()[-1] if kind == "shape" else phrase
 
 
@@ -276,7 +278,7 @@ def _try(turn, action, patience=3):
 
 
 def _best_hit(obs, phrase, kind):
-    """(name, what the best hit shows): name is None if that does not fit the phrase. It is told in the same parts: colour, shape, look, or look and detail."""
+    """(name, what the best hit shows): name is None if that does not fit the phrase. What it shows is cut to what the phrase tells: colour, shape, look, or look and detail."""
     name, _, blazon = (obs or "").split(" | ")[0].partition(": ")
     look, *_, detail = blazon.split(", ") if ", " in blazon else (blazon, "")
     seen = f"{look}, {detail}" if "," in phrase else stated(kind, look) if look else ""
@@ -335,7 +337,7 @@ SUITES = {  # the six held-out suites, as (kind, setting, weight): what each iso
     "crowd": [("name", "crowd", 1), ("hop1", "crowd", 2)],  # MMSearch: more and smaller objects than in any demonstration (lessons in pointing know them)
     "live": [("hop1", "normal", 3), ("hop2", "normal", 1)],  # LiveVQA: facts rewritten, entities added after training
     "hops": [("hop4", "normal", 3), ("hop5", "normal", 1)]}  # DynVQA: more hops than any demonstration shows (lessons without pictures do)
-DEV_MIX = [(kind, setting, weight / sum(w for *_, w in mix)) for mix in SUITES.values() for kind, setting, weight in mix]  # every suite's as often
+DEV_MIX = [(kind, setting, weight / sum(w for *_, w in mix)) for mix in SUITES.values() for kind, setting, weight in mix]  # the mixes of all suites, each as heavy as the others
 
 
 def suite(world, name, n=300):
@@ -365,7 +367,7 @@ def gazes(t):
     return [(turn.argument, max((iou(turn.argument, b) for b in boxes), default=0.0)) for turn in t.turns if turn.kind == "gaze"]
 
 
-def wrong_gaze_then(t):
+def looked_elsewhere(t):
     """For every gaze that missed (IoU < 0.5): True if the next action is a gaze elsewhere (IoU with the missed box < 0.5)."""
     overlap, out = iter(gazes(t)), []
     for turn, after in zip(t.turns, [*t.turns[1:], Turn("answer")]):
@@ -385,7 +387,7 @@ def behaviour(trajectories):
     mean = lambda values: float(np.mean(values)) if len(values) else float("nan")
     kinds = [{t.kind for t in x.turns} & {"search", "glance", "gaze"} for x in trajectories]
     looked = [g for x in trajectories if x.question.targets for g in gazes(x)]
-    vain = [again for x in trajectories if x.question.targets for again in wrong_gaze_then(x)]
+    vain = [again for x in trajectories if x.question.targets for again in looked_elsewhere(x)]
     acts = Counter(t.kind for x in trajectories for t in x.turns)
     found = [any(u >= 0.5 for _, u in gazes(x)) for x in trajectories if x.question.targets and not x.question.search_free and len(x.question.scene.boxes) > 1]
     return {"accuracy": sum(x.correct for x in trajectories) / n, "well_formed": sum(x.well_formed for x in trajectories) / n,
@@ -547,7 +549,7 @@ def doubts(t):
     looks = [turn.observation for turn in t.turns if turn.kind in ("glance", "gaze") and turn.ok]
     found = normalise(" ".join(turn.observation for turn in t.turns if turn.kind != "malformed"))
     reasons = {"it ended without an answer": t.answer is None, "the answer stands in nothing that was found": found and f" {normalise(t.answer or '')} " not in f" {found} ",
-               "the picture is like nothing that is known": looks and not any(look.split(" ")[0].isdecimal() and int(look.split(" ")[0]) >= SAME for look in looks)}
+               "the picture is like nothing that is known": looks and not any(look.split(" ")[0].isdecimal() and int(look.split(" ")[0]) >= KNOWN for look in looks)}
     return ", ".join(reason for reason, holds in reasons.items() if holds)
 
 

@@ -9,12 +9,12 @@ Here instead, numbered:
      turn lambda = 0.1 into a full +-1.
   3. One update a batch, so the ratio is 1 (up to the rounding of bfloat16, where that is used) and the clip hardly ever binds (the loss is the
      general one).
-  4. The loss tells nothing about progress: advantages of a group sum to 0 (about 0.1 is left, as wrong trajectories have more tokens
-     than right ones). Watch accuracy and entropy instead.
-  5. `fresh`, the default curriculum: pass rates p belong to kinds of questions (four hops, counting ..). A kind is drawn with its weight in data.RL_MIX times
-     0.02 + p(1-p), and p is updated while the policy changes: what is too easy or too hard now teaches nothing now; and every question is a new one. Of 800 questions
-     that were scored one by one a policy learnt some by heart (+9.5 points on those, +3.9 on others); this way it gains as much on others (+4.1)
-     and nothing must be scored first. `level2` is the paper's curriculum, `adaptive` draws as `fresh` does, from questions that were scored first.
+  4. The value of the loss tells nothing about progress: the advantages of a group sum to 0, so it stays near 0.1 whatever happens (not at 0,
+     as wrong trajectories have more tokens than right ones). Watch accuracy and entropy instead.
+  5. `fresh`, the default curriculum: a pass rate p is kept for each kind of question (four hops, counting ..), not for each question. A kind is drawn with its weight
+     in data.RL_MIX times 0.02 + p(1-p), a new question of it is asked, and p follows the rollouts: what is too easy or too hard now teaches nothing now. Trained on
+     800 questions that were scored first, a policy gained 9.5 points on those and 3.9 on others; with `fresh` it gains 4.1 on others, and nothing must be
+     scored first. `level2` is the paper's curriculum, `adaptive` draws as `fresh` does, from questions that were scored first.
      A pass rate cannot tell what is half learnt from what is half luck: look-alikes and comparisons succeed half of the time, too, and their
      gradients have nothing in common (`signal`, grpo_step). So data.RL_MIX has few look-alikes (two parts of 18, against forgetting) and no
      comparisons: two batches of 256 rollouts of chains and counting had a cosine of 0.16, with many look-alikes among them 0.03.
@@ -162,7 +162,7 @@ def pass_rates(policy, env, pool, n=4, temperature=1.0, seed=0):
 
 
 def uncertain(policy, env, pool, n=4, seed=0):
-    """The uncertainty filter: those questions of the pool that n sampled answers without any tool do not all get right. Who fails the first is not asked again."""
+    """The uncertainty filter: keeps a question unless n sampled answers without any tool are all right. Where the first is wrong, no more are drawn."""
     generator, sure = torch.Generator(policy.device).manual_seed(seed), list(range(len(pool)))
     for tries in (1, n - 1):  # the others side by side: they share the reading of their prompt
         answered = gog.rollout(policy, env, [pool[i] for i in sure], tries, schedule=gog.SCHEDULES["direct"], generator=generator, rows=1024, room=192, progress="uncertainty filter")
@@ -191,7 +191,7 @@ def instruct(policy, env, world, n=5750, seed=0, wrong_gaze=0.2, glance_first=0.
     demos = chosen[True][:quota[True]] + chosen[False][:quota[False]]
     random.Random(f"shuffle/{seed}").shuffle(demos)
     print(f"GoG-Instruct: {len(demos)} trajectories of {asked} questions asked, {dropped} dropped by the uncertainty filter; "
-          f"{sum(any(gog.wrong_gaze_then(t)) for t in demos)} reflective", file=sys.stderr)
+          f"{sum(any(gog.looked_elsewhere(t)) for t in demos)} reflective", file=sys.stderr)
     return demos
 
 
@@ -207,15 +207,15 @@ def misses(policy, env, questions, rows=256):
         pictures = [to_array(questions[i].scene.picture(), env.side) for i, *_ in batch]
         for (i, target, _), turn in zip(batch, gog.respond(policy, env, prompts, pictures)):
             x0, y0, x1, y1 = box = turn.argument if turn.kind == "gaze" else (0, 0, 0, 0)
-            taken_for = re.split("look at |it ", turn.thought)[-1]
+            taken_for = re.split("look at |it ", turn.thought)[-1]  # thoughts end in "look at LOOK" or, by a neighbour, in "left of it LOOK" (gog.look_thought)
             if taken_for and min(x1 - x0, y1 - y0) >= 3 and data.iou(box, questions[i].scene.boxes[target]) < 0.5:
                 out[i][target] = taken_for, box
     return out
 
 
 class Curriculum:
-    """Draws indices of `pass_rates`: an entry for each question by "level1", "level2", "all", "learnable" (0 < p < 1/2) or "adaptive", for each kind of question by "fresh".
-    `worth`: weight of each entry, default 1; `pool`: those that may be drawn, default: what the mode says."""
+    """Decides what is asked next. `pass_rates` holds one rate a question (modes "level1", "level2", "all", "learnable": 0 < p < 1/2, "adaptive") or one a kind of question ("fresh").
+    `draw` gives indices into it. `worth`: weight of each entry, default 1; `pool`: the indices that may be drawn, default: what the mode allows."""
 
     def __init__(self, pass_rates, mode="fresh", seed=0, pool=None, worth=None):
         self.pass_rates, self.mode, self.rng, self.worth = pass_rates, mode, random.Random(seed), worth or [1] * len(pass_rates)
@@ -269,7 +269,7 @@ PARTS = {  # what can be told about the shield that a cell shows (None: bare wal
     "charge": [None, *data.CHARGES], "charge_tincture": list(data.TINCTURES), "count": [1, 2, 3], "row": range(3), "column": range(3), "size": range(3),
     **{(side, k): [None, *kinds] for side in data.SIDES for k, kinds in enumerate((data.TINCTURES, data.OUTLINES))}}
 FINE = ("ordinary", "ordinary_tincture", "charge", "charge_tincture", "count")  # not to be told from afar
-TIED = {  # parts that one word tells
+TIED = {  # part: the words for its labels 1, 2, ..; image tokens are drawn towards the embeddings of these words (see_step)
     "tincture": list(data.TINCTURES), "outline": list(data.OUTLINES), "row": data.ROW[1:], "column": data.COLUMN[1:], "size": data.SIZE[1:], "charge": list(data.CHARGES)}
 
 
@@ -341,7 +341,7 @@ def see_step(policy, heads, batch, word_ids, opts):
     out, where, label = torch.cat([heads[0](patches), heads[1](tokens)], 1).flatten(0, 1), boxes.flatten(0, 1), labels.flatten(0, 1)
     inside = where[:, 2] > 0
     sides = (where[inside, 2:] - where[inside, :2]).repeat(1, 2)  # (n, 4): width, height, width, height
-    loss = 50 * ((out[inside, :4] - where[inside]).abs() / sides).mean()  # 15: boxes of image tokens were a third worse (results/trials.md)
+    loss = 50 * ((out[inside, :4] - where[inside]).abs() / sides).mean()  # with 15 instead of 50 the boxes of image tokens were a third worse (results/trials.md)
     for k, (part, logits) in enumerate(zip(PARTS, out[:, 4:].split([*map(len, PARTS.values())], 1))):
         loss = loss + (1 + (part == "charge")) * cell_loss(logits, label[:, k])  # charges are learnt last: they count twice
     shown, tokens = labels[:, patches.shape[1]:].flatten(0, 1), tokens.flatten(0, 1)  # (B*N, parts), (B*N, D)
@@ -412,7 +412,7 @@ RARE = {"shape": 2, "order": 2, "neighbour": 3, "size": 6}  # expressions that f
 def wall_lesson(env, rng, questions=9):
     """Objects on a wall, each asked for once, by an expression (if one were asked for twice, its box would be copied with closed eyes from the first answer):
 
-        <bos> <image> x 16 point to the leftmost shield<sep> [<think> look at red round</think><gaze> 3 36 30 63</gaze><stop>] What is the colour .."""
+        <bos> <image> x 16 point to the leftmost shield<sep> [<think> look at red round</think><gaze> 3 36 30 63</gaze><stop>] What is the colour ..   (in brackets: trained)"""
     t, scene = wall(env, rng)
     if rng.random() < 0.15:  # or count, on a wall of its own: what has been pointed at would be copied, and nobody would learn to count
         colours = [e.look.split()[0] for e in rng.sample(scene.entities, len(scene.entities))]
@@ -527,7 +527,7 @@ def hit_list(rng, towns):
 def plan_lesson(env, rng, plans=7):
     """Nothing but plans: the first thought copies from the question what is to be looked up, in the question's own order. An errand has only one such thought.
 
-        <bos>What is the river of the twin of the red round shield?<sep> [<think> look at red round, for the river of the twin</think>] What .."""
+        <bos>What is the river of the twin of the red round shield?<sep> [<think> look at red round, for the river of the twin</think>] What ..   (in brackets: trained)"""
     t, world = begin(env), little_world(rng, pieces_by_lot(env, rng))
     for _ in range(plans):
         q = errand(world, rng)

@@ -7,8 +7,8 @@ From the paper: nothing but the role. The authors fine-tune Qwen2.5-VL-7B and Qw
 Here instead: 3 M parameters (`nano`) or 37 M (`small`), same shapes and nearly the same parameter names as the public Llama/SigLIP family (RMSNorm,
     RoPE, grouped-query attention, SwiGLU, tied embeddings), so that an independent implementation can check our logits.
 Additions that a small model on a small budget is glad of; the first two can be switched off in the configuration:
-  1. A convolutional stem: edges are cheaper to convolve than to discover (two minutes of dense labels: IoU of the patches' boxes 0.66
-     with a stem of two convolutions, 0.61 without; now it has four).
+  1. A convolutional stem: edges are cheaper to convolve than to discover (the vision encoder alone, after two minutes of telling for every
+     patch which box covers it: IoU 0.66 with a stem of two convolutions, 0.61 without; now it has four).
   2. `smear`, a short causal convolution over words: every position also sees the three embeddings before it, which is half of what a
      copying circuit needs, and lets <gaze> see both words of "red round" (grounding alone, 70 s from a fresh decoder: the right shield
      97 % of the time with three; 65 % with one; 43 % with three when image tokens, too, were mixed with their neighbours).
@@ -80,7 +80,7 @@ class Vocabulary:
         """`text`: what `to_text` gave, as a checkpoint keeps it."""
         self.tokenizer = Tokenizer.from_str(text)
         self.size, self.id = self.tokenizer.get_vocab_size(), {t: self.tokenizer.token_to_id(t) for t in TAGS}
-        assert self.id["<pad>"] != self.id["<stop>"]  # else masking the padding would also mask the end of a turn
+        assert self.id["<pad>"] != self.id["<stop>"]  # a turn must be able to end in an id that is never padding
         self.sampleable = [i not in range(TAGS.index("<stop>")) for i in range(self.size)]
 
     @classmethod
@@ -205,7 +205,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(layer, k, v, positions, mask.shape[-1])
             q = q.reshape(B, self.kv_heads, -1, self.c)  # (B, H, T, C) -> (B, K, H/K*T, C): heads that share keys read them once
-        if x.device.type == "cpu":  # where bfloat16 attention goes backwards at half the speed of float32
+        if x.device.type == "cpu":  # there the backward pass of attention is half as fast in bfloat16 as in float32
             q, k, v = q.float(), k.float(), v.float()
         with torch.autocast(x.device.type, enabled=False):
             mask = mask.to(q.dtype) if mask is not None else None
@@ -277,7 +277,7 @@ class Vision(nn.Module):
         self.norm = nn.LayerNorm(w)
         self.projector = nn.Linear(w * c.shuffle**2, c.width, bias=False)
         self.projector_norm = RMSNorm(c.width)  # fixes their length, which otherwise grows without end
-        nn.init.constant_(self.projector_norm.weight, 4.5)  # loud, or what text-trained layers add to them would drown what they show (results/trials.md: 55 % -> 92 %)
+        nn.init.constant_(self.projector_norm.weight, 4.5)  # loud, or what text-trained layers add to them would drown what they show (results/trials.md: pointing right in 55 % -> 92 %)
 
     def patches(self, pictures):
         """Features (B, P, W) of every patch."""
@@ -328,8 +328,8 @@ class Policy(nn.Module):
         return self.embed_tokens.weight.device
 
     def freeze_eyes(self, frozen=True):
-        """Hold the vision encoder still (its projector goes on learning); returns the policy. It saves two thirds of its cost, and what
-        the eyes have learnt cannot be unlearnt under the language model's gradient."""
+        """Hold the vision encoder still, or (frozen=False) let it learn again; its projector always learns. Returns the policy. A still encoder needs no
+        backward pass (two thirds of its cost), and what it has learnt cannot be unlearnt under the language model's gradient."""
         self.vision.requires_grad_(not frozen)
         self.vision.projector.requires_grad_(), self.vision.projector_norm.requires_grad_()
         return self
@@ -353,7 +353,7 @@ class Policy(nn.Module):
             x = x.masked_scatter((ids == image_id)[..., None], tokens.to(x.dtype))
         mask = None
         if cache is not None:  # a query at position p sees slots 0..p: this alone hides every garbage slot
-            positions = positions.clamp(max=cache.room - 1)
+            positions = positions.clamp(max=cache.room - 1)  # padding of a shorter row, or a row that has stopped, may point past the room; no real token does
             upto = int(positions.max()) + 1
             cache.grow(upto)
             unseen = torch.arange(upto, device=ids.device) > positions[..., None]
@@ -525,11 +525,21 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message names the file and the way out."""
 
 
+def write(path, tensors, meta):
+    """Tensors and `meta` (strings) in one safetensors file. OSError where the disk is full, which safetensors tells in an error of its own."""
+    def whole(temporary):
+        try:
+            save_file(tensors, temporary, metadata=meta)
+        except SafetensorError as e:
+            raise OSError(f"{path} could not be written: {e}") from None
+
+    atomic(path, whole)
+
+
 def save(model, path, **meta):
     """Weights, config and `meta` (strings) in one safetensors file."""
     weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-    header = {"config": json.dumps(asdict(model.config)), **meta}
-    atomic(path, lambda p: save_file(weights, p, metadata=header))
+    write(path, weights, {"config": json.dumps(asdict(model.config)), **meta})
 
 
 def read(path):
@@ -566,7 +576,7 @@ def save_state(path, modules, opts, **meta):
     for o, opt in enumerate(opts):
         for i, state in opt.state_dict()["state"].items():
             tensors |= {f"optimiser.{o}.{i}.{k}": torch.as_tensor(v).cpu().contiguous() for k, v in state.items()}
-    atomic(path, lambda p: save_file(tensors, p, metadata=meta))
+    write(path, tensors, meta)
 
 
 def load_state(path, modules, opts):

@@ -133,14 +133,14 @@ def rl(a):
     env = Environment(v, make_toolbox(world, a.failure_rate, a.seed), policy.config)
     validate = development(env, world, a)
     fresh = a.curriculum == "fresh"  # then the pool holds kinds of questions, and each is asked anew; else questions, scored once first
-    pool = grpo.kinds(world) if fresh else data.questions(world, data.RL_MIX, a.rl_questions, f"rl/{a.seed}") + list(world.own[::2])
+    askable = grpo.kinds(world) if fresh else data.questions(world, data.RL_MIX, a.rl_questions, f"rl/{a.seed}") + list(world.own[::2])
     reference = read_weights(a, a.weights("sft"))[0].requires_grad_(False) if a.beta else None
     # SGD: the gradients of two batches had a cosine of 0.16, those that AdamW would have made of them 0.06, and Muon's 0.02 (results/trials.md)
     opts = [torch.optim.SGD([p for p in policy.parameters() if p.requires_grad], a.rl_lr, momentum=0.9)]
     generator = torch.Generator(policy.device).manual_seed(a.seed)
     saved = run.resume([policy], opts) if a.resume else {}
-    rates = saved.get("pass_rates") or ([0.5] * len(pool) if fresh else grpo.pass_rates(policy, env, pool, 4, a.temperature, a.seed))
-    curriculum = grpo.Curriculum(rates, a.curriculum, a.seed, pool=saved.get("pool"), worth=[w[2] if isinstance(w, tuple) else 1 for w in pool])
+    rates = saved.get("pass_rates") or ([0.5] * len(askable) if fresh else grpo.pass_rates(policy, env, askable, 4, a.temperature, a.seed))
+    curriculum = grpo.Curriculum(rates, a.curriculum, a.seed, pool=saved.get("pool"), worth=[w[2] if isinstance(w, tuple) else 1 for w in askable])
     if saved:
         for rng, state in zip((curriculum.rng, env.toolbox.rng), saved["python_rng"]):
             rng.setstate((state[0], tuple(state[1]), state[2]))
@@ -161,7 +161,7 @@ def rl(a):
             break
         lr = set_lr(opts, lr_factor(step, a.rl_steps, warmup=3, decay=1.0))
         chosen = curriculum.draw(a.rl_batch)
-        batch, advantages, solved, stats = grpo.iteration(policy, reference, env, grpo.ask_each(world, [pool[i] for i in chosen], f"rl/{a.seed}/{step}"), opts, a, generator)
+        batch, advantages, solved, stats = grpo.iteration(policy, reference, env, grpo.ask_each(world, [askable[i] for i in chosen], f"rl/{a.seed}/{step}"), opts, a, generator)
         curriculum.seen(chosen, solved)
         run.log(step=step, **stats, lr=lr, development=score)  # that of the policy before this update
         bar.update()
@@ -234,7 +234,7 @@ def for_report(a, t, world, v, pictures, **who):
 # ------------------------------------------------------------------------------------------------------------- the grid
 
 EVAL_FLAGS = ("tools_fail", "turns", "stale")  # flags of eval that ask another thing of the same policy
-GRID = {  # the flags of every row of the paper's tables, and of questions that it leaves open; a policy with a name of its own is trained first, on as many rollouts
+GRID = {  # the flags of every row of the paper's tables, and of questions that it leaves open; a policy with a name of its own is trained first, by RL on as many rollouts (scale: by SFT only)
     "main": [{}],
     "robustness": [dict(tools_fail=0.05), dict(tools_fail=0.2), dict(stale=True), *(dict(turns=n) for n in (2, 4, 6, 10))],
     "curriculum": [dict(name=mode, curriculum=mode) for mode in ("level1", "level2", "all", "learnable", "adaptive")],
@@ -382,7 +382,7 @@ class Args:
     replay: float = 0.6  # lessons of the base model on top, for each demonstration, so that pointing and long plans are not forgotten
     sft_lr: float = 0.002  # of hidden matrices
     sft_adam_lr: float = 0.001  # of embeddings and norms
-    rl_questions: int = 800  # that the SFT model is scored on, where the curriculum is not fresh
+    rl_questions: int = 800  # questions that the SFT model is scored on first, where the curriculum is not fresh
     rl_dev: int = 300  # questions of the development split, for keeping the best policy
     rl_steps: int = 40  # updates
     rl_batch: int = 32  # questions a step
@@ -393,18 +393,18 @@ class Args:
     clip_low: float = 0.2  # the ratio is clipped to 1 - clip_low
     clip_high: float = 0.28  # .. 1 + clip_high
     advantage: str = "std"  # std or mean
-    curriculum: str = "fresh"  # level1, level2, all, learnable, adaptive (all of scored questions) or fresh (of scored kinds)
+    curriculum: str = "fresh"  # level1, level2, all, learnable, adaptive (all of questions that are scored first) or fresh (new questions of every kind, by pass rates that follow the rollouts)
     temperature: float = 0.8  # of rollouts
     eval_every: int = 20  # RL steps between looks at the development split, and between checkpoints
     show_every: int = 8  # RL steps between printed trajectories
     token_budget: int = 4000  # tokens a micro-batch: changes speed and memory, not the update
     name: str = "rl"  # of the policy that rl writes, and of its row in the results; of another than "rl" eval adds the row only
     suite_size: int = 300  # questions a held-out suite
-    shown: int = 11  # of these that report.html shows, for each of base, sft and rl
+    shown: int = 11  # questions of each suite that report.html shows, for each of base, sft and rl
     tools_fail: float = 0.0  # eval only: how often tools fail (--failure-rate: while training)
     turns: int = gog.MAX_TURNS  # eval only: turns that a trajectory may have
     stale: bool = False  # eval only: what changed after training is not in the index
-    seeds: int = 3  # of the grid
+    seeds: int = 3  # reproduce only: how many, from 0 on
     trained_on: str = ""  # eval only: examine the policies of another world (zero-shot); default --world
 
     def folder(self, kind=""):
@@ -496,13 +496,13 @@ def main():
         if a.device not in there:
             raise CheckpointError(f"--device {a.device}: this machine has {' and '.join(there)} only. Leave the flag out")
         data.open_world(a.world, a.seed_world, a.towns)  # a bad world is refused before anything is trained
-        reproduce(a) if a.stage == "reproduce" else through(a)
+        return reproduce(a) if a.stage == "reproduce" else through(a)
     except (data.WorldError, CheckpointError, OSError) as e:
-        print(f"\nerror: {e}", file=sys.stderr)
-        sys.exit(2)
+        told, code = f"error: {e}", 2
     except KeyboardInterrupt:
-        print(f"\nstopped. Checkpoints are written every {a.save_every} steps ({a.eval_every} of rl); the same command with --resume goes on from the last.", file=sys.stderr)
-        sys.exit(130)
+        told, code = f"stopped. Checkpoints are written every {a.save_every} steps ({a.eval_every} of rl); the same command with --resume goes on from the last.", 130
+    print(f"\n{told}", file=sys.stderr)  # the last line: a progress bar ends with the error that held it
+    sys.exit(code)
 
 
 if __name__ == "__main__":

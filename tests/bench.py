@@ -58,8 +58,8 @@ class Bench:
         other = None
         if peer("faiss"):
             import faiss
-            flat = faiss.IndexFlatIP(index.rows.shape[1])
-            flat.add(index.rows)
+            flat = faiss.IndexFlatIP(tools.WIDTH)
+            flat.add(np.concatenate(index.blocks))
             other = lambda: flat.search(describe(pictures), 5)
         return "queries", len(pictures), lambda: index.search(pictures, 5), "faiss IndexFlatIP on the same descriptors", other
 

@@ -137,9 +137,9 @@ def test_reflection_is_measured_against_the_missed_box(env, world):
     wrong = next(b for i, b in enumerate(q.scene.boxes) if i not in q.targets)
     right = q.scene.boxes[q.targets[0]]
     made = lambda *boxes: tools.Trajectory(q, turns=[tools.Turn("gaze", b) for b in boxes])
-    assert gog.wrong_gaze_then(made(wrong, right)) == [True]
-    assert gog.wrong_gaze_then(made(wrong, wrong)) == [False, False]
-    assert gog.wrong_gaze_then(made(right)) == []
+    assert gog.looked_elsewhere(made(wrong, right)) == [True]
+    assert gog.looked_elsewhere(made(wrong, wrong)) == [False, False]
+    assert gog.looked_elsewhere(made(right)) == []
 
 
 def test_a_neighbour_is_found_in_two_true_steps(world):
