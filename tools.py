@@ -117,7 +117,7 @@ def _unit(x):
 def _colours(x):
     """(n, SIDE, SIDE, 3) in 0..1 -> (n, 243): mean colour of each cell, measured from middle grey."""
     c, step = COLOUR_CELLS, SIDE // COLOUR_CELLS
-    cells = x.reshape(-1, c, step, c, step, 3).mean((2, 4)) - 0.5
+    cells = x.reshape(-1, c, step, c, step, 3).mean(2).mean(3) - 0.5  # (n, 9, 9, 3)
     return _unit((cells @ OPPONENT).reshape(len(x), -1))
 
 
@@ -126,11 +126,11 @@ def _edges(x):
 
     The three channels vote through their structure tensor, so a red-green edge counts though its grey value is flat.
     """
-    n = len(x)
+    n, x = len(x), np.ascontiguousarray(x.transpose(3, 0, 1, 2))  # (3, n, SIDE, SIDE): sums over channels are then sums of whole arrays
     dx, dy = np.zeros_like(x), np.zeros_like(x)
-    dx[:, :, 1:-1] = x[:, :, 2:] - x[:, :, :-2]
-    dy[:, 1:-1] = x[:, 2:] - x[:, :-2]
-    xx, yy, xy = (dx * dx).sum(-1), (dy * dy).sum(-1), (dx * dy).sum(-1)
+    dx[..., 1:-1] = x[..., 2:] - x[..., :-2]
+    dy[..., 1:-1, :] = x[..., 2:, :] - x[..., :-2, :]
+    xx, yy, xy = (dx * dx).sum(0), (dy * dy).sum(0), (dx * dy).sum(0)  # (n, SIDE, SIDE)
     angle = np.arctan2(2 * xy, xx - yy) * (ANGLES / (2 * np.pi))  # the doubled angle: up and down are one direction
     low, strength = np.floor(angle), np.sqrt(xx + yy)
     part, low = angle - low, low.astype(np.int64)
