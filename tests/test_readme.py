@@ -9,9 +9,11 @@ from dataclasses import fields
 import pytest
 from test_train import ROOT
 
+import data
+import gog
 import tools
 import train
-import gog
+from model import PRESETS, ModelConfig, Policy
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RESULTS = {(r["world"], r["row"], r["suite"], r["metric"]): float(r["value"]) for r in tools.read_rows(ROOT / "results" / "results.csv") if r["seed"] == "0" and r["preset"] == "nano"}
@@ -52,6 +54,51 @@ def test_the_exam_is_that_of_the_csv():
     assert len(told) == len(EXAM)
     for name, value in told.items():
         assert value.split()[0] == f"{RESULTS['lessons', 'base', 'held-out', EXAM[name]]:.2f}", name
+
+
+def value(world, row, suite, metric):
+    return lambda: RESULTS[world, row, suite, metric]
+
+
+def rows_of(name):
+    return tools.read_rows(ROOT / "results" / "runs" / f"{name}.csv")
+
+
+def parameters(preset):
+    """Millions of parameters."""
+    return sum(p.numel() for p in Policy(ModelConfig(**PRESETS[preset])).parameters()) / 1e6
+
+
+TRIALS = (ROOT / "results" / "trials.md").read_text(encoding="utf-8")
+COUNTRIES = data.open_world(str(ROOT / "worlds" / "countries"))
+TOLD = [  # what the text says outside its tables, and where it comes from
+    (r"\*\*SFT\*\* on ([\d,]+) expert", lambda: train.Args.demos), (r"One seed, (\d+) questions a suite", lambda: train.Args.suite_size), (r"with ([\d.]+) instead of 0\.2 lessons", lambda: train.Args.replay),
+    (r"`small` \((\d+) M\)", lambda: parameters("small")), (r"(\d+) M parameters in all", lambda: parameters("nano")), (r"`nano`, ([\d.]+) M", lambda: parameters("nano")), (r"`small`: (\d+) M", lambda: parameters("small")),
+    (r"the standard error of each is about ([\d.]+)", lambda: sum(100 * (p * (1 - p) / 300) ** 0.5 for p in (RESULTS["heraldry", "rl", s, "accuracy"] for s in gog.SUITES)) / 6),
+    (r"has an IoU of ([\d.]+);", value("lessons", "base", "held-out", "iou after a miss")), (r"counting is right in (\d+) %", lambda: 100 * RESULTS["lessons", "base", "held-out", "count more"]),
+    (r"in (\d+) % where there is one", lambda: 100 * RESULTS["lessons", "base", "held-out", "count one"]),
+    (r"some gaze finds the target in (\d+) % of `facts`", lambda: 100 * RESULTS["countries-zero-shot", "rl", "facts", "target_found"]),
+    (r"is such a world: (\d+) flags", lambda: len(COUNTRIES.entities)), (r"demonstrations show (\d+) flags", lambda: len(COUNTRIES.splits["train"])),
+    (r"no KL by default, `(\w+)`", lambda: train.Args.curriculum), (r"judge \| the same with exact match, λ = ([\d.]+)", lambda: train.Args.lam), (r"Here λ is ([\d.]+)", lambda: train.Args.lam),
+    (r"GRPO, G=(\d+)", lambda: train.Args.group), (r"of rollouts at temperature ([\d.]+)", lambda: train.Args.temperature), (r"greedy accuracy on (\d+) questions of the dev", lambda: train.Args.rl_dev),
+    (r"is noisy \((\d+) questions", lambda: train.Args.rl_batch), (r"printed every (\d+) updates", lambda: train.Args.eval_every), (r"a trajectory every (\d+) updates", lambda: train.Args.show_every),
+    (r"`\[picture\]` stands for (\d+) image", lambda: ModelConfig().image_tokens), (r"shrunk to (\d+) x", lambda: ModelConfig().picture), (r"a line has at most ([\d,]+) characters", lambda: tools.LONGEST)]
+
+
+@pytest.mark.parametrize("told, source", TOLD, ids=[told for told, _ in TOLD])
+def test_numbers_in_the_text_are_those_of_their_source(told, source):
+    """Prevents a number that was true once: what stands between the tables comes from a csv, from the trials or from the source, rounded as it is written."""
+    (written,) = {found.replace(",", "") for found in re.findall(told, README)}
+    real = source()
+    assert written == (real if isinstance(real, str) else f"{real:.{len(written.partition('.')[2])}f}")
+
+
+@pytest.mark.parametrize("told, tried", [
+    (r"crowds (\d+) instead of (\d+) %", r"crowded walls (\d+) -> (\d+) %"), (r"\+([\d.]+) points on themselves, \+([\d.]+) on others", r"\(\+([\d.]+)\), on 400 others.*?\(together \+([\d.]+)\)"),
+    (r"the right shield (\d+) instead of (\d+) %", r"(?=the right shield .*? (\d+) % with one)the right shield (\d+) % of the time"), (r"\(trials, (\w+)\)", r"\| (8e1446f) \|")])
+def test_what_was_tried_is_in_the_trials(told, tried):
+    """Prevents an expected effect that nobody has measured: numbers of exercises and answers stand in results/trials.md."""
+    assert re.search(told, README).groups() == re.search(tried, TRIALS).groups()
 
 
 def test_minutes_are_those_of_the_csv():
