@@ -25,9 +25,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 
-from tools import WorldError, as_row, atomic, describe, flat, image_path, lines, to_pixels, unaccented
+from tools import WorldError, as_row, atomic, describe, flat, image_path, lines, normalise, to_pixels, unaccented
 
 ALIKE = 0.98  # two pictures whose descriptors have such a cosine are one to a search
+LONGEST_SIDE = 1600  # of a user's picture, in pixels: a larger one is shrunk when it is read
 SCENE_PX = 384  # side of a scene in pixels; the model is given it much smaller, a gaze goes back to these pixels
 
 # ---------------------------------------------------------------------------------------------------------------- names
@@ -120,9 +121,8 @@ class Arms:
 
     def told(self):
         """In words: (look, ordinary or "", detail), e.g. ("red round", "white bend", "2 gold crowns")."""
-        plural = {"fish": "", "cross": "es"}.get(self.charge, "s") if self.count > 1 else ""
         return (f"{self.tincture} {self.outline}", f"{self.ordinary_tincture} {self.ordinary}" if self.ordinary else "",
-                f"{self.count} {self.charge_tincture} {self.charge}{plural}")
+                f"{self.count} {self.charge_tincture} {self.charge}" + {"fish": "", "cross": "es"}.get(self.charge, "s") * (self.count > 1))
 
     def picture(self, height):
         """RGBA picture of the given height in pixels, transparent outside the outline (drawn at 2x, then shrunk)."""
@@ -222,7 +222,7 @@ class Scene:
     def picture(self, px=SCENE_PX):
         """RGB, px square (a photo keeps its own size)."""
         if self.photo:
-            return _load(self.photo).convert("RGB")
+            return flat(_load(self.photo))
         rng = random.Random(self.seed)
         light, hue = rng.randint(110, 200), rng.choice(PLASTERS)
         plaster = tuple(light + h for h in hue)
@@ -253,9 +253,8 @@ def hang(entities, noun, rng, cells=3, sizes=(0.62, 0.95)):
     pitch, boxes = 99 / cells, []
     for e, cell in zip(entities, rng.sample(range(cells * cells), len(entities))):
         long = pitch * rng.choice((sizes[0], sum(sizes) / 2, sizes[1]))
-        w, h = (long, long / e.aspect) if e.aspect > 1 else (long * e.aspect, long)
+        w, h = (max(3, side) for side in ((long, long / e.aspect) if e.aspect > 1 else (long * e.aspect, long)))  # at least 3: less of a ribbon could not be gazed at
         slack = lambda side: (pitch - side) * rng.uniform(0.35, 0.65)
-        w, h = max(w, 3), max(h, 3)  # a ribbon of a picture: less could not be gazed at
         x, y = cell % cells * pitch + slack(w), cell // cells * pitch + slack(h)
         boxes.append((round(x), round(y), round(x + w), round(y + h)))
     return Scene(tuple(entities), tuple(boxes), noun, rng.getrandbits(48))
@@ -349,9 +348,8 @@ SETTINGS = {  # name: (least, most objects, cells, sizes, look-alikes of the tar
     "single": (1, 1, 1, (0.45, 0.8), 0), "normal": (2, 6, 3, (0.66, 0.98), 0), "twins": (3, 6, 3, (0.66, 0.98), 2),
     "small": (4, 6, 3, (0.52, 0.72), 2), "crowd": (7, 10, 4, (0.7, 0.98), 0)}
 LESSONS_ON = {"single": 2, "normal": 4, "twins": 3, "small": 4, "crowd": 2}  # how often the base model's lessons draw each: where shields hang freely (one alone, small ones) takes more practice than a full wall
-SFT_MIX = [("colour", "normal", 3), ("shape", "normal", 2), ("count", "normal", 6), ("colour", "single", 1), ("shape", "single", 1),
-           ("name", "single", 1), ("hop1", "single", 1), ("name", "normal", 2), ("hop1", "normal", 4), ("name", "twins", 1),
-           ("hop1", "twins", 2), ("hop2", "normal", 0.9), ("hop3", "normal", 0.3), ("hop2", "single", 0.3), ("hop3", "single", 0.2), ("compare", "normal", 1)]
+SFT_MIX = [("colour", "normal", 3), ("shape", "normal", 2), ("count", "normal", 6), ("colour", "single", 1), ("shape", "single", 1), ("name", "single", 1), ("hop1", "single", 1),
+           ("name", "normal", 2), ("hop1", "normal", 4), ("name", "twins", 1), ("hop1", "twins", 2), ("hop2", "normal", 0.9), ("hop3", "normal", 0.3), ("hop2", "single", 0.3), ("hop3", "single", 0.2), ("compare", "normal", 1)]
 # Of RL: mostly long chains (why: grpo.py, 5). The last three keep up gazing: chains about a single shield are solved by a glance, and who only glances finds nothing on a crowded wall
 RL_MIX = [("count", "normal", 1), ("hop2", "normal", 1), ("hop3", "single", 1), ("hop3", "normal", 2), ("hop4", "single", 3), ("hop4", "normal", 4), ("hop5", "single", 2),
           ("hop1", "crowd", 1), ("hop2", "crowd", 1), ("hop1", "small", 2)]
@@ -372,7 +370,7 @@ def ask(world, kind, setting, split, rng):
         colour = rng.choice(shown).look.split()[0]
         return Question(f"How many {scene.noun}s are {colour}?", (str(sum(e.look.split()[0] == colour for e in shown)),), scene, kind, setting)
     if kind == "compare":
-        relation = count_relation(world)
+        relation = "towers" if world.noun == "shield" else "number of neighbours"  # whole numbers below 100
         other = [i for i in range(len(shown)) if i != targets[0] and scene.entities[i].facts.get(relation, "").isdecimal()]
         targets += rng.sample(other, min(1, len(other)))
     # where look-alikes hang, always by the detail (though "the leftmost" would do, too), so that a closer look is needed; elsewhere never
@@ -401,11 +399,6 @@ def ask(world, kind, setting, split, rng):
         chain.append(rng.choice([r for r in options if r not in chain] or options))  # "twin of the twin" only where nothing else leads on
         values.append(facts[chain[-1]])
     return made(f"What is the {' of the '.join(reversed(chain))} of the {expressions[0]}?", values[-1], tuple(chain))
-
-
-def count_relation(world):
-    """The relation that 'which has more' asks about: its values are whole numbers below 100."""
-    return "towers" if world.noun == "shield" else "number of neighbours"
 
 
 def questions(world, mix, n, seed, split=("train",)):
@@ -439,47 +432,56 @@ def folder_entity(known, root, where, line):
     """One line of entities.jsonl joins those `known` before, {name: Entity}."""
     row = as_row(where, line)
     name, facts = row.get("name"), row.get("facts", {})
-    if not isinstance(name, str) or not name.strip() or name in known or ": " in name or " | " in name:
-        raise WorldError(f"{where}: 'name' is missing, given twice or holds ': ' or ' | ' ({name!r}). Give every entity one name of its own")
-    if not isinstance(facts, dict) or any(not isinstance(v, str) or not v.strip() or " | " in v for v in facts.values()):
-        raise WorldError(f"{where}: a fact of {name!r} is not a non-empty string, or holds ' | '. Write facts as {{\"relation\": \"value\"}}")
-    image = image_path(root, row.get("image"), where)
-    colours, aspect = _tinctures(image, where)
+    if not plain(name) or name in known or ": " in name:
+        raise WorldError(f"{where}: 'name' is missing, given twice, over 200 characters, or holds ': ', ' | ', < or > ({str(name)[:80]!r}). Give every entity one name of its own")
+    if not isinstance(facts, dict) or not all(plain(x) for fact in facts.items() for x in fact):
+        raise WorldError(f"{where}: a fact of {name!r} is no text of 1 to 200 characters, holds ' | ', <, > or a line break, or nothing that counts in an answer. Write facts as {{\"relation\": \"value\"}}")
+    colours, aspect = _tinctures(image := image_path(root, row.get("image"), where), where)
     look, detail = f"{colours[0]} {'banner' if aspect > 1.2 else 'square'}", " and ".join(colours[1:]) or "plain"
     known[name] = Entity(name, {k.replace("_", " "): v for k, v in facts.items()}, None, image, look, detail, f"{look}, {detail}", aspect)
+
+
+def plain(text):
+    """Can it be told, copied and compared? A text of 1 to 200 characters without tags, line breaks and " | ", of which something counts in an answer."""
+    return isinstance(text, str) and len(text) <= 200 and normalise(text) and not any(mark in text for mark in ("<", ">", "\n", "\r", " | "))
 
 
 def own_question(root, where, line):
     """One line of the optional `questions.jsonl`: {"image", "question", "answers": [..], "box": [x0, y0, x1, y1] of the target or left out}."""
     row = as_row(where, line)
     text, answers, box = row.get("question"), row.get("answers"), row.get("box", [])
-    if not isinstance(text, str) or not isinstance(answers, list) or not answers or not all(isinstance(a, str) and a.strip() for a in answers):
-        raise WorldError(f"{where}: 'question' must be text and 'answers' a list of texts, e.g. [\"Paris\"]")
+    if not plain(text) or not isinstance(answers, list) or not answers or not all(map(plain, answers)):
+        raise WorldError(f"{where}: 'question' must be text and 'answers' a list of texts, e.g. [\"Paris\"], each of 1 to 200 characters, without ' | ', < and >")
     if box and not (isinstance(box, list) and len(box) == 4 and all(type(x) is int and 0 <= x <= 99 for x in box) and box[0] < box[2] and box[1] < box[3]):
         raise WorldError(f"{where}: 'box' must be four whole numbers 0 to 99, left < right and top < bottom (percent of the picture), not {box!r}")
-    path = image_path(root, row.get("image"), where)
-    check_image(path, where)
+    check_image(path := image_path(root, row.get("image"), where), where)
     return Question(text, tuple(answers), Scene((), (tuple(box),) if box else (), "picture", 0, path), "own", targets=(0,) if box else ())
 
 
 @lru_cache(maxsize=4)
 def open_world(where, seed=0, towns=3000):
     """"heraldry", or the folder of a world."""
-    if where == "heraldry" and towns < 40:
-        raise WorldError(f"--towns {towns}: too few to be split. Ask for 40 or more")
+    if where != "heraldry" and Path(where).resolve().name == "heraldry":
+        raise WorldError(f"{where}: a folder of this name would share its results with the built-in world. Rename it")
     return heraldry(seed, towns) if where == "heraldry" else folder_world(where, seed)
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=256)
 def _load(path):
-    return ImageOps.exif_transpose(Image.open(path)).convert("RGBA")
+    picture = ImageOps.exif_transpose(Image.open(path, formats=("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")))
+    if picture.mode[0] in "IF":  # grey of 16 bits or more, which Pillow would cut off at 255
+        x = np.asarray(picture, np.float32)
+        picture = Image.fromarray((x * (255 / (65535 if picture.mode[0] == "I" else x.max()))).clip(0, 255).astype(np.uint8))
+    picture = picture.convert("RGBA")
+    picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
+    return picture
 
 
 def check_image(path, where="command line"):
     """The picture at `path`, RGBA; WorldError if it cannot be read."""
     try:
         return _load(Path(path))
-    except (OSError, ValueError, Image.DecompressionBombError) as e:
+    except Exception as e:  # a broken file may make Pillow raise nearly anything
         raise WorldError(f"{where}: image {path} cannot be read ({e}). Replace it with a PNG or JPEG") from None
 
 
@@ -487,15 +489,14 @@ def _tincture(rgb):
     """The tincture that a person would call a colour (0..255 each): black or white where it is dark or pale, else that of the nearest hue. Navy is blue, not black."""
     hsv = lambda colour: colorsys.rgb_to_hsv(*(c / 255 for c in colour))
     hue, saturation, value = hsv(rgb)
-    grey = "white" if value > 0.5 else "black"
-    return grey if saturation < 0.25 or value < 0.2 else min((t for t in TINCTURES if t not in ("white", "black")), key=lambda t: abs((hue - hsv(TINCTURES[t])[0] + 0.5) % 1 - 0.5))
+    return ("white" if value > 0.5 else "black") if saturation < 0.25 or value < 0.2 else min((t for t in TINCTURES if t not in ("white", "black")), key=lambda t: abs((hue - hsv(TINCTURES[t])[0] + 0.5) % 1 - 0.5))
 
 
 def _tinctures(path, where):
     """The tincture names that cover at least an eighth of a picture, largest first, and its aspect (width / height)."""
     art = check_image(path, where)
     count = Counter(_tincture(rgba[:3]) for rgba in art.resize((24, 24), Image.BOX).get_flattened_data() if rgba[3] > 127)
-    return [t for t in sorted(TINCTURES, key=lambda t: -count[t]) if count[t] >= max(1, count.total() / 8)] or ["white"], art.width / art.height
+    return [t for t in sorted(TINCTURES, key=lambda t: -count[t]) if count[t] >= max(1, count.total() / 8)] or ["white"], min(20, max(0.05, art.width / art.height))
 
 
 # ------------------------------------------------------------------------------- python data.py check | preview FOLDER

@@ -96,7 +96,7 @@ def supervised_step(policy, env, batch, opts, budget=4000):
         logp, _ = token_logprobs(policy, env, part)
         (-logp.sum() / total).backward()
         loss -= logp.sum().item() / total
-    return loss, update(policy, opts, batch)
+    return loss, update(policy, opts, batch, loss)
 
 
 def grpo_step(policy, reference, env, batch, advantages, opts, a):
@@ -122,7 +122,7 @@ def grpo_step(policy, reference, env, batch, advantages, opts, a):
                 totals[name] += value / tokens
         grads.append(torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in policy.parameters() if p.requires_grad]))  # they add up: the second is that of both
     totals["signal"] = F.cosine_similarity(grads[0], grads[1] - grads[0], 0).item()
-    totals["grad_norm"] = update(policy, opts, [batch[i] for i in alive])  # nobody alive, no gradient: nothing moves
+    totals["grad_norm"] = update(policy, opts, [batch[i] for i in alive], totals["loss"])  # nobody alive, no gradient: nothing moves
     return totals
 
 
@@ -350,7 +350,7 @@ def see_step(policy, heads, batch, word_ids, opts):
         alike = torch.cat([torch.zeros_like(alike[:, :1]), alike], 1)  # label 0, none of the words (bare wall, in the middle), scores 0
         loss = loss + (1 + (part == "charge")) * cell_loss(alike, shown[:, list(PARTS).index(part)])
     loss.backward()
-    return loss.item(), update(policy.vision, opts)
+    return loss.item(), update(policy.vision, opts, loss=loss.item())
 
 
 def cell_loss(logits, label):

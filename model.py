@@ -505,13 +505,13 @@ def set_lr(opts, factor):
 
 
 class NotFinite(ArithmeticError):
-    """A gradient that is no number: nothing has been changed by it. Raised with the batch of trajectories that gave it."""
+    """A loss, a gradient or a weight that is no number: nothing has been changed by it. Raised with the batch of trajectories that gave it, where there is one."""
 
 
-def update(module, opts, batch=(), clip=1.0):
-    """One step of the optimisers on the gradients of `batch`, those of `module` clipped to norm `clip`; returns the norm before that."""
+def update(module, opts, batch=(), loss=0.0, clip=1.0):
+    """One step of the optimisers on the gradients of `batch`, those of `module` clipped to norm `clip`; returns the norm before that. NotFinite if that, or the loss, is no number."""
     norm = torch.nn.utils.clip_grad_norm_(module.parameters(), clip).item()
-    if not math.isfinite(norm):
+    if not math.isfinite(norm + loss):
         raise NotFinite(batch)
     for o in opts:
         o.step()
@@ -526,12 +526,16 @@ class CheckpointError(ValueError):
 
 
 def write(path, tensors, meta):
-    """Tensors and `meta` (strings) in one safetensors file. OSError where the disk is full, which safetensors tells in an error of its own."""
+    """Tensors and `meta` (strings) in one safetensors file. OSError where the disk is full, which safetensors tells in an error of its own; NotFinite, with the file before
+    left as it was, where a number has become none."""
+    if not all(t.isfinite().all() for t in tensors.values()):
+        raise NotFinite(())
+
     def whole(temporary):
         try:
             save_file(tensors, temporary, metadata=meta)
         except SafetensorError as e:
-            raise OSError(f"{path} could not be written: {e}") from None
+            raise OSError(e) from None
 
     atomic(path, whole)
 
@@ -556,13 +560,15 @@ def load(path, device="cpu", **expected):
     try:
         meta, weights = read(path)
     except (SafetensorError, OSError) as e:
-        raise CheckpointError(f"{path}: not a readable safetensors file ({e}). Delete it and train again") from None
+        raise CheckpointError(f"{path}: not a readable safetensors file ({e}). If it is broken, delete it and train again") from None
     try:
         given = json.loads(meta["config"])
         model = Policy(ModelConfig(**{f.name: given[f.name] for f in fields(ModelConfig)}))
         model.load_state_dict(weights)
-    except (KeyError, TypeError, ValueError, RuntimeError) as e:
-        raise CheckpointError(f"{path}: weights of another shape or version ({str(e).splitlines()[0]}). Delete it and train again") from None
+        if Vocabulary(meta["tokenizer"]).size != model.config.vocab:
+            raise ValueError("a tokenizer of another size")
+    except Exception as e:  # a header may hold anything, and `tokenizers` knows no error of its own
+        raise CheckpointError(f"{path}: weights of another shape or version ({repr(e).splitlines()[0][:200]}). Delete it and train again") from None
     for key, value in expected.items():
         if meta.get(key) != value:
             raise CheckpointError(f"{path}: made with another {key} ({str(meta.get(key))[:24]}... instead of {value[:24]}...). "

@@ -23,7 +23,10 @@ environment wrote, and an expert's slips (never trained). Token ids are never de
 Reading order: crop -> how pictures and texts are compared -> the two indices -> toolbox -> turns -> trajectory and environment -> files.
 Boxes are (x0, y0, x1, y1), integers 0..99: percent of the picture's width and height.
 """
+import argparse
 import csv
+import difflib
+import inspect
 import io
 import itertools
 import json
@@ -34,7 +37,7 @@ import sys
 import unicodedata
 import zlib
 from array import array
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
 
@@ -259,7 +262,7 @@ class TextIndex:
         return [found[q] for q in queries]
 
     def _search(self, wanted, k):
-        if not self.passages:
+        if not len(self.keys):
             return []
         keys, weights = np.array([*wanted], np.uint32), np.array([*wanted.values()], np.float32)
         at = np.searchsorted(self.keys, keys).clip(max=len(self.keys) - 1)
@@ -328,12 +331,20 @@ class Toolbox:
                 else:
                     views[i] = picture
             self.counts["failed"] += out[i] is not None
-        for i, found in zip(views, self.image_index.search(list(views.values()), HITS)):
+        for i, found in zip(views, self._ask(self.image_index, views)):
             text = " | ".join(f"{min(99, int(100 * score))} {name}: {caption}" for score, name, caption in found)
             out[i] = Observation(text or "nothing found", views[i] if calls[i][0] == "gaze" else None)
-        for i, found in zip(queries, self.text_index.search(list(queries.values()), HITS)):
+        for i, found in zip(queries, self._ask(self.text_index, queries)):
             out[i] = Observation(" | ".join(passage for _, passage in found) or "nothing found")
-        return out
+        return [o or Observation("search failed", None, False) for o in out]
+
+    def _ask(self, index, wanted):
+        """The hits for every value of a dict; none at all where the index cannot be reached (OSError, as a net or a disk gives)."""
+        try:
+            return index.search(list(wanted.values()), HITS)
+        except OSError:
+            self.counts["failed"] += len(wanted)
+            return []
 
 
 PASSAGES = (  # how a fact may be worded, the value last; the policy has to find the value, never to recall it
@@ -490,13 +501,15 @@ def lines(path, optional=False):
     if optional and not path.is_file():
         return
     try:
+        if not path.resolve().is_relative_to(path.parent.resolve()):
+            raise WorldError(f"{path}: is a link out of its folder. Copy the file into it")
         with open(path, encoding="utf-8-sig") as f:
             for n, line in enumerate(iter(lambda: f.readline(LONGEST + 1), ""), 1):
                 if len(line) > LONGEST:
                     raise WorldError(f"{path}:{n}: longer than {LONGEST:,} characters. Write one JSON object a line")
                 if line.strip():
                     yield f"{path}:{n}", line
-    except (OSError, UnicodeDecodeError) as e:
+    except (OSError, UnicodeDecodeError, RuntimeError) as e:  # RuntimeError: a link to itself
         raise WorldError(f"{path}: cannot be read ({e}). A folder world needs this file, in UTF-8") from None
 
 
@@ -504,7 +517,8 @@ def as_row(where, line):
     """The JSON object of a line; WorldError if it is none."""
     try:
         row = json.loads(line)
-    except ValueError as e:
+        json.dumps(row, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as e:  # also half a character ("\\ud800"), or a thousand brackets
         raise WorldError(f"{where}: not valid JSON ({e}). Mend or remove that line") from None
     if not isinstance(row, dict):
         raise WorldError(f"{where}: a JSON object is expected, e.g. {{\"name\": ..., \"image\": ...}}")
@@ -515,10 +529,14 @@ def image_path(root, image, where):
     """Path of an image inside the world's folder; never one outside it."""
     if not isinstance(image, str) or not image:
         raise WorldError(f"{where}: no 'image'. Every entity needs a picture, as a path inside {root}")
-    path = (root / image).resolve()
-    if not path.is_relative_to(root.resolve()):
+    try:
+        path = (root / image).resolve()
+        inside, there = path.is_relative_to(root.resolve()), path.is_file()
+    except (OSError, ValueError, RuntimeError) as e:  # too long, a zero byte, a link to itself
+        raise WorldError(f"{where}: image {image[:80]!r} is no path ({e}). Name a file inside {root}") from None
+    if not inside:
         raise WorldError(f"{where}: image {image!r} lies outside {root}. Copy it into the folder")
-    if not path.is_file():
+    if not there:
         raise WorldError(f"{where}: image {image!r} does not exist in {root}. Add the file or remove the line")
     return path
 
@@ -533,23 +551,55 @@ def atomic(path, write):
         with open(temporary, "rb+") as f:
             os.fsync(f.fileno())
         os.replace(temporary, path)
+    except OSError as e:
+        raise OSError(f"{path} could not be written: {e.strerror or e}") from None
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def read_rows(path):
-    """Rows of a csv as dicts; none if there is no such file."""
-    return list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8")))) if path.is_file() else []
+    """Rows of a csv as dicts; none if there is no such file. WorldError if it is none of ours."""
+    if not path.is_file():
+        return []
+    try:
+        rows = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"))))
+    except (UnicodeDecodeError, csv.Error) as e:
+        raise WorldError(f"{path}: cannot be read ({e}). Mend it, or move it away") from None
+    if bad := next((n for n, r in enumerate(rows, 2) if None in r or None in r.values()), 0):
+        raise WorldError(f"{path}:{bad}: more or fewer values than the first line has names. Mend it, or move the file away")
+    return rows
 
 
 def write_rows(path, rows, key):
     """Add rows (dicts) to a csv; a row with the same values of `key` is replaced, the others stay."""
     name = lambda r: [str(r[k]) for k in key]
     old, new, text = read_rows(path), [name(r) for r in rows], io.StringIO()
+    if old and [*old[0]] != [*rows[0]]:
+        raise WorldError(f"{path}: its columns are {','.join(old[0])}, not {','.join(rows[0])}. Mend it, or move it away")
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows([r for r in old if name(r) not in new] + rows)
     atomic(path, lambda p: p.write_text(text.getvalue(), encoding="utf-8"))
+
+
+def flags(kind, choices, ranges, about, argv=None):
+    """Command line -> `kind`, a dataclass: every field is a flag, its comment is the help. Texts are among `choices`, numbers within `ranges` (else 1 to a million, or 0.0 to 1.0); an
+    unknown flag is answered with the nearest one."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(kind), re.M))
+    for f in fields(kind):
+        flag, told = "--" + f.name.replace("_", "-"), dict(default=f.default, help=comments.get(f.name, " "))
+        how = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type, choices=choices.get(f.name))
+        parser.add_argument(flag, **how, **told)
+    known, unknown = parser.parse_known_args(argv)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0].split("=")[0], ["--" + f.name.replace("_", "-") for f in fields(kind)], 1)
+        parser.error(f"unknown flag {unknown[0]!r}" + (f": did you mean {near[0]}?" if near else ". --help lists them all"))
+    for f in fields(kind):
+        low, high = ranges.get(f.name, {int: (1, 10**6), float: (0.0, 1.0)}.get(f.type, (0, 0)))
+        if f.type in (int, float) and not low <= getattr(known, f.name) <= high:
+            parser.error(f"--{f.name.replace('_', '-')} {getattr(known, f.name)}: must lie between {low} and {high}")
+    return kind(**vars(known))
 
 
 def peak_memory():

@@ -6,18 +6,14 @@ Here instead: one stage more. `pretrain` makes the base model that the paper tak
 
 Reading order: the four stages -> the grid -> run folder -> tables -> flags. `a` is the flags everywhere (Args, below); `v` the vocabulary.
 """
-import argparse
-import difflib
-import inspect
 import json
 import random
-import re
-import shutil
 import signal
 import sqlite3
 import sys
+import tempfile
 import time
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -28,7 +24,7 @@ import data
 import gog
 import grpo
 from model import PRESETS, CheckpointError, ModelConfig, NotFinite, Policy, Vocabulary, autocast, load, load_state, lr_factor, number_line, optimisers, save, save_state, set_lr
-from tools import Environment, Toolbox, atomic, make_toolbox, peak_memory, read_rows, write_rows
+from tools import Environment, Toolbox, atomic, flags, make_toolbox, peak_memory, read_rows, write_rows
 
 # --------------------------------------------------------------------------------------------------------------- stages
 
@@ -40,7 +36,7 @@ def stream(make, start, steps):
 
 def pretrain(a):
     """Base model, in two parts: see (what does each patch show?), then words (all lessons mixed). Stands in for Qwen-VL."""
-    run = Run(a.folder("base"), "pretrain")
+    run = Run(a, "pretrain")
     torch.manual_seed(a.seed)
     v = Vocabulary.learn(grpo.corpus())
     config = ModelConfig(**{**PRESETS[a.preset], "vocab": v.size})
@@ -72,10 +68,10 @@ def pretrain(a):
             run.checkpoint([policy, heads], eye_opts + word_opts, a.save_every, step=before + at + 1)
         before += steps
     bar.close()
+    began, told = time.time(), grpo.exam(policy, env, a.exam)  # before the stage counts as done: if it is stopped here, --resume begins with the exam
+    write_results(a, measure(a, "exam", "base", "lessons", "held-out", told, began))
     save(policy, run.weights, tokenizer=v.to_text())
     run.close(("loss", "lr"))
-    began, told = time.time(), grpo.exam(policy, env, a.exam)
-    write_results(a, measure(a, "exam", "base", "lessons", "held-out", told, began))
     print("base model, held-out: " + ", ".join(f"{k} {value:.3f} ({n})" for k, (value, n) in told.items()), file=sys.stderr)
 
 
@@ -87,7 +83,7 @@ def read_weights(a, path):
 
 def sft(a):
     """Stage 1, reflective behaviour alignment: causal LM loss on the expert's own tokens, with some lessons of the base model in between."""
-    (policy, v), run = read_weights(a, a.weights("pretrain")), Run(a.folder(), "sft")
+    (policy, v), run = read_weights(a, a.weights("pretrain")), Run(a, "sft")
     world = data.open_world(a.world, a.seed_world, a.towns)
     env = Environment(v, make_toolbox(world, a.failure_rate, a.seed), policy.config)
     demos = grpo.instruct(policy, env, world, a.demos, a.seed, a.wrong_gaze, a.glance_first)
@@ -109,9 +105,9 @@ def sft(a):
         bar.set_postfix(loss=f"{loss:.3f}")
         run.checkpoint([policy], opts, a.save_every, step=step + 1)
     bar.close()
+    score, tries = development(env, world, a)(policy)
     save(policy, run.weights, tokenizer=v.to_text())
     run.close(("loss", "grad_norm", "lr"))
-    score, tries = development(env, world, a)(policy)
     print("\n".join([*map(gog.tell, tries[:3]), f"sft: development accuracy {score:.3f}"]), file=sys.stderr)
 
 
@@ -128,7 +124,7 @@ def development(env, world, a):
 
 def rl(a):
     """Stage 2, complexity-adaptive reinforcement learning: GRPO on kinds of questions (or on questions, scored by the SFT model first) drawn by pass rate."""
-    (policy, v), run = read_weights(a, a.weights("sft")), Run(a.folder(), a.name)
+    (policy, v), run = read_weights(a, a.weights("sft")), Run(a, a.name)
     world = data.open_world(a.world, a.seed_world, a.towns)
     env = Environment(v, make_toolbox(world, a.failure_rate, a.seed), policy.config)
     validate = development(env, world, a)
@@ -145,7 +141,7 @@ def rl(a):
         for rng, state in zip((curriculum.rng, env.toolbox.rng), saved["python_rng"]):
             rng.setstate((state[0], tuple(state[1]), state[2]))
         generator.set_state(torch.tensor(saved["torch_rng"], dtype=torch.uint8))
-    shown, pictures = [], {}  # for the report: since the run was last started
+    shown, pictures, alarmed = [], {}, set()  # for the report, and what has been said: since the run was last started
     best, champion = saved.get("best", [-1.0, 0]), run.weights.with_suffix(".best.safetensors")  # becomes the result only when the stage is done
     bar = tqdm(total=a.rl_steps, initial=saved.get("step", 0), desc="rl", unit="step")
     for step in range(saved.get("step", 0), a.rl_steps + 1):  # one turn more than updates: the last only validates
@@ -165,8 +161,9 @@ def rl(a):
         curriculum.seen(chosen, solved)
         run.log(step=step, **stats, lr=lr, development=score)  # that of the policy before this update
         bar.update()
-        for alarm in alarms({k: float(v) for k, v in run.rows[0].items()}, stats):
-            tqdm.write(f"step {step}: {alarm}", file=sys.stderr)
+        first = next((r for r in run.rows if float(r["dead"]) < 1), run.rows[0])  # a step at which nobody was alive has no entropy to fall from
+        for alarm in (x for x in alarms({k: float(v) for k, v in first.items() if v}, stats) if x.split()[0] not in alarmed):  # each once
+            alarmed.add(alarm.split()[0]), tqdm.write(f"step {step}: {alarm}", file=sys.stderr)
         bar.set_postfix(acc=f"{stats['accuracy']:.2f}", dead=f"{stats['dead']:.2f}", entropy=f"{stats['entropy']:.2f}")
         if step % a.show_every == 0:
             print("\n" + gog.tell(batch[int(advantages.argmax())]), file=sys.stderr)
@@ -179,7 +176,7 @@ def rl(a):
         run.checkpoint([policy], opts, a.eval_every, step=step + 1, pass_rates=curriculum.pass_rates, pool=curriculum.pool, best=best,
                        python_rng=[curriculum.rng.getstate(), env.toolbox.rng.getstate()], torch_rng=generator.get_state().tolist())
     bar.close()
-    atomic(run.weights, lambda p: shutil.copyfile(champion, p))
+    atomic(run.weights, lambda p: p.write_bytes(champion.read_bytes()))
     run.close(CURVES)
     champion.unlink()  # last: a kill in between loses nothing
     print(f"best: step {best[1]}, development accuracy {best[0]:.3f}, kept as {run.weights}", file=sys.stderr)
@@ -268,19 +265,26 @@ def reproduce(a):
 
 # ------------------------------------------------------------------------------------------------------------ run folder
 
+MATTERS = {  # flags that may not change when a stage goes on, or its second half would be of another experiment (steps and learning rates may)
+    "pretrain": "seed see_steps see_batch word_batch", "sft": "seed seed_world towns demos wrong_gaze glance_first failure_rate sft_batch replay",
+    "rl": "seed seed_world towns failure_rate rl_questions rl_dev rl_batch group lam beta clip_low clip_high advantage curriculum temperature"}
+
+
 class Run:
     """A run folder: the training state (exact resume), one metrics row a step, and the finished weights."""
 
-    def __init__(self, folder, stage):
-        self.folder, self.stage = Path(folder), stage
+    def __init__(self, a, stage):
+        self.folder, self.stage, self.flags = a.folder("base" if stage == "pretrain" else ""), stage, {k: getattr(a, k) for k in MATTERS.get(stage, MATTERS["rl"]).split()}
         self.weights, self.state, self.csv, self.lock_file = (self.folder / f"{stage}.{end}" for end in ("safetensors", "state.safetensors", "csv", "lock"))
         self.rows, self.stopping = [], False
         self.folder.mkdir(parents=True, exist_ok=True)
         try:  # a lock that every system knows, and that ends with its process
             self.lock = sqlite3.connect(self.lock_file, timeout=0, isolation_level=None)
             self.lock.execute("BEGIN EXCLUSIVE")
-        except sqlite3.OperationalError as e:
+        except sqlite3.Error as e:
             raise CheckpointError(f"{self.lock_file}: {e}. Another run of this stage is at work in this folder, or it cannot be written to: wait, or give this run a folder of its own with --out") from None
+        for left in self.folder.glob(f".{stage}.*.tmp"):
+            left.unlink()  # of a process that was killed while it wrote
         signal.signal(signal.SIGINT, self.interrupt)
 
     def interrupt(self, *_):
@@ -300,7 +304,7 @@ class Run:
         """If it is time: everything that the next step depends on, in one file without pickle: weights, optimisers, generators, counters, metrics."""
         if step % every and not self.stopping:
             return
-        save_state(self.state, modules, opts, extra=json.dumps({"step": step, **extra}), rows=json.dumps(self.rows))
+        save_state(self.state, modules, opts, extra=json.dumps({"step": step, "flags": self.flags, **extra}), rows=json.dumps(self.rows))
         self.write_csv()
         if self.stopping:
             self.lock.close()
@@ -311,8 +315,10 @@ class Run:
         if not self.state.is_file():
             return {}
         meta = load_state(self.state, modules, opts)
-        self.rows = json.loads(meta["rows"])
-        return json.loads(meta["extra"])
+        self.rows, extra = json.loads(meta["rows"]), json.loads(meta["extra"])
+        if changed := [f"--{k.replace('_', '-')} {was}" for k, was in extra["flags"].items() if was != self.flags[k]]:
+            raise CheckpointError(f"{self.state}: begun with {', '.join(changed)}. Go on with the same, or begin anew without --resume")
+        return extra
 
     def write_csv(self):
         if self.rows:
@@ -329,6 +335,8 @@ class Run:
         self.lock.close()
         self.lock_file.unlink(missing_ok=True)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        if self.stopping:  # Ctrl-C came too late to save a step: the stage is done, and the next is not begun
+            raise KeyboardInterrupt
 
 
 # ---------------------------------------------------------------------------------------------------------------- tables
@@ -436,25 +444,20 @@ STAGES = {"pretrain": pretrain, "sft": sft, "rl": rl, "eval": evaluate}
 CHOICES = {"stage": [*STAGES, "reproduce"], "preset": list(PRESETS), "device": ["auto", "cuda", "mps", "cpu"], "advantage": ["std", "mean"],
            "curriculum": ["level1", "level2", "all", "learnable", "adaptive", "fresh"]}
 
+RANGES = {"seed": (0, 2**32 - 1), "towns": (40, 20_000), "group": (2, 10_000), "temperature": (0.01, 10.0), "replay": (0.0, 100.0), "beta": (0.0, 100.0),
+          **dict.fromkeys(("seed_world", "see_steps", "word_steps", "rl_steps", "shown"), (0, 10**6))}  # of the others: 1 to a million, or 0 to 1
+
 
 def arguments(argv=None):
-    """Flags from the fields of Args; an unknown flag is answered with the nearest one."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(Args), re.M))
-    for f in fields(Args):
-        flag, told = "--" + f.name.replace("_", "-"), dict(default=f.default, help=comments.get(f.name, " "))
-        how = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type, choices=CHOICES.get(f.name))
-        parser.add_argument(flag, **how, **told)
-    known, unknown = parser.parse_known_args(argv)
-    if unknown:
-        near = difflib.get_close_matches(unknown[0].split("=")[0], ["--" + f.name.replace("_", "-") for f in fields(Args)], 1)
-        parser.error(f"unknown flag {unknown[0]!r}" + (f": did you mean {near[0]}?" if near else ". python train.py --help lists them all"))
-    return Args(**vars(known))
+    """The command line."""
+    return flags(Args, CHOICES, RANGES, __doc__, argv)
 
 
 def timed(a, stage):
     """Run a stage; its minutes and the peak memory of the process so far go to results/stages.csv, where the next run finds what to expect."""
     path, began = Path(a.results) / "stages.csv", time.time()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=path.parent).close()  # can the tables be written? Else it is said now, not after the stage
     which = {"rl": a.name, "eval": a.row()}.get(stage, "rl")
     world = a.label(a.world) + a.taught() * (stage == "sft") + (f", {which}" if which != "rl" else "")  # rows of the grid leave those of the main job alone
     known = sorted((r for r in read_rows(path) if (r["stage"], r["preset"], r["device"]) == (stage, a.preset, a.device)), key=lambda r: r["world"] == world)
@@ -466,7 +469,7 @@ def timed(a, stage):
         bad, text = a.weights(stage).with_suffix(".bad.json"), json.dumps([{k: getattr(x, k) for k in ("ids", "trained", "logprobs")} for x in e.args[0]])
         atomic(bad, lambda p: p.write_text(text))
         signal.signal(signal.SIGINT, signal.default_int_handler)  # that of the run was for saving
-        raise CheckpointError(f"{stage}: the gradient is not finite. It has changed nothing; its batch is in {bad}. Go on from the last checkpoint with --resume and a lower learning rate") from None
+        raise CheckpointError(f"{stage}: a loss, a gradient or a weight is not finite. Nothing of it is saved; its batch of trajectories, if it had one, is in {bad}. Go on from the last checkpoint with --resume and a lower learning rate") from None
     row = dict(stage=stage, preset=a.preset, world=world, device=a.device, minutes=f"{(time.time() - began) / 60:.1f}", peak_memory_mb=peak_memory(), seed=a.seed)
     write_rows(path, [row], ("stage", "preset", "world", "device", "seed"))
     print(f"{stage}: {row['minutes']} minutes, peak memory {row['peak_memory_mb']} MB", file=sys.stderr)

@@ -134,24 +134,29 @@ def good(n):
     ({"name": "x", "image": "../../etc/passwd"}, "lies outside"), ({"name": "x", "image": "b.png"}, "does not exist"),
     ({"name": "x", "image": "entities.jsonl"}, "cannot be read"), ({"name": "x", "image": "a.png", "facts": {"r": None}}, "fact"),
     ({"name": "x", "image": "a.png", "facts": {"r": float("nan")}}, "fact"), ({"name": "x: y", "image": "a.png"}, "holds"),
-    ({"name": "x", "image": "a.png", "facts": {"r": "a | b"}}, "holds")])
+    ({"name": "x", "image": "a.png", "facts": {"r": "a | b"}}, "holds"), ({"name": "x", "image": "a.png", "facts": {"r": "<5 %"}}, "holds"), ({"name": "x", "image": "a.png", "facts": {"r": "€"}}, "nothing that counts"),
+    ({"name": "x" * 201, "image": "a.png"}, "over 200"), ({"name": "x\ud800", "image": "a.png"}, ":9: not valid JSON"), ("[" * 20000, ":9: not valid JSON"), ({"name": "x", "image": "a\0.png"}, "is no path"),
+    ({"name": "x", "image": "a" * 5000}, "is no path"), ({"name": "x", "image": "loop.png"}, "is no path|does not exist")])
 def test_bad_folder_worlds_are_refused(tmp_path, bad, says):
     """Prevents a traceback or a silently wrong world: file, line and way out in one message."""
     with pytest.raises(data.WorldError, match=says):
-        data.folder_world(write_world(tmp_path / "w", [*good(8), bad]))
+        folder = write_world(tmp_path / "w", [*good(8), bad])
+        (folder / "loop.png").symlink_to("loop.png")
+        data.folder_world(folder)
 
 
 @pytest.mark.parametrize("bad, says", [
+    ({"image": "a.png", "question": "why " * 60, "answers": ["x"]}, ":2: 'question'"), ({"image": "a.png", "question": "What?", "answers": ["..."]}, ":2: 'question'"),
     ({"image": "a.png", "question": "What?", "answers": "Paris"}, ":2: 'question'"), ({"image": "../a.png", "question": "What?", "answers": ["x"]}, ":2: .*outside"),
     ({"image": "a.png", "question": "What?", "answers": ["x"], "box": [9, 9, 5, 20]}, ":2: 'box'"), ({"image": "a.png", "question": "What?", "answers": ["x"], "box": [0, 0, 5, True]}, ":2: 'box'"),
     ({"image": "a.png", "question": "What?", "answers": ["x"], "box": 5}, ":2: 'box'")])
 def test_own_questions(tmp_path, bad, says):
     """Prevents a user's own questions from being dropped silently, or a bad one from reaching training."""
     folder = write_world(tmp_path / "w", good(8))
-    rows = [{"image": "a.png", "question": "What is it?", "answers": ["a", "b"], "box": [1, 2, 30, 40]}]
+    rows = [{"image": "a.png", "question": "What is it?", "answers": ["x", "y"], "box": [1, 2, 30, 40]}]
     (folder / "questions.jsonl").write_text(json.dumps(rows[0]))
     (own,) = data.folder_world(folder).own
-    assert own.answers == ("a", "b") and own.scene.boxes[own.targets[0]] == (1, 2, 30, 40) and own.scene.picture().size == (30, 20)
+    assert own.answers == ("x", "y") and own.scene.boxes[own.targets[0]] == (1, 2, 30, 40) and own.scene.picture().size == (30, 20)
     (folder / "questions.jsonl").write_text("\n".join(json.dumps(r) for r in [*rows, bad]))
     with pytest.raises(data.WorldError, match=says):
         data.folder_world(folder)

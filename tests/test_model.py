@@ -1,3 +1,4 @@
+import copy
 import json
 
 import numpy as np
@@ -9,7 +10,7 @@ from safetensors.torch import load_file, save_file
 import data
 import gog
 from tools import to_array
-from model import PRESETS, Cache, CheckpointError, ModelConfig, Policy, load, pick, save
+from model import PRESETS, Cache, CheckpointError, ModelConfig, NotFinite, Policy, Vocabulary, load, pick, save
 
 
 def test_causal(policy):
@@ -127,19 +128,25 @@ def test_pick_scores_what_it_samples():
     torch.testing.assert_close(logp.exp(), wanted[ids])
 
 
-def test_checkpoint_round_trip_and_refusals(tmp_path, policy):
-    """Prevents silent damage: weights survive bit for bit; another shape, another tokenizer or a torn file is refused in one line."""
-    path = tmp_path / "p.safetensors"
-    save(policy, path, tokenizer="abc")
-    again, meta = load(path, tokenizer="abc")
+def test_checkpoint_round_trip_and_refusals(tmp_path, policy, vocabulary):
+    """Prevents silent damage: weights survive bit for bit; another shape, another tokenizer (or none, or a broken one), a torn file, and a weight that is no number are refused in one line."""
+    path, tokenizer = tmp_path / "p.safetensors", vocabulary.to_text()
+    save(policy, path, tokenizer=tokenizer)
+    again, meta = load(path, tokenizer=tokenizer)
     assert all(torch.equal(a, b) for a, b in zip(policy.state_dict().values(), again.state_dict().values()))
     assert not list(tmp_path.glob(".*"))
     with pytest.raises(CheckpointError, match="another tokenizer"):
         load(path, tokenizer="abd")
-    weights = load_file(path)
-    save_file(weights, tmp_path / "q.safetensors", metadata={"config": json.dumps({**json.loads(meta["config"]), "width": 128})})
-    with pytest.raises(CheckpointError, match="another shape"):
-        load(tmp_path / "q.safetensors")
+    weights, other = load_file(path), Vocabulary.learn(["a few words"], 300).to_text()
+    for bad in ({"config": json.dumps({**json.loads(meta["config"]), "width": 128})}, {"config": json.dumps({**json.loads(meta["config"]), "heads": 0})}, {"config": "{"}, {"tokenizer": "{"}, {"tokenizer": other}, {}):
+        save_file(weights, tmp_path / "q.safetensors", metadata={**meta, **bad} if bad else {"config": meta["config"]})
+        with pytest.raises(CheckpointError, match="another shape"):
+            load(tmp_path / "q.safetensors")
+    before, broken = path.read_bytes(), copy.deepcopy(policy)
+    broken.norm.weight.data[0] = float("inf")
+    with pytest.raises(NotFinite):
+        save(broken, path)
+    assert path.read_bytes() == before
     (tmp_path / "torn.safetensors").write_bytes(path.read_bytes()[:1000])
     with pytest.raises(CheckpointError, match="not a readable"):
         load(tmp_path / "torn.safetensors")

@@ -5,11 +5,13 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from alive import liven
 from safetensors.torch import load_file
 
 import data
@@ -18,12 +20,13 @@ import train
 from model import Muon
 
 ROOT = Path(__file__).parent.parent
+ALIVE = ROOT / "tests" / "alive.py"
 TINY = ("--preset tiny --device cpu --towns 80 --see-steps 2 --see-batch 2 --word-steps 5 --word-batch 3 --exam 8 --demos 24 --sft-epochs 1 "
         "--sft-batch 6 --results run --rl-questions 8 --rl-dev 4 --rl-steps 3 --rl-batch 4 --group 2 --curriculum all --eval-every 2 --show-every 2").split()
 
 
-def run(*flags, cwd=ROOT, timeout=150):
-    return subprocess.run([sys.executable, str(ROOT / "train.py"), *flags], cwd=cwd, capture_output=True, text=True, timeout=timeout)
+def run(*flags, cwd=ROOT, timeout=150, program=ROOT / "train.py"):
+    return subprocess.run([sys.executable, str(program), *flags], cwd=cwd, capture_output=True, text=True, timeout=timeout)
 
 
 def test_both_stages_from_nothing(tmp_path):
@@ -44,7 +47,8 @@ def test_both_stages_from_nothing(tmp_path):
 @pytest.mark.parametrize("flags, says", [
     (["--sead", "1"], "did you mean --seed"), (["--stage", "rl", "--world", "nowhere"], "nowhere"), (["--preset", "huge"], "huge"),
     (["--stage", "dance"], "dance"), (["--device", "abacus"], "abacus"), (["--device", "mps" if torch.cuda.is_available() else "cuda"], "this machine has"),
-    (["--towns", "5"], "--towns 5"), (["--name", "sft"], "--name sft"), (["--stage", "reproduce", "--out", "x"], "--stage reproduce chooses")])
+    (["--towns", "5"], "--towns 5"), (["--group", "0"], "--group 0"), (["--suite-size", "-1"], "--suite-size -1"), (["--rl-lr", "nan"], "--rl-lr nan"), (["--temperature", "0"], "--temperature 0.0"),
+    (["--name", "sft"], "--name sft"), (["--stage", "reproduce", "--out", "x"], "--stage reproduce chooses")])
 def test_mistakes_are_answered_in_one_line(tmp_path, flags, says):
     """Prevents a traceback for a user's mistake: exit code 2 and a last line that says what to do."""
     done = run(*flags, cwd=tmp_path)
@@ -61,17 +65,31 @@ def test_a_broken_checkpoint_is_not_overwritten(tmp_path):
     assert done.returncode == 2 and "sft.safetensors: not a readable" in done.stderr and torn.read_bytes() == b"not a checkpoint"
 
 
-def test_ctrl_c_saves_and_resume_is_exact(tmp_path, monkeypatch, capsys):
-    """Prevents a resume that loads weights only: 3 steps + Ctrl-C + resume + the rest = the unbroken run, bit for bit, for every stage; and
-    lost work: the step during which Ctrl-C is pressed is finished and saved, though no checkpoint was due."""
+@pytest.mark.parametrize("curriculum", ["fresh", "adaptive"])
+def test_ctrl_c_saves_and_resume_is_exact(tmp_path, monkeypatch, capsys, curriculum):
+    """Prevents a resume that loads weights only: 3 steps + Ctrl-C + resume + the rest = the unbroken run, bit for bit, for every stage (of RL with a policy that acts, tools that fail and
+    every generator in use; the training state at the end, too); and lost work: the step during which Ctrl-C is pressed is finished and saved, though no checkpoint was due."""
     monkeypatch.chdir(tmp_path)
-    args = lambda *more: train.arguments([*TINY, *more])
+    args = lambda *more: train.arguments([*TINY, "--sft-epochs", "2", "--rl-steps", "5", "--curriculum", curriculum, "--failure-rate", "0.3", "--group", "4", "--rl-lr", "0.3", *more])
     whole, broken = args("--out", "whole"), args("--out", "broken")
-    whole.rl_steps = broken.rl_steps = 5
     torch.set_flush_denormal(True)
+    states, real, keep = {}, train.Run.log, train.Run.close
+
+    def close(self, columns):
+        train.save_state(self.state, self.modules, self.opts)
+        states[str(self.folder)] = load_file(self.state)
+        keep(self, columns)
+
+    def remember(self, modules, opts, *rest, **extra):
+        self.modules, self.opts = modules, opts
+        checkpoint(self, modules, opts, *rest, **extra)
+
+    checkpoint = train.Run.checkpoint
+    monkeypatch.setattr(train.Run, "checkpoint", remember), monkeypatch.setattr(train.Run, "close", close)
     for stage, steps in ((train.pretrain, "pretrain"), (train.sft, "sft"), (train.rl, "rl")):
+        if steps == "rl":
+            liven(monkeypatch.setattr)
         stage(whole)
-        real = train.Run.log
 
         def interrupted(self, **row):
             real(self, **row)
@@ -86,10 +104,34 @@ def test_ctrl_c_saves_and_resume_is_exact(tmp_path, monkeypatch, capsys):
         broken.resume = True
         stage(broken)
         broken.resume = False
-        a, b = (load_file(tmp_path / d / f"{steps}.safetensors") for d in ("whole", "broken"))
-        assert all(torch.equal(a[k], b[k]) for k in a), steps
+        a, b = ({**states[d], **load_file(tmp_path / d / f"{steps}.safetensors")} for d in ("whole", "broken"))
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), steps
         rows = [[{k: v for k, v in r.items() if "seconds" not in k} for r in csv.DictReader(open(tmp_path / d / f"{steps}.csv"))] for d in ("whole", "broken")]
         assert rows[0] == rows[1], steps
+    assert all(float(r["dead"]) < 1 and float(r["grad_norm"]) > 0 and float(r["gaze_share"]) > 0 for r in rows[0][:5])  # or RL would have proved nothing
+    with pytest.raises(train.CheckpointError, match="begun with --group 4"):
+        run = train.Run(replace(whole, out="other"), "rl")
+        train.save_state(run.state, [], [], extra=json.dumps({"step": 1, "flags": run.flags}), rows="[]")
+        run.lock.close()
+        train.Run(replace(whole, out="other", group=8), "rl").resume([], [])
+
+
+def test_the_best_policy_is_kept_and_alarms_are_told_once(tmp_path, monkeypatch, capsys):
+    """Prevents a run that ends with its last policy though an earlier one was better, and an alarm that is never told, or at every step."""
+    monkeypatch.chdir(tmp_path)
+    a, told = train.arguments([*TINY, "--out", "run", "--eval-every", "1", "--rl-lr", "0.3", "--group", "4"]), []
+    train.pretrain(a), train.sft(a), liven(monkeypatch.setattr)
+
+    def validate(policy):
+        told.append({k: w.clone() for k, w in policy.state_dict().items()})
+        return [0.2, 0.6, 0.1, 0.3][len(told) - 1], []
+
+    monkeypatch.setattr(train, "development", lambda *_: validate)
+    monkeypatch.setattr(train, "alarms", lambda first, now: [f"entropy fell from 1 to {now['entropy']}"])
+    train.rl(a)
+    kept = load_file("run/rl.safetensors")
+    same = [all(torch.equal(kept[k], w[k]) for k in kept) for w in told]
+    assert same == [False, True, False, False] and capsys.readouterr().err.count("entropy fell") == 1
 
 
 def test_the_grid_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
