@@ -28,7 +28,7 @@ from PIL import Image, ImageDraw, ImageOps
 from tools import WorldError, as_row, atomic, describe, flat, image_path, lines, normalise, to_pixels, unaccented
 
 ALIKE = 0.98  # two pictures whose descriptors have such a cosine are one to a search
-LONGEST_SIDE = 1600  # of a user's picture, in pixels: a larger one is shrunk when it is read
+LONGEST_SIDE = 1024  # of a user's picture, in pixels: a larger one is shrunk when it is read
 SCENE_PX = 384  # side of a scene in pixels; the model is given it much smaller, a gaze goes back to these pixels
 
 # ---------------------------------------------------------------------------------------------------------------- names
@@ -185,6 +185,7 @@ def split_names(names, rng):
     names = list(names)
     rng.shuffle(names)
     a, b, c = (round(len(names) * f) for f in (0.55, 0.65, 0.93))
+    b = max(b, a + 1)  # of ten names both would be 6
     return {"train": names[:a], "dev": names[a:b], "test": names[b:c], "late": names[c:]}
 
 
@@ -220,7 +221,7 @@ class Scene:
     photo: Path | None = None  # a user's own picture instead of a drawn wall
 
     def picture(self, px=SCENE_PX):
-        """RGB, px square (a photo keeps its own size)."""
+        """RGB, px square (a photo keeps its own size, up to LONGEST_SIDE)."""
         if self.photo:
             return flat(_load(self.photo))
         rng = random.Random(self.seed)
@@ -433,7 +434,7 @@ def folder_entity(known, root, where, line):
     row = as_row(where, line)
     name, facts = row.get("name"), row.get("facts", {})
     if not plain(name) or name in known or ": " in name:
-        raise WorldError(f"{where}: 'name' is missing, given twice, over 200 characters, or holds ': ', ' | ', < or > ({str(name)[:80]!r}). Give every entity one name of its own")
+        raise WorldError(f"{where}: 'name' is missing, given twice, over 200 characters, holds ': ', ' | ', <, > or a line break, or nothing that counts in an answer ({str(name)[:80]!r}). Give every entity one name of its own")
     if not isinstance(facts, dict) or not all(plain(x) for fact in facts.items() for x in fact):
         raise WorldError(f"{where}: a fact of {name!r} is no text of 1 to 200 characters, holds ' | ', <, > or a line break, or nothing that counts in an answer. Write facts as {{\"relation\": \"value\"}}")
     colours, aspect = _tinctures(image := image_path(root, row.get("image"), where), where)
@@ -461,7 +462,7 @@ def own_question(root, where, line):
 @lru_cache(maxsize=4)
 def open_world(where, seed=0, towns=3000):
     """"heraldry", or the folder of a world."""
-    if where != "heraldry" and Path(where).resolve().name == "heraldry":
+    if where != "heraldry" and Path(where).resolve().name.casefold() == "heraldry":
         raise WorldError(f"{where}: a folder of this name would share its results with the built-in world. Rename it")
     return heraldry(seed, towns) if where == "heraldry" else folder_world(where, seed)
 
@@ -469,9 +470,8 @@ def open_world(where, seed=0, towns=3000):
 @lru_cache(maxsize=256)
 def _load(path):
     picture = ImageOps.exif_transpose(Image.open(path, formats=("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")))
-    if picture.mode[0] in "IF":  # grey of 16 bits or more, which Pillow would cut off at 255
-        x = np.asarray(picture, np.float32)
-        picture = Image.fromarray((x * (255 / (65535 if picture.mode[0] == "I" else x.max()))).clip(0, 255).astype(np.uint8))
+    if picture.mode[0] == "I":  # grey of 16 bits, which Pillow would cut off at 255
+        picture = Image.fromarray((np.asarray(picture, np.float32) / 257).clip(0, 255).astype(np.uint8))
     picture = picture.convert("RGBA")
     picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
     return picture

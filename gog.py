@@ -555,7 +555,7 @@ def doubts(t):
 
 def main():
     parser = argparse.ArgumentParser(description="Ask a trained policy about one picture.")
-    parser.add_argument("image"), parser.add_argument("question", nargs="?", help="without it, questions are read one by one")
+    parser.add_argument("image"), parser.add_argument("question", nargs="?", type=lambda text: text.encode(errors="replace").decode(), help="without it, questions are read one by one")
     own, ours = data.Path("out/heraldry-nano-0/rl.safetensors"), data.Path(__file__).parent / "policies" / "rl.safetensors"
     parser.add_argument("--checkpoint", default=own if own.is_file() else ours, help=f"policy (default: {own}, or, until you have trained it, the one that comes with the code)")
     parser.add_argument("--world", default="heraldry", help="what to search in: heraldry, or a folder world (default: %(default)s)")

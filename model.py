@@ -113,7 +113,7 @@ class Vocabulary:
 
     def encode(self, text):
         """Plain text, from a world or a user: a tag spelt in it stays text and can never become a control token."""
-        return self.tokenizer.encode(text.replace("<", "‹").replace(">", "›")).ids if text else []
+        return self.tokenizer.encode(text.replace("<", "‹").replace(">", "›").encode(errors="replace").decode()).ids if text else []  # a shell may hand over half a character
 
     def encode_turn(self, text):
         """Text written by the expert, in which tags are tags."""
@@ -549,7 +549,7 @@ def save(model, path, **meta):
 def read(path):
     """The strings and the tensors of a safetensors file."""
     with safe_open(path, "pt") as f:
-        return f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
+        return f.metadata() or {}, {k: f.get_tensor(k).clone() for k in f.keys()}  # copies: Windows replaces no file that is still mapped
 
 
 def load(path, device="cpu", **expected):

@@ -60,7 +60,7 @@ def to_pixels(box, size):
 
 
 def crop(picture, box):
-    """Cut a percent box out of a picture at full resolution: RGB. ToolError if outside 0..99, inverted, or under 3 % a side."""
+    """Cut a percent box out of a picture, at the resolution that it has: RGB. ToolError if outside 0..99, inverted, or under 3 % a side."""
     x0, y0, x1, y1 = box
     if min(box) < 0 or max(box) > 99:
         raise ToolError("outside 0 to 99")
@@ -285,7 +285,7 @@ def _word(word, share):
 
 
 def _key(feature):
-    return zlib.crc32(feature.encode())  # the same in every run, unlike hash()
+    return zlib.crc32(feature.encode(errors="replace"))  # the same in every run, unlike hash()
 
 
 # --------------------------------------------------------------------------------------------------------------- toolbox
@@ -342,7 +342,8 @@ class Toolbox:
         """The hits for every value of a dict; none at all where the index cannot be reached (OSError, as a net or a disk gives)."""
         try:
             return index.search(list(wanted.values()), HITS)
-        except OSError:
+        except OSError as e:
+            tqdm.write(f"{len(wanted)} searches failed: {e}", file=sys.stderr)  # what is measured now is not the policy alone
             self.counts["failed"] += len(wanted)
             return []
 
@@ -557,25 +558,25 @@ def atomic(path, write):
         temporary.unlink(missing_ok=True)
 
 
-def read_rows(path):
-    """Rows of a csv as dicts; none if there is no such file. WorldError if it is none of ours."""
+def read_rows(path, columns=()):
+    """Rows of a csv as dicts; none if there is no such file. WorldError if it is none of ours, or has other `columns`."""
     if not path.is_file():
         return []
     try:
-        rows = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"))))
+        rows = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig"))))
     except (UnicodeDecodeError, csv.Error) as e:
         raise WorldError(f"{path}: cannot be read ({e}). Mend it, or move it away") from None
     if bad := next((n for n, r in enumerate(rows, 2) if None in r or None in r.values()), 0):
         raise WorldError(f"{path}:{bad}: more or fewer values than the first line has names. Mend it, or move the file away")
+    if rows and columns and [*rows[0]] != [*columns]:
+        raise WorldError(f"{path}: its columns are {','.join(rows[0])}, not {','.join(columns)}. Mend it, or move it away")
     return rows
 
 
 def write_rows(path, rows, key):
     """Add rows (dicts) to a csv; a row with the same values of `key` is replaced, the others stay."""
     name = lambda r: [str(r[k]) for k in key]
-    old, new, text = read_rows(path), [name(r) for r in rows], io.StringIO()
-    if old and [*old[0]] != [*rows[0]]:
-        raise WorldError(f"{path}: its columns are {','.join(old[0])}, not {','.join(rows[0])}. Mend it, or move it away")
+    old, new, text = read_rows(path, rows[0]), [name(r) for r in rows], io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows([r for r in old if name(r) not in new] + rows)

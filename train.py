@@ -28,10 +28,15 @@ from tools import Environment, Toolbox, atomic, flags, make_toolbox, peak_memory
 
 # --------------------------------------------------------------------------------------------------------------- stages
 
+def deaf(_):
+    """Ctrl-C reaches the drawing process, too: not its business."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def stream(make, start, steps):
     """Batches make(start) .. make(steps - 1), made by one background process while the model trains. The data set is the range of step numbers; `collate_fn`
     makes each into its batch."""
-    return torch.utils.data.DataLoader(range(start, steps), batch_size=None, num_workers=1, prefetch_factor=4, collate_fn=make)
+    return torch.utils.data.DataLoader(range(start, steps), batch_size=None, num_workers=1, prefetch_factor=4, collate_fn=make, worker_init_fn=deaf)
 
 
 def pretrain(a):
@@ -65,7 +70,7 @@ def pretrain(a):
             run.log(step=before + at, part=part, loss=loss, grad_norm=norm, lr=lr, seconds=bar.format_dict["elapsed"])
             bar.update()
             bar.set_postfix(part=part, loss=f"{loss:.3f}")
-            run.checkpoint([policy, heads], eye_opts + word_opts, a.save_every, step=before + at + 1)
+            run.checkpoint([policy, heads], eye_opts + word_opts, a.save_every if at + 1 < steps else 1, step=before + at + 1)
         before += steps
     bar.close()
     began, told = time.time(), grpo.exam(policy, env, a.exam)  # before the stage counts as done: if it is stopped here, --resume begins with the exam
@@ -103,7 +108,7 @@ def sft(a):
         run.log(step=step, epoch=step // per_epoch, loss=loss, grad_norm=norm, lr=lr, seconds=bar.format_dict["elapsed"])
         bar.update()
         bar.set_postfix(loss=f"{loss:.3f}")
-        run.checkpoint([policy], opts, a.save_every, step=step + 1)
+        run.checkpoint([policy], opts, a.save_every if step + 1 < total else 1, step=step + 1)
     bar.close()
     score, tries = development(env, world, a)(policy)
     save(policy, run.weights, tokenizer=v.to_text())
@@ -217,8 +222,7 @@ def evaluate(a):
     accuracy = gog.accuracy_table(table)
     print("\n".join(["", f"{'accuracy %':<12}" + "".join(f"{c:>8}" for c in accuracy["columns"]),
                      *(f"{row:<12}" + "".join(f"{x:8.1f}" for x in values) for row, *values in accuracy["rows"])]))
-    who = "the policies before SFT (base), after it (sft) and after RL (rl)" if named == "rl" else named
-    about = f"Preset {a.preset}, seed {a.seed}, on {a.device}; the first {a.shown} questions of each suite, asked of {who}."
+    about = f"Preset {a.preset}, seed {a.seed}, on {a.device}; the first {a.shown} questions of each suite, asked of {'the policies before SFT (base), after it (sft) and after RL (rl)' if named == 'rl' else named}."
     page = "-".join(["report", *([label] if a.trained_on else []), *([named] if named != "rl" else [])])  # of another world, of another row: another page
     gog.write_report(a.folder() / f"{page}.html", f"{label}: what the policies do", about, shown, pictures, accuracy, gog.curve_values(read_rows(a.weights("rl").with_suffix(".csv")), CURVES))
 
@@ -265,9 +269,9 @@ def reproduce(a):
 
 # ------------------------------------------------------------------------------------------------------------ run folder
 
-MATTERS = {  # flags that may not change when a stage goes on, or its second half would be of another experiment (steps and learning rates may)
-    "pretrain": "seed see_steps see_batch word_batch", "sft": "seed seed_world towns demos wrong_gaze glance_first failure_rate sft_batch replay",
-    "rl": "seed seed_world towns failure_rate rl_questions rl_dev rl_batch group lam beta clip_low clip_high advantage curriculum temperature"}
+MATTERS = {  # flags that may not change when a stage goes on, or its second half would be of another experiment (learning rates may, and steps but those of the eyes)
+    "pretrain": "seed see_steps see_batch word_batch", "sft": "seed world seed_world towns demos wrong_gaze glance_first failure_rate sft_batch replay",
+    "rl": "seed world seed_world towns device failure_rate rl_questions rl_dev rl_batch group lam beta clip_low clip_high advantage curriculum temperature"}
 
 
 class Run:
@@ -283,15 +287,13 @@ class Run:
             self.lock.execute("BEGIN EXCLUSIVE")
         except sqlite3.Error as e:
             raise CheckpointError(f"{self.lock_file}: {e}. Another run of this stage is at work in this folder, or it cannot be written to: wait, or give this run a folder of its own with --out") from None
-        for left in self.folder.glob(f".{stage}.*.tmp"):
+        for left in self.folder.glob(f".{stage}.[a-z]*.tmp"):
             left.unlink()  # of a process that was killed while it wrote
         signal.signal(signal.SIGINT, self.interrupt)
 
     def interrupt(self, *_):
         """Ctrl-C: finish the step, then save. A second one stops at once."""
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        if torch.utils.data.get_worker_info():  # Ctrl-C reaches the drawing process, too: not its business
-            return
         if not self.rows:  # nothing to save yet
             raise KeyboardInterrupt
         self.stopping = True
@@ -316,8 +318,8 @@ class Run:
             return {}
         meta = load_state(self.state, modules, opts)
         self.rows, extra = json.loads(meta["rows"]), json.loads(meta["extra"])
-        if changed := [f"--{k.replace('_', '-')} {was}" for k, was in extra["flags"].items() if was != self.flags[k]]:
-            raise CheckpointError(f"{self.state}: begun with {', '.join(changed)}. Go on with the same, or begin anew without --resume")
+        if changed := [f"--{k.replace('_', '-')} {was}" for k, was in extra.get("flags", {}).items() if was != self.flags.get(k)]:
+            raise CheckpointError(f"{self.state}: begun with {', '.join(changed)}. Go on with the same, or delete it to begin this stage anew")
         return extra
 
     def write_csv(self):
@@ -348,8 +350,7 @@ ROWS = ("random", "base", "direct", "full-search", "no-gaze", "sft", "rl", "with
 
 def measure(a, table, row, world, suite, metrics, began):
     """Rows of results.csv from {metric: (value, number of questions)}."""
-    minutes = f"{(time.time() - began) / 60:.2f}"
-    return [dict(zip(COLUMNS, (table, row, world, suite, a.seed, metric, f"{value:.4f}", n, a.preset, a.device, minutes))) for metric, (value, n) in metrics.items()]
+    return [dict(zip(COLUMNS, (table, row, world, suite, a.seed, metric, f"{value:.4f}", n, a.preset, a.device, f"{(time.time() - began) / 60:.2f}"))) for metric, (value, n) in metrics.items()]
 
 
 def write_results(a, rows):
@@ -457,10 +458,11 @@ def timed(a, stage):
     """Run a stage; its minutes and the peak memory of the process so far go to results/stages.csv, where the next run finds what to expect."""
     path, began = Path(a.results) / "stages.csv", time.time()
     path.parent.mkdir(parents=True, exist_ok=True)
+    read_rows(path.with_name("results.csv"), COLUMNS)
     tempfile.TemporaryFile(dir=path.parent).close()  # can the tables be written? Else it is said now, not after the stage
     which = {"rl": a.name, "eval": a.row()}.get(stage, "rl")
     world = a.label(a.world) + a.taught() * (stage == "sft") + (f", {which}" if which != "rl" else "")  # rows of the grid leave those of the main job alone
-    known = sorted((r for r in read_rows(path) if (r["stage"], r["preset"], r["device"]) == (stage, a.preset, a.device)), key=lambda r: r["world"] == world)
+    known = sorted((r for r in read_rows(path, "stage preset world device minutes peak_memory_mb seed".split()) if (r["stage"], r["preset"], r["device"]) == (stage, a.preset, a.device)), key=lambda r: r["world"] == world)
     expect = f", about {float(known[-1]['minutes']):.0f} minutes (as noted in {path})" if known else ""
     print(f"{stage}: preset {a.preset}, world {a.world}, seed {a.seed}, on {a.device}{expect}", file=sys.stderr)
     try:
@@ -468,8 +470,9 @@ def timed(a, stage):
     except NotFinite as e:
         bad, text = a.weights(stage).with_suffix(".bad.json"), json.dumps([{k: getattr(x, k) for k in ("ids", "trained", "logprobs")} for x in e.args[0]])
         atomic(bad, lambda p: p.write_text(text))
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # that of the run was for saving
         raise CheckpointError(f"{stage}: a loss, a gradient or a weight is not finite. Nothing of it is saved; its batch of trajectories, if it had one, is in {bad}. Go on from the last checkpoint with --resume and a lower learning rate") from None
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # that of a run that failed was for saving, and holds its lock
     row = dict(stage=stage, preset=a.preset, world=world, device=a.device, minutes=f"{(time.time() - began) / 60:.1f}", peak_memory_mb=peak_memory(), seed=a.seed)
     write_rows(path, [row], ("stage", "preset", "world", "device", "seed"))
     print(f"{stage}: {row['minutes']} minutes, peak memory {row['peak_memory_mb']} MB", file=sys.stderr)
@@ -494,8 +497,8 @@ def main():
     a.device = there[0] if a.device == "auto" else a.device
     torch.set_flush_denormal(True)  # a decayed momentum of denormal numbers would slow a CPU down tenfold
     try:
-        if a.name != "rl" and a.name in (*STAGES, *ROWS):
-            raise CheckpointError(f"--name {a.name}: that is the name of a stage or of a row of the results. Choose another")
+        if a.name != "rl" and a.name in (*STAGES, *ROWS) or not a.name.replace("-", "").replace(".", "").isalnum():
+            raise CheckpointError(f"--name {a.name}: no name of a stage or of a row of the results, and of letters, digits, - and . only. Choose another")
         if a.device not in there:
             raise CheckpointError(f"--device {a.device}: this machine has {' and '.join(there)} only. Leave the flag out")
         data.open_world(a.world, a.seed_world, a.towns)  # a bad world is refused before anything is trained

@@ -135,13 +135,14 @@ def good(n):
     ({"name": "x", "image": "entities.jsonl"}, "cannot be read"), ({"name": "x", "image": "a.png", "facts": {"r": None}}, "fact"),
     ({"name": "x", "image": "a.png", "facts": {"r": float("nan")}}, "fact"), ({"name": "x: y", "image": "a.png"}, "holds"),
     ({"name": "x", "image": "a.png", "facts": {"r": "a | b"}}, "holds"), ({"name": "x", "image": "a.png", "facts": {"r": "<5 %"}}, "holds"), ({"name": "x", "image": "a.png", "facts": {"r": "€"}}, "nothing that counts"),
-    ({"name": "x" * 201, "image": "a.png"}, "over 200"), ({"name": "x\ud800", "image": "a.png"}, ":9: not valid JSON"), ("[" * 20000, ":9: not valid JSON"), ({"name": "x", "image": "a\0.png"}, "is no path"),
-    ({"name": "x", "image": "a" * 5000}, "is no path"), ({"name": "x", "image": "loop.png"}, "is no path|does not exist")])
+    ({"name": "x" * 201, "image": "a.png"}, "over 200"), ({"name": "x\ud800", "image": "a.png"}, ":9: not valid JSON"), ("[" * 20000, ":9: not valid JSON"), ({"name": "x", "image": "a\0.png"}, "is no path|does not exist"),
+    ({"name": "x", "image": "a" * 5000}, "is no path|does not exist"), ({"name": "x", "image": "loop.png"}, "is no path|does not exist")])
 def test_bad_folder_worlds_are_refused(tmp_path, bad, says):
     """Prevents a traceback or a silently wrong world: file, line and way out in one message."""
     with pytest.raises(data.WorldError, match=says):
         folder = write_world(tmp_path / "w", [*good(8), bad])
-        (folder / "loop.png").symlink_to("loop.png")
+        if "loop.png" in str(bad):
+            (folder / "loop.png").symlink_to("loop.png")
         data.folder_world(folder)
 
 

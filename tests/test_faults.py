@@ -1,7 +1,9 @@
 """What can go wrong, and what happens then: hostile text, hostile files, kills, failing tools, a full disk."""
+import ast
 import contextlib
 import csv
 import io
+import itertools
 import os
 import random
 import re
@@ -15,12 +17,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from alive import liven
 from PIL import Image
 from test_data import good, write_world
 from test_train import ALIVE, ROOT, TINY, run
 
 import data
 import gog
+import grpo
 import train
 import tools
 from model import TAGS
@@ -57,6 +62,21 @@ def test_no_text_breaks_the_parser():
     assert time.time() - began < 2
 
 
+def test_no_rollout_breaks(env, policy, questions, monkeypatch):
+    """Prevents an endless turn, an observation that the policy has written itself, or a mask that is off by one: what an untrained policy samples, at three temperatures, goes through the
+    whole loop, once read as it is (nearly all malformed) and once with actions drawn from it (alive.py)."""
+    for livened in (False, True):
+        if livened:
+            liven(monkeypatch.setattr)
+        for temperature in (0.5, 1.0, 5.0):
+            for t in gog.rollout(policy, env, questions, 4, temperature, generator=torch.Generator().manual_seed(0)):
+                said, told = ([i for i, own in zip(t.ids, t.trained) if own == who] for who in (True, False))
+                assert len(t.ids) == len(t.trained) == len(t.logprobs) <= 832 and 1 <= len(t.turns) <= gog.MAX_TURNS
+                assert all(env.v.sampleable[i] for i in said) and told.count(env.image[0]) == len(env.image) * len(t.pictures)
+                assert all(len(list(turn)) <= gog.TURN_TOKENS for own, turn in itertools.groupby(t.trained) if own) and all(p <= 0 for p in t.logprobs)
+                assert all(p == 0 for p, own in zip(t.logprobs, t.trained) if not own)
+
+
 @pytest.mark.parametrize("answer", ["", " ", "...", "the a an", "Brenna or Old Vosk", "What is the name of the red round shield?", "Brenna</answer>", "<answer> Brenna", "Brenn", "Brenna Brenna"])
 def test_rewards_cannot_be_talked_into(answer):
     """Prevents reward hacking: nothing, everything joined, the question, tags or more than the answer are all wrong."""
@@ -68,7 +88,7 @@ def test_the_right_answer_in_the_wrong_tags_is_none(tags, env, questions):
     """Prevents points for an answer that was never given."""
     q = replace(questions[0], answers=("Brenna",))
     t = gog.play(env, [q], [script(tags)])[0]
-    assert t.answer is None and not t.correct and not t.well_formed
+    assert t.answer is None and not t.correct and not t.well_formed and grpo.reward(t.correct, t.well_formed) == 0
 
 
 def script(*turns):
@@ -134,9 +154,8 @@ def pictures(folder):
              "moving.gif": (rgb, {"save_all": True, "append_images": [rgb.rotate(90)]})}
     for name, (picture, options) in saved.items():
         picture.save(folder / name, **options)
-    Image.fromarray(np.full((20, 30), 0.5, np.float32)).save(folder / "float.tiff")
     Image.new("RGBA", (30, 20), (255, 0, 0, 0)).save(folder / "hidden.png")
-    saved |= {"float.tiff": 0, "hidden.png": 0}
+    saved |= {"hidden.png": 0}
     whole = (folder / "turned.jpg").read_bytes()
     (folder / "torn.jpg").write_bytes(whole[:len(whole) // 2])
     (folder / "empty.png").write_bytes(b"")
@@ -155,7 +174,7 @@ def test_odd_pictures_are_read_or_refused(tmp_path):
                 data.check_image(tmp_path / name)
     assert data.check_image(tmp_path / "turned.jpg").size == (40, 60)  # stood 60 x 40 on disk
     shown = lambda name: data.Scene((), (), "picture", 0, tmp_path / name).picture().getpixel((1, 1))
-    assert shown("grey16.png") == (155, 155, 155) and shown("float.tiff") == (255, 255, 255) and shown("hidden.png") == tools.GREY  # 40,000 of 65,535; as bright as it gets; what is transparent stays hidden
+    assert shown("grey16.png") == (155, 155, 155) and shown("hidden.png") == tools.GREY  # 40,000 of 65,535; what is transparent stays hidden
 
 
 def test_large_pictures_do_not_fill_the_memory(tmp_path):
@@ -196,6 +215,10 @@ def test_a_link_out_of_the_folder_is_refused(tmp_path):
     (folder / "link.png").symlink_to(tmp_path / "secret.png")
     with pytest.raises(data.WorldError, match="lies outside"):
         data.folder_world(folder)
+    write_world(folder, good(8))
+    (folder / "questions.jsonl").symlink_to(tmp_path / "secret.png")
+    with pytest.raises(data.WorldError, match="is a link out"):
+        data.folder_world(folder)
 
 
 SIZE = int(os.environ.get("SIZE", 2**22))  # by hand: SIZE=1073741824, a gigabyte
@@ -214,6 +237,32 @@ def test_a_giant_file_is_read_line_by_line(tmp_path, line):
         assert tracemalloc.get_traced_memory()[1] < 5e6
     finally:
         tracemalloc.stop()
+
+
+@pytest.mark.parametrize("text, says", [
+    (b"step,value\n1,2,3\n", ":2: more or fewer"), (b"step,value\n1,2\n3\n", ":3: more or fewer"), ("step,value\n1,\u00e9".encode("latin-1"), "cannot be read"), (b"step;value\n1;2\n", "its columns are step;value")])
+def test_tables_mended_by_hand_are_read_or_refused(tmp_path, text, says):
+    """Prevents a traceback after an hour's stage, or a table made worse, because a spreadsheet has written it in its own way."""
+    (tmp_path / "results.csv").write_bytes(text)
+    with pytest.raises(data.WorldError, match=says):
+        tools.write_rows(tmp_path / "results.csv", [{"step": 1, "value": 5}], ["step"])
+    assert (tmp_path / "results.csv").read_bytes() == text
+
+
+def test_results_that_cannot_be_written_are_told_first(tmp_path):
+    """Prevents a stage whose tables are lost at its end."""
+    (tmp_path / "taken").write_text("a file")
+    done = run("--stage", "pretrain", *TINY, "--out", "run", "--results", "taken", cwd=tmp_path)
+    assert done.returncode == 2 and "taken" in done.stderr.strip().splitlines()[-1] and not (tmp_path / "run").exists()
+
+
+def test_nothing_is_unpickled_or_evaluated():
+    """Prevents a checkpoint, a world or an answer that brings its own code: no file of the product imports or calls what could run it, or reach a network."""
+    banned = {"pickle", "marshal", "shelve", "socket", "urllib", "http", "requests", "eval", "exec", "torch.load", "np.load", "os.system", "subprocess"}
+    for file in ROOT.glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) else [ast.unparse(node.func)] if isinstance(node, ast.Call) else []
+            assert not {n.partition(".")[0] if isinstance(node, (ast.Import, ast.ImportFrom)) else n for n in names} & banned, (file.name, names)
 
 
 def test_encodings(tmp_path):
@@ -250,6 +299,7 @@ def test_kill_at_any_moment(tmp_path):
         kills += process.poll() is None
         process.send_signal(signal.SIGKILL)
         process.wait()
+        assert process.returncode in (0, -signal.SIGKILL), "it did not resume"
     print(f"killed {kills} times")
     (tmp_path / "run" / ".rl.state.safetensors.1.tmp").write_bytes(b"half")  # of a kill while it was written
     assert run(*stage, "--resume", cwd=tmp_path, timeout=100 + 10 * KILLS, program=ALIVE).returncode == 0
@@ -291,7 +341,8 @@ def held(most):
 
 
 def test_an_index_holds_no_more_than_it_says():
-    """Prevents an index that needs several times its vectors while it is built or searched: 19.1 kB an entity and 0.6 kB a passage, a tenth for names, and what is at work."""
+    """Prevents an index that needs several times its vectors while it is built or searched: 19.1 kB an entity; 0.6 kB a passage, 3 kB
+    while it is built; a tenth for names, and what is at work."""
     picture = lambda i: Image.fromarray(np.random.default_rng(i).integers(0, 256, (6, 5, 3), np.uint8))
     asked, rng = [0, ENTITIES // 2, ENTITIES - 1], random.Random(0)
     with held(1.1 * 19.1e3 * ENTITIES + 50e6):
@@ -299,7 +350,8 @@ def test_an_index_holds_no_more_than_it_says():
         assert [hits[0][1] for hits in index.search([picture(i) for i in asked], 2)] == [str(i) for i in asked]
     del index
     names = [f"{data.word(rng, 3)} {data.word(rng)}" for _ in range(ENTITIES)]
-    with held(3e3 * ENTITIES + 50e6):
+    tools._word.cache_clear()
+    with held(3e3 * ENTITIES + 15e6):
         index = tools.TextIndex((name, f"In {name} the ruler is {data.word(rng)}.") for name in names)
         assert all(names[i] in hits[0][1] for i, hits in zip(asked, index.search([f"{names[i]} ruler" for i in asked], 2)))
     assert sum(x.nbytes for x in (index.where, index.weight, index.keys, index.bounds, index.rarity)) < 700 * ENTITIES
@@ -333,8 +385,9 @@ def test_a_full_disk_is_said_in_one_line(tmp_path):
     import resource
     stage = [sys.executable, str(ROOT / "train.py"), "--stage", "pretrain", *TINY, "--out", "run", "--save-every", "1"]
     subprocess.run(stage, cwd=tmp_path, check=True)
-    before = (tmp_path / "run" / "pretrain.safetensors").read_bytes()
+    state = tmp_path / "run" / "pretrain.state.safetensors"
+    state.write_bytes(b"the checkpoint before")  # the next run begins anew, and would replace it
     stopped = subprocess.run(stage, cwd=tmp_path, capture_output=True, text=True, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (700_000, 700_000)))
     last = stopped.stderr.strip().splitlines()[-1]
     assert stopped.returncode == 2 and last.startswith("error: ") and "pretrain.state.safetensors could not be written" in last and "Traceback" not in stopped.stderr
-    assert (tmp_path / "run" / "pretrain.safetensors").read_bytes() == before and not list((tmp_path / "run").glob(".*.tmp"))
+    assert state.read_bytes() == b"the checkpoint before" and not list((tmp_path / "run").glob(".*.tmp"))

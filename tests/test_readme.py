@@ -60,10 +60,6 @@ def value(world, row, suite, metric):
     return lambda: RESULTS[world, row, suite, metric]
 
 
-def rows_of(name):
-    return tools.read_rows(ROOT / "results" / "runs" / f"{name}.csv")
-
-
 def parameters(preset):
     """Millions of parameters."""
     return sum(p.numel() for p in Policy(ModelConfig(**PRESETS[preset])).parameters()) / 1e6
@@ -78,6 +74,7 @@ TOLD = [  # what the text says outside its tables, and where it comes from
     (r"has an IoU of ([\d.]+);", value("lessons", "base", "held-out", "iou after a miss")), (r"counting is right in (\d+) %", lambda: 100 * RESULTS["lessons", "base", "held-out", "count more"]),
     (r"in (\d+) % where there is one", lambda: 100 * RESULTS["lessons", "base", "held-out", "count one"]),
     (r"some gaze finds the target in (\d+) % of `facts`", lambda: 100 * RESULTS["countries-zero-shot", "rl", "facts", "target_found"]),
+    (r"bounded memory: ([\d.]+) kB an entity", lambda: len(tools.FRAMINGS) * 4 * tools.WIDTH / 1000),
     (r"is such a world: (\d+) flags", lambda: len(COUNTRIES.entities)), (r"demonstrations show (\d+) flags", lambda: len(COUNTRIES.splits["train"])),
     (r"no KL by default, `(\w+)`", lambda: train.Args.curriculum), (r"judge \| the same with exact match, λ = ([\d.]+)", lambda: train.Args.lam), (r"Here λ is ([\d.]+)", lambda: train.Args.lam),
     (r"GRPO, G=(\d+)", lambda: train.Args.group), (r"of rollouts at temperature ([\d.]+)", lambda: train.Args.temperature), (r"greedy accuracy on (\d+) questions of the dev", lambda: train.Args.rl_dev),
@@ -87,7 +84,7 @@ TOLD = [  # what the text says outside its tables, and where it comes from
 
 @pytest.mark.parametrize("told, source", TOLD, ids=[told for told, _ in TOLD])
 def test_numbers_in_the_text_are_those_of_their_source(told, source):
-    """Prevents a number that was true once: what stands between the tables comes from a csv, from the trials or from the source, rounded as it is written."""
+    """Prevents a number that was true once: those of TOLD, between the tables, come from a csv or from the source, rounded as they are written."""
     (written,) = {found.replace(",", "") for found in re.findall(told, README)}
     real = source()
     assert written == (real if isinstance(real, str) else f"{real:.{len(written.partition('.')[2])}f}")

@@ -30,8 +30,8 @@ def run(*flags, cwd=ROOT, timeout=150, program=ROOT / "train.py"):
 
 
 def test_both_stages_from_nothing(tmp_path):
-    """Prevents a quick start that does not start: --stage rl alone trains base, SFT and RL, and says so; nothing but the run folder is written."""
-    done = run("--stage", "rl", *TINY, "--curriculum", "fresh", "--out", "run", cwd=tmp_path)
+    """Prevents a quick start that does not start: --stage rl alone trains base, SFT and RL, and says so; nothing but the run folder is written, and no socket is opened (offline.py)."""
+    done = run("--stage", "rl", *TINY, "--curriculum", "fresh", "--out", "run", cwd=tmp_path, program=ROOT / "tests" / "offline.py")
     assert done.returncode == 0, done.stderr
     assert "sft runs first" in done.stderr and "pretrain runs first" in done.stderr
     assert {p.name for p in tmp_path.iterdir()} == {"run"}
@@ -167,6 +167,7 @@ def test_the_grid_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
     grid("broken", 2)
     assert told["broken"][0] == told["whole"][0]
     grid("broken", 2)
+    assert "nothing, seed 0: no question is left" in told["broken"][1]  # and not: is locked by the call before
     assert told["broken"][0] == told["whole"][0] and told["broken"][1].count("is there") == 4 and told["broken"][1].count("rl: preset") == 1
     assert "## GRPO" in (tmp_path / "broken/run/grid.md").read_text()
 
@@ -189,7 +190,8 @@ def test_what_is_not_asked_for_goes_on_where_it_was_interrupted(tmp_path, monkey
     assert ran == [("pretrain", True), ("sft", True), ("rl", False)]
 
 
-def test_a_gradient_that_is_no_number_changes_nothing(tmp_path, monkeypatch, env):
+@pytest.mark.parametrize("spoil", [lambda logp: logp * float("nan"), lambda logp: logp - float("inf")], ids=["gradient", "loss"])  # the second has a finite gradient
+def test_a_gradient_that_is_no_number_changes_nothing(tmp_path, monkeypatch, env, spoil):
     """Prevents one bad batch from destroying weights and optimiser: the step is refused, its batch can be looked at, the last checkpoint stays."""
     monkeypatch.chdir(tmp_path)
     a, real = train.arguments([*TINY, "--out", "run", "--save-every", "1"]), grpo.token_logprobs
@@ -199,7 +201,7 @@ def test_a_gradient_that_is_no_number_changes_nothing(tmp_path, monkeypatch, env
     def poisoned(*args):
         calls.append(args)
         logp, rest = real(*args)
-        return logp * (float("nan") if len(calls) > 2 else 1), rest
+        return spoil(logp) if len(calls) > 2 else logp, rest
 
     monkeypatch.setattr(grpo, "token_logprobs", poisoned)
     with pytest.raises(train.CheckpointError, match="sft.bad.json"):
