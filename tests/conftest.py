@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import data  # noqa: E402
 import grpo  # noqa: E402
 import tools  # noqa: E402
+import train  # noqa: E402
 from model import PRESETS, ModelConfig, Policy, Vocabulary  # noqa: E402
 
 
@@ -58,3 +59,19 @@ def env(vocabulary, world, policy):
 @pytest.fixture(scope="session")
 def questions(world):
     return data.questions(world, data.RL_MIX, 24, "test")
+
+
+@pytest.fixture(scope="session")
+def begun(tmp_path_factory):
+    """A function of a folder: the base model and the SFT policy of a tiny run (test_train.TINY), trained once, are copied there."""
+    from test_train import TINY
+    made = tmp_path_factory.mktemp("begun")
+    a = train.arguments([*TINY, "--out", str(made), "--results", str(made)])
+    train.pretrain(a), train.sft(a)
+
+    def copied(folder):
+        folder.mkdir(exist_ok=True)
+        for stage in ("pretrain", "sft"):
+            (folder / f"{stage}.safetensors").write_bytes((made / f"{stage}.safetensors").read_bytes())
+
+    return copied
