@@ -539,7 +539,7 @@ def tell(t):
     lines = [f"  {t.question.text}" + (f"   (gold: {t.question.answers[0]})" if t.question.answers else "")]
     for turn in t.turns:
         argument = " ".join(map(str, turn.argument)) if isinstance(turn.argument, tuple) else turn.argument
-        lines.append(f"    {turn.kind:<7}{argument}" + (f"      ({turn.thought})" if turn.thought else ""))
+        lines.append(f"    {turn.kind:<10}{argument}" + (f"      ({turn.thought})" if turn.thought else ""))
         lines += [f"            {line}" for line in turn.observation.split(" | ") if line]
     return "\n".join(lines + ([] if t.answer is not None else ["    no answer: it ran out of turns or tokens"]))
 

@@ -65,6 +65,12 @@ def parameters(preset):
     return sum(p.numel() for p in Policy(ModelConfig(**PRESETS[preset])).parameters()) / 1e6
 
 
+def mean(world, row):
+    """Mean accuracy over the suites, in percent."""
+    return sum(100 * RESULTS[world, row, s, "accuracy"] for s in gog.SUITES) / len(gog.SUITES)
+
+
+VALIDATED = {int(r["step"]): r for r in tools.read_rows(ROOT / "results" / "runs" / "countries-nano-0-rl.csv")}
 TRIALS = (ROOT / "results" / "trials.md").read_text(encoding="utf-8")
 COUNTRIES = data.open_world(str(ROOT / "worlds" / "countries"))
 TOLD = [  # what the text says outside its tables, and where it comes from
@@ -75,6 +81,9 @@ TOLD = [  # what the text says outside its tables, and where it comes from
     (r"in (\d+) % where there is one", lambda: 100 * RESULTS["lessons", "base", "held-out", "count one"]),
     (r"some gaze finds the target in (\d+) % of `facts`", lambda: 100 * RESULTS["countries-zero-shot", "rl", "facts", "target_found"]),
     (r"bounded memory: ([\d.]+) kB an entity", lambda: len(tools.FRAMINGS) * 4 * tools.WIDTH / 1000),
+    (r"gets ([\d.]+) % of its suites right", lambda: mean("countries", "sft")), (r"right after SFT, ([\d.]+) after RL", lambda: mean("countries", "rl")), (r"RL adds (1[\d.]+) points", lambda: mean("countries", "rl") - mean("countries", "sft")),
+    (r"the SFT policy finds (\d+) %", lambda: 100 * RESULTS["countries", "sft", "facts", "target_found"]), (r"and answers (\d+) %", lambda: 100 * RESULTS["countries", "sft", "facts", "accuracy"]),
+    *((told, lambda step=step: 100 * float(VALIDATED[step]["development"])) for step, told in ((0, r"it went from ([\d.]+) to"), (20, r"to ([\d.]+) and [\d.]+ % after 20"), (40, r"and ([\d.]+) % after 20 and 40"))),
     (r"is such a world: (\d+) flags", lambda: len(COUNTRIES.entities)), (r"demonstrations show (\d+) flags", lambda: len(COUNTRIES.splits["train"])),
     (r"no KL by default, `(\w+)`", lambda: train.Args.curriculum), (r"judge \| the same with exact match, λ = ([\d.]+)", lambda: train.Args.lam), (r"Here λ is ([\d.]+)", lambda: train.Args.lam),
     (r"GRPO, G=(\d+)", lambda: train.Args.group), (r"of rollouts at temperature ([\d.]+)", lambda: train.Args.temperature), (r"greedy accuracy on (\d+) questions of the dev", lambda: train.Args.rl_dev),
@@ -92,7 +101,7 @@ def test_numbers_in_the_text_are_those_of_their_source(told, source):
 
 @pytest.mark.parametrize("told, tried", [
     (r"crowds (\d+) instead of (\d+) %", r"crowded walls (\d+) -> (\d+) %"), (r"\+([\d.]+) points on themselves, \+([\d.]+) on others", r"\(\+([\d.]+)\), on 400 others.*?\(together \+([\d.]+)\)"),
-    (r"the right shield (\d+) instead of (\d+) %", r"(?=the right shield .*? (\d+) % with one)the right shield (\d+) % of the time"), (r"\(trials, (\w+)\)", r"\| (8e1446f) \|")])
+    (r"the right shield (\d+) instead of (\d+) %", r"(?=the right shield .*? (\d+) % with one)the right shield (\d+) % of the time"), (r"\(trials, (\w+)\)", r"\| (8e1446f) \|"), (r"in (\d+) of the (\d+) that it gets wrong", r"(\d+) of (\d+) wrong answers about flags")])
 def test_what_was_tried_is_in_the_trials(told, tried):
     """Prevents an expected effect that nobody has measured: numbers of exercises and answers stand in results/trials.md."""
     assert re.search(told, README).groups() == re.search(tried, TRIALS).groups()
