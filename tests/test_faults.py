@@ -307,7 +307,7 @@ def test_kill_at_any_moment(tmp_path, begun):
     assert same(ended, unbroken) and not same(ended, before) and not list((tmp_path / "run").glob(".rl.*.tmp"))
 
 
-@pytest.mark.skipif("STEPS" not in os.environ or not Path("/proc/self/statm").exists(), reason="by hand, minutes: STEPS=1000 python -m pytest -s tests/test_faults.py -k memory")
+@pytest.mark.skipif("STEPS" not in os.environ or not Path("/proc/self/statm").exists(), reason="by hand, three minutes: STEPS=4000 python -m pytest -s tests/test_faults.py -k memory")
 def test_memory_stays_flat(tmp_path, begun):
     """Prevents a run that is killed at night because it holds on to what it has seen: resident memory in the second half of a run, a sample a second, rises by less than 2 %."""
     steps, used = int(os.environ["STEPS"]), []
