@@ -470,7 +470,7 @@ def timed(a, stage):
     except NotFinite as e:
         bad, text = a.weights(stage).with_suffix(".bad.json"), json.dumps([{k: getattr(x, k) for k in ("ids", "trained", "logprobs")} for x in e.args[0]])
         atomic(bad, lambda p: p.write_text(text))
-        raise CheckpointError(f"{stage}: a loss, a gradient or a weight is not finite. Nothing of it is saved; its batch of trajectories, if it had one, is in {bad}. Go on from the last checkpoint with --resume and a lower learning rate") from None
+        raise CheckpointError(f"{stage}: a loss, a gradient or a weight is not finite. Nothing of it is saved; its batch is in {bad} (empty for the eyes, whose pictures are drawn anew from seed and step). Go on from the last checkpoint with --resume and a lower learning rate") from None
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # that of a run that failed was for saving, and holds its lock
     row = dict(stage=stage, preset=a.preset, world=world, device=a.device, minutes=f"{(time.time() - began) / 60:.1f}", peak_memory_mb=peak_memory(), seed=a.seed)
