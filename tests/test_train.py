@@ -120,7 +120,7 @@ def test_ctrl_c_saves_and_resume_is_exact(tmp_path, monkeypatch, capsys):
 
 
 def test_the_best_policy_is_kept_and_alarms_are_told_once(tmp_path, monkeypatch, capsys, begun):
-    """Prevents a run that ends with its last policy though an earlier one was better, and an alarm that is never told, or at every step."""
+    """Prevents a run that ends with its last policy though an earlier one was better, also before it was stopped; and an alarm that is never told, or at every step."""
     monkeypatch.chdir(tmp_path)
     a, told = train.arguments([*TINY, "--out", "run", "--eval-every", "1", "--rl-lr", "0.3", "--group", "4"]), []
     begun(Path("run")), liven(monkeypatch.setattr)
@@ -131,7 +131,18 @@ def test_the_best_policy_is_kept_and_alarms_are_told_once(tmp_path, monkeypatch,
 
     monkeypatch.setattr(train, "development", lambda *_: validate)
     monkeypatch.setattr(train, "alarms", lambda first, now: [f"entropy fell from 1 to {now['entropy']}"])
-    train.rl(a)
+    real = train.Run.log
+
+    def interrupted(self, **row):
+        real(self, **row)
+        if row["step"] == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(train.Run, "log", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train.rl(a)
+    monkeypatch.setattr(train.Run, "log", real)
+    train.rl(replace(a, resume=True))
     kept = load_file("run/rl.safetensors")
     same = [all(torch.equal(kept[k], w[k]) for k in kept) for w in told]
     assert same == [False, True, False, False] and capsys.readouterr().err.count("entropy fell") == 1
