@@ -68,6 +68,19 @@ def test_a_broken_checkpoint_is_not_overwritten(tmp_path):
     assert done.returncode == 2 and "sft.safetensors: not a readable" in done.stderr and torn.read_bytes() == b"not a checkpoint"
 
 
+def press_ctrl_c(monkeypatch, when):
+    """From now on Ctrl-C is pressed while a run logs a row for which when(run, row); returns how it logs else."""
+    real = train.Run.log
+
+    def interrupted(self, **row):
+        real(self, **row)
+        if when(self, row):
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(train.Run, "log", interrupted)
+    return real
+
+
 def test_ctrl_c_saves_and_resume_is_exact(tmp_path, monkeypatch, capsys):
     """Prevents a resume that loads weights only: 3 steps + Ctrl-C + resume + the rest = the unbroken run, bit for bit, for every stage (of RL with a policy that acts, tools that fail and
     every generator in use; the training state at the end, too); and lost work: the step during which Ctrl-C is pressed is finished and saved, though no checkpoint was due."""
@@ -75,7 +88,7 @@ def test_ctrl_c_saves_and_resume_is_exact(tmp_path, monkeypatch, capsys):
     args = lambda *more: train.arguments([*TINY, "--sft-epochs", "2", "--rl-steps", "5", "--failure-rate", "0.3", "--group", "4", "--rl-lr", "0.3", *more])
     whole, broken = args("--out", "whole"), args("--out", "broken")
     torch.set_flush_denormal(True)
-    states, real, keep = {}, train.Run.log, train.Run.close
+    states, keep = {}, train.Run.close
 
     def close(self, columns):
         train.save_state(self.state, self.modules, self.opts)
@@ -94,12 +107,7 @@ def test_ctrl_c_saves_and_resume_is_exact(tmp_path, monkeypatch, capsys):
             liven(monkeypatch.setattr)
         stage(whole)
 
-        def interrupted(self, **row):
-            real(self, **row)
-            if row["step"] == 2:
-                signal.raise_signal(signal.SIGINT)
-
-        monkeypatch.setattr(train.Run, "log", interrupted)
+        real = press_ctrl_c(monkeypatch, lambda _, row: row["step"] == 2)
         with pytest.raises(KeyboardInterrupt):
             stage(broken)
         monkeypatch.setattr(train.Run, "log", real)
@@ -131,14 +139,7 @@ def test_the_best_policy_is_kept_and_alarms_are_told_once(tmp_path, monkeypatch,
 
     monkeypatch.setattr(train, "development", lambda *_: validate)
     monkeypatch.setattr(train, "alarms", lambda first, now: [f"entropy fell from 1 to {now['entropy']}"])
-    real = train.Run.log
-
-    def interrupted(self, **row):
-        real(self, **row)
-        if row["step"] == 2:
-            signal.raise_signal(signal.SIGINT)
-
-    monkeypatch.setattr(train.Run, "log", interrupted)
+    real = press_ctrl_c(monkeypatch, lambda _, row: row["step"] == 2)
     with pytest.raises(KeyboardInterrupt):
         train.rl(a)
     monkeypatch.setattr(train.Run, "log", real)
@@ -155,12 +156,7 @@ def test_the_grid_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "GRID", {"main": [{}], "GRPO": rows, "robustness": [dict(turns=2)]})
     monkeypatch.setattr(train, "ROWS", ("sft", "rl"))
     monkeypatch.setattr(grpo, "pass_rates", lambda policy, env, pool, *_: [0.0] * len(pool))  # so there is no level 1
-    real, told = train.Run.log, {}
-
-    def interrupted(self, **row):
-        real(self, **row)
-        if self.stage == "lambda-0" and row["step"] == 1:
-            signal.raise_signal(signal.SIGINT)
+    told = {}
 
     def grid(folder, code):
         (tmp_path / folder).mkdir(exist_ok=True)
@@ -175,7 +171,7 @@ def test_the_grid_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
 
     assert grid("whole", 2) == {"sft", "rl", "lambda-0", "demos-9", "rl-turns-2"} and "nothing, seed 0: no question is left" in told["whole"][1]
     assert told["whole"][1].count("rl: preset") == 4 and told["whole"][1].count("sft: preset") == 2  # the row that fails is tried
-    monkeypatch.setattr(train.Run, "log", interrupted)
+    real = press_ctrl_c(monkeypatch, lambda run, row: run.stage == "lambda-0" and row["step"] == 1)
     assert grid("broken", 130) == {"sft", "rl"}
     monkeypatch.setattr(train.Run, "log", real)
     grid("broken", 2)
