@@ -619,7 +619,7 @@ def exam(policy, env, n, seed="exam"):
     count)}. `iou KIND` is the mean IoU of pointing by that kind of expression; every other topic is the share of exact answers."""
     rng, scores = random.Random(seed), {}
     for _ in range(0, n, 256):
-        drawn = (make(env, rng, 1) for make in rng.choices((wall_lesson, crop_lesson, text_lesson), (6, 2, 3), k=256))
+        drawn = (make(env, rng, 1) for make in rng.choices((wall_lesson, crop_lesson, text_lesson), (6, 2, 3), k=min(n, 256)))
         sheet = [t for t in drawn if t.lesson and t.lesson[0][0]]
         for t, turn in zip(sheet, gog.respond(policy, env, [t.ids[:t.trained.index(True)] for t in sheet], [p for t in sheet for p in t.pictures])):
             topic, wanted = t.lesson[0][0], parse(t.lesson[0][1]).argument

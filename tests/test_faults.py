@@ -64,13 +64,13 @@ def test_no_text_breaks_the_parser():
 
 
 def test_no_rollout_breaks(env, policy, questions, monkeypatch):
-    """Prevents an endless turn, an observation that the policy has written itself, or a mask that is off by one: what an untrained policy samples, at three temperatures, goes through the
+    """Prevents an endless turn, an observation that the policy has written itself, or a mask that is off by one: what an untrained policy samples, cold and hot, goes through the
     whole loop, once read as it is (nearly all malformed) and once with actions drawn from it (alive.py)."""
     for livened in (False, True):
         if livened:
             liven(monkeypatch.setattr)
-        for temperature in (0.5, 1.0, 5.0):
-            for t in gog.rollout(policy, env, questions, 4, temperature, generator=torch.Generator().manual_seed(0)):
+        for temperature in (0.5, 5.0):
+            for t in gog.rollout(policy, env, questions, 2, temperature, generator=torch.Generator().manual_seed(0)):
                 said, told = ([i for i, own in zip(t.ids, t.trained) if own == who] for who in (True, False))
                 assert len(t.ids) == len(t.trained) == len(t.logprobs) <= 832 and 1 <= len(t.turns) <= gog.MAX_TURNS
                 assert all(env.v.sampleable[i] for i in said) and told.count(env.image[0]) == len(env.image) * len(t.pictures)
@@ -97,7 +97,7 @@ def script(*turns):
         yield turn
 
 
-PLAYED = int(os.environ.get("PLAYED", 400))  # by hand: PLAYED=5000 (and as many by chance) python -m pytest tests/test_faults.py -k often_fail
+PLAYED = int(os.environ.get("PLAYED", 250))  # by hand: PLAYED=5000 (and as many by chance) python -m pytest tests/test_faults.py -k often_fail
 
 
 def test_tools_that_often_fail_stop_nobody(vocabulary, world, policy):
@@ -279,12 +279,12 @@ def test_encodings(tmp_path):
 
 # ------------------------------------------------------------------------------------------------------- kills, full disks
 
-KILLS = int(os.environ.get("KILLS", 2))  # by hand, half an hour: KILLS=200 python -m pytest -s tests/test_faults.py -k at_any_moment
+KILLS = int(os.environ.get("KILLS", 1))  # by hand, half an hour: KILLS=200 python -m pytest -s tests/test_faults.py -k at_any_moment
 
 
 def test_kill_at_any_moment(tmp_path, begun):
     """Prevents half-written checkpoints: killed without warning (-9) again and again, a run of a policy that acts (alive.py) resumes each time, and ends as if nothing had happened."""
-    stage = ["--stage", "rl", *TINY, "--eval-every", "1", "--failure-rate", "0.3", "--rl-lr", "0.1", "--curriculum", "fresh", "--rl-steps", str(4 * KILLS), "--out", "run"]
+    stage = ["--stage", "rl", *TINY, "--eval-every", "1", "--failure-rate", "0.3", "--rl-lr", "0.1", "--curriculum", "fresh", "--rl-steps", str(4 + 4 * KILLS), "--out", "run"]
     begun(tmp_path / "run"), begun(whole := tmp_path / "whole")
     assert run(*stage, "--out", "whole", cwd=tmp_path, timeout=100 + 10 * KILLS, program=ALIVE).returncode == 0
     rng, kills = random.Random(time.time()), 0
@@ -301,7 +301,7 @@ def test_kill_at_any_moment(tmp_path, begun):
     (tmp_path / "run" / ".rl.state.safetensors.1.tmp").write_bytes(b"half")  # of a kill while it was written
     assert run(*stage, "--resume", cwd=tmp_path, timeout=100 + 10 * KILLS, program=ALIVE).returncode == 0
     tell = lambda d: [{k: v for k, v in r.items() if "seconds" not in k} for r in csv.DictReader(open(tmp_path / d / "rl.csv"))]
-    assert kills and tell("run") == tell("whole") and [int(r["step"]) for r in tell("run")] == list(range(4 * KILLS + 1))
+    assert kills and tell("run") == tell("whole") and [int(r["step"]) for r in tell("run")] == list(range(4 * KILLS + 5))
     ended, unbroken, before = (load_file(f) for f in (tmp_path / "run" / "rl.safetensors", whole / "rl.safetensors", whole / "sft.safetensors"))
     same = lambda a, b: all(torch.equal(a[k], b[k]) for k in a)
     assert same(ended, unbroken) and not same(ended, before) and not list((tmp_path / "run").glob(".rl.*.tmp"))

@@ -15,6 +15,7 @@ from alive import liven
 from safetensors.torch import load_file
 
 import data
+import gog
 import grpo
 import train
 from model import Muon
@@ -85,7 +86,7 @@ def test_ctrl_c_saves_and_resume_is_exact(tmp_path, monkeypatch, capsys):
     """Prevents a resume that loads weights only: 3 steps + Ctrl-C + resume + the rest = the unbroken run, bit for bit, for every stage (of RL with a policy that acts, tools that fail and
     every generator in use; the training state at the end, too); and lost work: the step during which Ctrl-C is pressed is finished and saved, though no checkpoint was due."""
     monkeypatch.chdir(tmp_path)
-    args = lambda *more: train.arguments([*TINY, "--sft-epochs", "2", "--rl-steps", "5", "--failure-rate", "0.3", "--group", "4", "--rl-lr", "0.3", *more])
+    args = lambda *more: train.arguments([*TINY, "--sft-epochs", "2", "--rl-steps", "5", "--failure-rate", "0.3", "--group", "4", "--rl-lr", "0.3", "--show-every", "9", "--rl-batch", "2", "--demos", "12", *more])
     whole, broken = args("--out", "whole"), args("--out", "broken")
     torch.set_flush_denormal(True)
     states, keep = {}, train.Run.close
@@ -154,7 +155,7 @@ def test_the_grid_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
     grid; a third call trains nothing. A row that asks another thing of the same policy trains none of its own, one of other demonstrations has its own SFT, and one that fails stops no other."""
     rows = [dict(name="lambda-0", lam=0.0), dict(name="demos-9", demos=9, rl_steps=0), dict(name="nothing", curriculum="level1")]
     monkeypatch.setattr(train, "GRID", {"main": [{}], "GRPO": rows, "robustness": [dict(turns=2)]})
-    monkeypatch.setattr(train, "ROWS", ("sft", "rl"))
+    monkeypatch.setattr(train, "ROWS", ("sft", "rl")), monkeypatch.setattr(gog, "SUITES", {name: gog.SUITES[name] for name in ("facts", "live")})
     monkeypatch.setattr(grpo, "pass_rates", lambda policy, env, pool, *_: [0.0] * len(pool))  # so there is no level 1
     told = {}
 
