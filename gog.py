@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 import data
 from data import iou
-from model import Cache, CheckpointError, Vocabulary, load, pick
+from model import Cache, CheckpointError, load, pick
 from tools import ACTIONS, PASSAGES, Environment, Turn, atomic, flat, make_toolbox, normalise, parse, to_array, to_pixels, unaccented
 
 MAX_TURNS, TURN_TOKENS = 8, 90
@@ -182,6 +182,8 @@ def expert(q, rng, wrong_gaze=0.0, glance_first=0.0, missed=None):
 def _find(q, target, phrase, kind, rng, missed_here, wrong_gaze, glance_first, thought, memory):
     """The expert's looks at one target, slips among them, until a hit fits what is wanted: returns (its name or None, what to think next)."""
     looks, boxes = [e.look for e in q.scene.entities], q.scene.boxes
+    if kind not in ("look", "colour", "detail") and (others := also_looks(q.scene.entities[target])):
+        phrase = rng.choice([phrase, *others])  # the question names no colour, so any will do
     places = ["glance"] if len(looks) == 1 else [boxes[target]] if kind != "detail" else left_to_right([b for b, l in zip(boxes, looks) if l == looks[target]])
     tries = [(phrase, place, False) for place in places]  # (the look that the thought names, where to look, is it a slip?); it is the true look but in the base model's own mistake
     elsewhere = [b for b in (rng.choice([b for b, l in zip(boxes, looks) if l != looks[target]] or [None]), _bare_wall(boxes, rng)) if b]
@@ -244,6 +246,11 @@ def stated(kind, phrase):
     return phrase.split()[0] if kind == "colour" else phrase.split()[-1] if kind == "shape" else phrase
 
 
+def also_looks(e):
+    """A flag has several colours, and nobody can say which of them strikes the eye from afar: its look by those that its caption does not begin with."""
+    return [f"{colour} {e.look.split()[1]}" for colour in e.detail.split(" and ") if colour in data.TINCTURES]
+
+
 def look_thought(scene, i, kind, phrase):
     """What to think before a look at object i. By its shape: that shape first, or its colour would be named before the shape has been read. By its
     neighbour it is found in two steps: where does that one hang, and what is beside it?"""
@@ -278,21 +285,20 @@ def _try(turn, action, patience=3):
 
 
 def _best_hit(obs, phrase, kind):
-    """(name, what the best hit shows): name is None if that does not fit the phrase. What it shows is cut to what the phrase tells: colour, shape, look, or look and detail."""
+    """(name, what the best hit shows): name is None if that does not fit the phrase. What it shows is cut to what the phrase tells: colour, shape, look (of a flag: by any of
+    its colours), or look and detail."""
     name, _, blazon = (obs or "").split(" | ")[0].partition(": ")
     look, *_, detail = blazon.split(", ") if ", " in blazon else (blazon, "")
+    if phrase.split()[0] in detail.split(" and ") and "," not in phrase:  # "gold banner, red and green" is a red banner, too
+        look = " ".join([phrase.split()[0], *look.split()[1:]])
     seen = f"{look}, {detail}" if "," in phrase else stated(kind, look) if look else ""
     return (name.split(" ", 1)[-1] if seen == phrase else None), seen
 
 
 def _read(obs, name, relation):
     """The value that one of the passages gives for (name, relation), by the wordings in PASSAGES; None if there is none."""
-    for passage in (obs or "").split(" | "):
-        for form in PASSAGES:
-            pattern = re.escape(form).replace(r"\{v\}", "(.+)").replace(r"\{n\}", re.escape(name)).replace(r"\{r\}", re.escape(relation))
-            if match := re.fullmatch(pattern, passage):
-                return match[1]
-    return None
+    patterns = [re.escape(form).replace(r"\{v\}", "(.+)").replace(r"\{n\}", re.escape(name)).replace(r"\{r\}", re.escape(relation)) for form in PASSAGES]
+    return next((match[1] for passage in (obs or "").split(" | ") for pattern in patterns if (match := re.fullmatch(pattern, passage))), None)
 
 
 def chance(q, rng, words):
@@ -369,11 +375,9 @@ def gazes(t):
 
 def looked_elsewhere(t):
     """For every gaze that missed (IoU < 0.5): True if the next action is a gaze elsewhere (IoU with the missed box < 0.5)."""
-    overlap, out = iter(gazes(t)), []
-    for turn, after in zip(t.turns, [*t.turns[1:], Turn("answer")]):
-        if turn.kind == "gaze" and next(overlap)[1] < 0.5:
-            out.append(after.kind == "gaze" and iou(after.argument, turn.argument) < 0.5)
-    return out
+    overlap = iter(gazes(t))
+    return [after.kind == "gaze" and iou(after.argument, turn.argument) < 0.5 for turn, after in zip(t.turns, [*t.turns[1:], Turn("answer")])
+            if turn.kind == "gaze" and next(overlap)[1] < 0.5]
 
 
 def behaviour(trajectories):
@@ -404,7 +408,7 @@ def evaluate(policy, env, questions, row="", seed=0, turns=MAX_TURNS, progress=N
     """Greedy trajectories of one row of the main table (default: no baseline), at most so many turns; `policy` may be None for oracle and random."""
     rng = random.Random(f"{row}/{seed}")
     if row in ("oracle", "random"):
-        words = sorted({a for q in questions for a in q.answers})
+        words = sorted({a for q in questions for a in q.answers})  # possible answers
         return play(env, questions, [expert(q, rng) if row == "oracle" else chance(q, rng, words) for q in questions], progress=progress)
     return rollout(policy, env, questions, 1, 0.0, schedule=SCHEDULES.get(row, [ACTIONS] * turns), rows=320, progress=progress)  # a whole suite at once
 
@@ -563,10 +567,10 @@ def main():
     parser.add_argument("--save", default="gaze.png", help="where the picture with the gazes goes (default: %(default)s)")
     a = parser.parse_args()
     try:
-        policy, meta = load(a.checkpoint)
+        policy, v = load(a.checkpoint)
         data.check_image(a.image)
         world, asked, pictures = data.open_world(a.world), [], {}
-        env = Environment(Vocabulary(meta["tokenizer"]), make_toolbox(world), policy.config)
+        env = Environment(v, make_toolbox(world), policy.config)
         for question in [a.question] if a.question else iter(lambda: input("question (Enter alone: end) > ").strip(), ""):
             if (long := len(env.v.encode(question))) > 300:
                 raise data.WorldError(f"the question has {long} tokens, and at most 300 leave room for turns. Ask more briefly")

@@ -552,8 +552,8 @@ def read(path):
         return f.metadata() or {}, {k: f.get_tensor(k).clone() for k in f.keys()}  # copies: Windows replaces no file that is still mapped
 
 
-def load(path, device="cpu", **expected):
-    """Policy and its metadata. Raises CheckpointError if the file is broken, or if a key of `expected` (say tokenizer=...) differs."""
+def load(path, device="cpu"):
+    """The policy that `save` wrote, and the vocabulary that it was trained with. Raises CheckpointError if the file is missing, broken, or of another shape."""
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint. Train one first: python train.py --stage sft")
@@ -562,18 +562,14 @@ def load(path, device="cpu", **expected):
     except (SafetensorError, OSError) as e:
         raise CheckpointError(f"{path}: not a readable safetensors file ({e}). If it is broken, delete it and train again") from None
     try:
-        given = json.loads(meta["config"])
+        given, v = json.loads(meta["config"]), Vocabulary(meta["tokenizer"])
         model = Policy(ModelConfig(**{f.name: given[f.name] for f in fields(ModelConfig)}))
         model.load_state_dict(weights)
-        if Vocabulary(meta["tokenizer"]).size != model.config.vocab:
+        if v.size != model.config.vocab:
             raise ValueError("a tokenizer of another size")
     except Exception as e:  # a header may hold anything, and `tokenizers` knows no error of its own
         raise CheckpointError(f"{path}: weights of another shape or version ({repr(e).splitlines()[0][:200]}). Delete it and train again") from None
-    for key, value in expected.items():
-        if meta.get(key) != value:
-            raise CheckpointError(f"{path}: made with another {key} ({str(meta.get(key))[:24]}... instead of {value[:24]}...). "
-                                  "Use its own --out folder, or delete it and train again")
-    return model.to(device), meta
+    return model.to(device), v
 
 
 def save_state(path, modules, opts, **meta):

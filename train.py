@@ -82,8 +82,8 @@ def pretrain(a):
 
 def read_weights(a, path):
     """A policy whose eyes are held still, and the vocabulary that it was trained with."""
-    policy, meta = load(path, a.device)
-    return policy.freeze_eyes(), Vocabulary(meta["tokenizer"])
+    policy, v = load(path, a.device)
+    return policy.freeze_eyes(), v
 
 
 def sft(a):

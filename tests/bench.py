@@ -134,6 +134,10 @@ class Bench:
                 part.tags, Tagged.current = self.tags[rows], part
                 return part
 
+            def put(self, rows, part):  # those of a smaller cache have stopped: back to the larger one
+                super().put(rows, part)
+                Tagged.current = self
+
         def forced(hidden):
             now = Tagged.current
             wanted = torch.tensor([scripts[t][min(n, len(scripts[t]) - 1)] for t, n in zip(now.tags.tolist(), now.lengths.tolist())])

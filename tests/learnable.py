@@ -19,7 +19,7 @@ import gog
 import grpo
 import train
 import tools
-from model import Vocabulary, autocast, load
+from model import autocast, load
 
 
 def group_gradient(policy, env, group, advantages, a):
@@ -33,9 +33,9 @@ def group_gradient(policy, env, group, advantages, a):
 
 def main(each=16, path="out/heraldry-nano-0/sft.safetensors"):
     world, a = data.open_world("heraldry"), train.Args()
-    policy, meta = load(path)
+    policy, v = load(path)
     policy.freeze_eyes()
-    env = tools.Environment(Vocabulary(meta["tokenizer"]), tools.make_toolbox(world), policy.config)
+    env = tools.Environment(v, tools.make_toolbox(world), policy.config)
     kinds = sorted({(kind, setting) for kind, setting, _ in data.SFT_MIX + data.RL_MIX + gog.DEV_MIX})
     told, found = [], []  # a row of the table for every kind; (index of its kind, gradient) for every group alive
     for k, (kind, setting) in enumerate(tqdm(kinds)):
