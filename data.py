@@ -36,8 +36,7 @@ SCENE_PX = 384  # side of a scene in pixels; the model is given it much smaller,
 ONSETS = "b br c d dr f g gl h k l m n p r s st t th tr v w z".split()
 VOWELS = "a e i o u a e i o u ei au é ö".split()
 CODAS = "l n r s nd rn th x lm sk".split() + [""] * 8
-CRAFTS_A = "blue red fine old salt river winter silk iron amber stone smoked".split()
-CRAFTS_B = "glass bells cloth lace wine boats clocks honey paper knives cheese pots".split()
+CRAFTS_A, CRAFTS_B = "blue red fine old salt river winter silk iron amber stone smoked".split(), "glass bells cloth lace wine boats clocks honey paper knives cheese pots".split()
 
 
 def word(rng, syllables=2):
@@ -67,8 +66,7 @@ REGION_LINKS = ("capital", "stronghold")  # .. and from a region back to a town
 
 # ----------------------------------------------------------------------------------------------------------------- arms
 
-TINCTURES = {"red": (204, 32, 44), "blue": (36, 74, 190), "green": (32, 138, 66), "purple": (132, 52, 150),
-             "black": (28, 28, 34), "gold": (238, 190, 40), "white": (244, 244, 240)}
+TINCTURES = {"red": (204, 32, 44), "blue": (36, 74, 190), "green": (32, 138, 66), "purple": (132, 52, 150), "black": (28, 28, 34), "gold": (238, 190, 40), "white": (244, 244, 240)}
 METALS = ("gold", "white")  # the heralds' rule of tincture: metal on colour or colour on metal, so that it can be seen
 
 
@@ -88,8 +86,7 @@ ORDINARIES = {"": None, "chief": [(0, 0), (1, 0), (1, .17), (0, .17)], "base": [
 CHARGES = {  # polygons in [-1, 1]^2, y down
     "star": [(0, -1), (.25, -.32), (.95, -.3), (.4, .13), (.6, .85), (0, .43), (-.6, .85), (-.4, .13), (-.95, -.3), (-.25, -.32)],
     "cross": [(-.3, -1), (.3, -1), (.3, -.3), (1, -.3), (1, .3), (.3, .3), (.3, 1), (-.3, 1), (-.3, .3), (-1, .3), (-1, -.3), (-.3, -.3)],
-    "tower": [(-.7, -1), (-.35, -1), (-.35, -.6), (-.17, -.6), (-.17, -1), (.17, -1), (.17, -.6), (.35, -.6), (.35, -1), (.7, -1),
-              (.7, 1), (.25, 1), (.25, .3), (-.25, .3), (-.25, 1), (-.7, 1)],
+    "tower": [(-.7, -1), (-.35, -1), (-.35, -.6), (-.17, -.6), (-.17, -1), (.17, -1), (.17, -.6), (.35, -.6), (.35, -1), (.7, -1), (.7, 1), (.25, 1), (.25, .3), (-.25, .3), (-.25, 1), (-.7, 1)],
     "tree": [(0, -1), (.8, .4), (.2, .4), (.2, 1), (-.2, 1), (-.2, .4), (-.8, .4)],
     "fish": [(-1, -.6), (-.5, -.1), (.1, -.55), (.7, -.35), (1, 0), (.7, .35), (.1, .55), (-.5, .1), (-1, .6)],
     "crown": [(-1, -.7), (-.5, 0), (0, -.9), (.5, 0), (1, -.7), (.85, .8), (-.85, .8)],
@@ -221,24 +218,28 @@ class Scene:
     photo: Path | None = None  # a user's own picture instead of a drawn wall
 
     def picture(self, px=SCENE_PX):
-        """RGB, px square (a photo keeps its own size, up to LONGEST_SIDE)."""
-        if self.photo:
-            return flat(_load(self.photo))
-        rng = random.Random(self.seed)
-        light, hue = rng.randint(110, 200), rng.choice(PLASTERS)
-        plaster = tuple(light + h for h in hue)
-        wall = Image.new("RGB", (px, px), plaster)
-        pen = ImageDraw.Draw(wall)
-        course, mortar = px // rng.randint(6, 14), tuple(c - 16 for c in plaster)
-        for y in range(0, px, course):  # stone courses, each stone in a tone of its own
-            for x in range(-rng.randint(0, course), px, 2 * course):
-                tone = rng.randint(-9, 9)
-                pen.rectangle((x, y, x + 2 * course, y + course), fill=tuple(c + tone for c in plaster), outline=mortar)
-        for e, box in zip(self.entities, self.boxes):
-            x0, y0, x1, y1 = to_pixels(box, wall.size)
-            art = e.picture(y1 - y0).resize((x1 - x0, y1 - y0), Image.BILINEAR)
-            wall.paste(art, (x0, y0), art)
-        return wall
+        """RGB, px square (a photo keeps its own size, up to LONGEST_SIDE). Shared: draw on a copy."""
+        return flat(_load(self.photo)) if self.photo else _drawn(self, px)
+
+
+@lru_cache(maxsize=512)  # demonstrations and suites come back to a wall again and again
+def _drawn(scene, px):
+    """The wall of a scene, and what hangs on it."""
+    rng = random.Random(scene.seed)
+    light, hue = rng.randint(110, 200), rng.choice(PLASTERS)
+    plaster = tuple(light + h for h in hue)
+    wall = Image.new("RGB", (px, px), plaster)
+    pen = ImageDraw.Draw(wall)
+    course, mortar = px // rng.randint(6, 14), tuple(c - 16 for c in plaster)
+    for y in range(0, px, course):  # stone courses, each stone in a tone of its own
+        for x in range(-rng.randint(0, course), px, 2 * course):
+            tone = rng.randint(-9, 9)
+            pen.rectangle((x, y, x + 2 * course, y + course), fill=tuple(c + tone for c in plaster), outline=mortar)
+    for e, box in zip(scene.entities, scene.boxes):
+        x0, y0, x1, y1 = to_pixels(box, wall.size)
+        art = e.picture(y1 - y0).resize((x1 - x0, y1 - y0), Image.BILINEAR)
+        wall.paste(art, (x0, y0), art)
+    return wall
 
 
 def iou(a, b):
@@ -510,6 +511,8 @@ def check(path):
                 read(root, where, line)
             except WorldError as e:
                 wrong.append(str(e))
+    if bare := [name for name, e in known.items() if not e.facts]:
+        poor.append(f"{len(bare)} of {len(known)} entities have no facts, {bare[0]!r} for one: there is nothing to search for. Is \"facts\" spelt so?")
     seen, names = describe([flat(e.picture(96)) for e in known.values()]), list(known)
     for i, name in enumerate(names):
         if len(alike := np.flatnonzero(seen[:i] @ seen[i] > ALIKE)):
@@ -521,12 +524,12 @@ def check(path):
 
 
 def preview(world, n=9, side=384):
-    """`n` questions about a world with their pictures and answers, as one picture."""
+    """`n` questions about a world with their pictures and answers, the first of the user's own among them, as one picture."""
     mix = [(kind, setting, 1) for kind in ("colour", "count", "name", "hop1", "hop2", "compare") for setting in ("single", "normal", "twins", "crowd")]
     sheet = Image.new("RGB", (3 * (side + 16), -(-n // 3) * (side + 70)), "white")
-    for i, q in enumerate(questions(world, mix, n, "preview", ("train", "dev", "test"))):
+    for i, q in enumerate([*world.own[:3], *questions(world, mix, n, "preview", ("train", "dev", "test"))][:n]):
         x, y = i % 3 * (side + 16) + 8, i // 3 * (side + 70) + 8
-        sheet.paste(q.scene.picture(side), (x, y))
+        sheet.paste(ImageOps.contain(q.scene.picture(side), (side, side)), (x, y))
         ImageDraw.Draw(sheet).text((x, y + side + 4), textwrap.fill(unaccented(f"{q.text} {q.answers[0]}"), 58), fill="black", font_size=13)
     return sheet
 

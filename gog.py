@@ -396,11 +396,9 @@ def behaviour(trajectories):
     found = [any(u >= 0.5 for _, u in gazes(x)) for x in trajectories if x.question.targets and not x.question.search_free and len(x.question.scene.boxes) > 1]
     return {"accuracy": sum(x.correct for x in trajectories) / n, "well_formed": sum(x.well_formed for x in trajectories) / n,
             "no_search": sum(not k for k in kinds) / n, "single_search": sum(len(k) == 1 for k in kinds) / n,
-            "mixed_search": sum(len(k) > 1 for k in kinds) / n,
-            **{f"{a}_share": acts[a] / max(1, sum(acts.values())) for a in (*ACTIONS, "malformed")},
+            "mixed_search": sum(len(k) > 1 for k in kinds) / n, **{f"{a}_share": acts[a] / max(1, sum(acts.values())) for a in (*ACTIONS, "malformed")},
             "gaze_correct": mean([u >= 0.5 for _, u in looked]), "gaze_iou": mean([u for _, u in looked]), "target_found": mean(found),
-            "reflection": mean(vain), "turns": mean([len(x.turns) for x in trajectories]),
-            "tool_calls": sum(acts[a] for a in ("search", "glance", "gaze")) / n,
+            "reflection": mean(vain), "turns": mean([len(x.turns) for x in trajectories]), "tool_calls": sum(acts[a] for a in ("search", "glance", "gaze")) / n,
             "tokens": mean([sum(x.trained) for x in trajectories]), "truncated": sum(x.answer is None for x in trajectories) / n}
 
 
@@ -416,11 +414,11 @@ def evaluate(policy, env, questions, row="", seed=0, turns=MAX_TURNS, progress=N
 # ----------------------------------------------------------------------------------------------------- tables and curves
 
 def accuracy_table(table):
-    """Accuracy in percent: the suites and "mean", and of each row its name and values."""
+    """Accuracy in percent: the suites, their mean and, where there are such, a user's own questions; of each row its name and values."""
     accuracy = {(r["row"], r["suite"]): 100 * float(r["value"]) for r in table if r["metric"] == "accuracy"}
     suites = [s for s in SUITES if any(s == suite for _, suite in accuracy)]
-    rows = [[row, *(accuracy[row, s] for s in suites)] for row in dict.fromkeys(r["row"] for r in table)]
-    return dict(columns=[*suites, "mean"], rows=[[*row, sum(row[1:]) / max(1, len(suites))] for row in rows])
+    rows, own = [[row, *(accuracy[row, s] for s in suites)] for row in dict.fromkeys(r["row"] for r in table)], ["own"] * any(s == "own" for _, s in accuracy)
+    return dict(columns=[*suites, "mean", *own], rows=[[*row, sum(row[1:]) / max(1, len(suites)), *(accuracy.get((row[0], s)) for s in own)] for row in rows])
 
 
 STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # 97.5 % quantile, by number of seeds
@@ -507,7 +505,7 @@ def record(t, world, v, pictures):
 
     def add(key, what, px):  # what: a scene or an entity, px: how large
         if key not in pictures:
-            picture = flat(what.picture(px))
+            picture = flat(what.picture(px)).copy()
             picture.thumbnail((640, 640))
             picture.save(file := io.BytesIO(), "WEBP", quality=60)
             pictures[key] = len(pictures), picture.size, "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
@@ -545,14 +543,15 @@ def tell(t):
         argument = " ".join(map(str, turn.argument)) if isinstance(turn.argument, tuple) else turn.argument
         lines.append(f"    {turn.kind:<10}{argument}" + (f"      ({turn.thought})" if turn.thought else ""))
         lines += [f"            {line}" for line in turn.observation.split(" | ") if line]
+    lines += [f"    do not trust this: {why}" for why in [doubts(t)] if why and not t.question.answers]
     return "\n".join(lines + ([] if t.answer is not None else ["    no answer: it ran out of turns or tokens"]))
 
 
 def doubts(t):
     """What speaks against the answer of a trajectory, in words; "" where nothing does. A policy answers anyway: it has never seen a question without an answer."""
     looks = [turn.observation for turn in t.turns if turn.kind in ("glance", "gaze") and turn.ok]
-    found = normalise(" ".join(turn.observation for turn in t.turns if turn.kind != "malformed"))
-    reasons = {"it ended without an answer": t.answer is None, "the answer stands in nothing that was found": found and f" {normalise(t.answer or '')} " not in f" {found} ",
+    found, seen = normalise(" ".join(turn.observation for turn in t.turns if turn.kind != "malformed")), (*data.TINCTURES, *data.OUTLINES, *map(str, range(20)))  # what can be told without a search
+    reasons = {"it ended without an answer": t.answer is None, "nothing was looked up": not found and t.answer is not None and normalise(t.answer) not in seen, "the answer stands in nothing that was found": found and f" {normalise(t.answer or '')} " not in f" {found} ",
                "the picture is like nothing that is known": looks and not any(look.split(" ")[0].isdecimal() and int(look.split(" ")[0]) >= KNOWN for look in looks)}
     return ", ".join(reason for reason, holds in reasons.items() if holds)
 
@@ -560,29 +559,30 @@ def doubts(t):
 def main():
     parser = argparse.ArgumentParser(description="Ask a trained policy about one picture.")
     parser.add_argument("image"), parser.add_argument("question", nargs="?", type=lambda text: text.encode(errors="replace").decode(), help="without it, questions are read one by one")
-    own, ours = data.Path("out/heraldry-nano-0/rl.safetensors"), data.Path(__file__).parent / "policies" / "rl.safetensors"
-    parser.add_argument("--checkpoint", default=own if own.is_file() else ours, help=f"policy (default: {own}, or, until you have trained it, the one that comes with the code)")
+    parser.add_argument("--checkpoint", help="policy (default: out/WORLD-nano-0/rl.safetensors, or, until you have trained it, the one that comes with the code)")
     parser.add_argument("--world", default="heraldry", help="what to search in: heraldry, or a folder world (default: %(default)s)")
     parser.add_argument("--html", help="also write the turns as a page to look at, here")
     parser.add_argument("--save", default="gaze.png", help="where the picture with the gazes goes (default: %(default)s)")
     a = parser.parse_args()
     try:
-        policy, v = load(a.checkpoint)
         data.check_image(a.image)
-        world, asked, pictures = data.open_world(a.world), [], {}
+        world, asked, pictures, ours = data.open_world(a.world), [], {}, data.Path(__file__).parent / "policies" / "rl.safetensors"
+        a.checkpoint = a.checkpoint or next((own for own in [data.Path(f"out/{world.name}-nano-0/rl.safetensors")] if own.is_file()), ours)
+        print(f"policy {a.checkpoint}, world {a.world}" + (", of which it has learnt nothing" if a.checkpoint == ours and world.name != "heraldry" else ""), file=sys.stderr)
+        policy, v = load(a.checkpoint)
         env = Environment(v, make_toolbox(world), policy.config)
         for question in [a.question] if a.question else iter(lambda: input("question (Enter alone: end) > ").strip(), ""):
             if (long := len(env.v.encode(question))) > 300:
                 raise data.WorldError(f"the question has {long} tokens, and at most 300 leave room for turns. Ask more briefly")
             t = rollout(policy, env, [data.Question(question, (), data.Scene((), (), "picture", 0, data.Path(a.image)), "own")], temperature=0.0)[0]
-            print(tell(t) + (f"\n  do not trust this: {why}" if (why := doubts(t)) else ""))
+            print(tell(t))
             atomic(a.save, lambda path: poster(t).save(path, format="PNG"))
             print(f"  picture with the gazes: {a.save}")
-            asked.append(dict(key=str(len(asked)), suite="own", policy=str(a.checkpoint), reward=float(t.correct), advantage=None, **record(t, world, env.v, pictures)))
+            asked.append(dict(key=str(len(asked)), suite="own", policy=str(a.checkpoint), reward=float(t.correct), advantage=None, doubts=doubts(t), **record(t, world, env.v, pictures)))
             if a.html:
                 write_report(a.html, "Questions about one picture", f"{a.image}, policy {a.checkpoint}, world {a.world}", asked, pictures)
-    except EOFError:
-        pass
+    except (EOFError, KeyboardInterrupt):
+        print()
     except (CheckpointError, data.WorldError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)

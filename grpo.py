@@ -177,7 +177,7 @@ def instruct(policy, env, world, n=5750, seed=0, wrong_gaze=0.2, glance_first=0.
     chosen, asked, dropped, rng, part = {True: [], False: []}, 0, 0, random.Random(f"expert/{seed}"), 0
     bar = tqdm(total=n, desc="demonstrations")
     while any(len(chosen[free]) < quota[free] for free in quota):
-        pool = [q for q in data.questions(world, data.SFT_MIX, n // 2 + 8, f"sft/{seed}/{part}") if len(chosen[q.search_free]) < quota[q.search_free]]
+        pool = [q for q in data.questions(world, data.SFT_MIX, min(512, n // 2 + 8), f"sft/{seed}/{part}") if len(chosen[q.search_free]) < quota[q.search_free]]
         kept = uncertain(policy, env, pool, seed=seed)
         asked, dropped, part = asked + len(pool), dropped + len(pool) - len(kept), part + 1
         demos = gog.play(env, kept, [gog.expert(q, rng, wrong_gaze, glance_first, m) for q, m in zip(kept, misses(policy, env, kept))], progress="expert")
@@ -185,7 +185,7 @@ def instruct(policy, env, world, n=5750, seed=0, wrong_gaze=0.2, glance_first=0.
             if t.correct and (not gog.gazes(t) or gog.gazes(t)[-1][1] > 0.9):
                 chosen[t.question.search_free].append(t)
         bar.update(sum(min(len(chosen[free]), quota[free]) for free in quota) - bar.n)
-        if part > 80:
+        if part > 80 + n // 100:
             raise data.WorldError("the base model answers nearly every question of one kind without tools: no demonstrations are left. Ask for fewer --demos")
     bar.close()
     demos = chosen[True][:quota[True]] + chosen[False][:quota[False]]
@@ -618,7 +618,7 @@ def exam(policy, env, n, seed="exam"):
     """The base model on about n walls, crops and names never seen (what asks nothing is left out), one question each, greedy: {topic: (score,
     count)}. `iou KIND` is the mean IoU of pointing by that kind of expression; every other topic is the share of exact answers."""
     rng, scores = random.Random(seed), {}
-    for _ in range(0, n, 256):
+    for _ in tqdm(range(0, n, 256), desc="exam", leave=False):
         drawn = (make(env, rng, 1) for make in rng.choices((wall_lesson, crop_lesson, text_lesson), (6, 2, 3), k=min(n, 256)))
         sheet = [t for t in drawn if t.lesson and t.lesson[0][0]]
         for t, turn in zip(sheet, gog.respond(policy, env, [t.ids[:t.trained.index(True)] for t in sheet], [p for t in sheet for p in t.pictures])):

@@ -553,7 +553,7 @@ def read(path):
 
 
 def load(path, device="cpu"):
-    """The policy that `save` wrote, and the vocabulary that it was trained with. Raises CheckpointError if the file is missing, broken, or of another shape."""
+    """The policy that `save` wrote, its eyes held still, and the vocabulary that it was trained with. Raises CheckpointError if the file is missing, broken, or of another shape."""
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint. Train one first: python train.py --stage sft")
@@ -569,7 +569,7 @@ def load(path, device="cpu"):
             raise ValueError("a tokenizer of another size")
     except Exception as e:  # a header may hold anything, and `tokenizers` knows no error of its own
         raise CheckpointError(f"{path}: weights of another shape or version ({repr(e).splitlines()[0][:200]}). Delete it and train again") from None
-    return model.to(device), v
+    return model.to(device).freeze_eyes(), v
 
 
 def save_state(path, modules, opts, **meta):

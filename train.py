@@ -80,15 +80,9 @@ def pretrain(a):
     print("base model, held-out: " + ", ".join(f"{k} {value:.3f} ({n})" for k, (value, n) in told.items()), file=sys.stderr)
 
 
-def read_weights(a, path):
-    """A policy whose eyes are held still, and the vocabulary that it was trained with."""
-    policy, v = load(path, a.device)
-    return policy.freeze_eyes(), v
-
-
 def sft(a):
     """Stage 1, reflective behaviour alignment: causal LM loss on the expert's own tokens, with some lessons of the base model in between."""
-    (policy, v), run = read_weights(a, a.weights("pretrain")), Run(a, "sft")
+    (policy, v), run = load(a.weights("pretrain"), a.device), Run(a, "sft")
     world = data.open_world(a.world, a.seed_world, a.towns)
     env = Environment(v, make_toolbox(world, a.failure_rate, a.seed), policy.config)
     demos = grpo.instruct(policy, env, world, a.demos, a.seed, a.wrong_gaze, a.glance_first)
@@ -110,32 +104,27 @@ def sft(a):
         bar.set_postfix(loss=f"{loss:.3f}")
         run.checkpoint([policy], opts, a.save_every if step + 1 < total else 1, step=step + 1)
     bar.close()
-    score, tries = development(env, world, a)(policy)
+    score, tries = development(policy, env, world, a)
     save(policy, run.weights, tokenizer=v.to_text())
     run.close(("loss", "grad_norm", "lr"))
     print("\n".join([*map(gog.tell, tries[:3]), f"sft: development accuracy {score:.3f}"]), file=sys.stderr)
 
 
-def development(env, world, a):
-    """A function of the policy: greedy accuracy on the development split, asked as the suites ask, and the trajectories. What is tuned is tuned here."""
-    asked = data.questions(world, gog.DEV_MIX, a.rl_dev, f"dev/{a.seed}", ("dev",))
-
-    def score(policy):
-        tries = gog.evaluate(policy, Environment(env.v, Toolbox(env.toolbox.image_index, env.toolbox.text_index), policy.config), asked)  # tools that do not fail
-        return gog.behaviour(tries)["accuracy"], tries
-
-    return score
+def development(policy, env, world, a):
+    """Greedy accuracy on the development split, asked as the suites ask, and the trajectories. What is tuned is tuned here."""
+    asked, reliable = data.questions(world, gog.DEV_MIX, a.rl_dev, f"dev/{a.seed}", ("dev",)), Toolbox(env.toolbox.image_index, env.toolbox.text_index)  # tools that do not fail
+    tries = gog.evaluate(policy, Environment(env.v, reliable, policy.config), asked, progress="development")
+    return gog.behaviour(tries)["accuracy"], tries
 
 
 def rl(a):
     """Stage 2, complexity-adaptive reinforcement learning: GRPO on kinds of questions (or on questions, scored by the SFT model first) drawn by pass rate."""
-    (policy, v), run = read_weights(a, a.weights("sft")), Run(a, a.name)
+    (policy, v), run = load(a.weights("sft"), a.device), Run(a, a.name)
     world = data.open_world(a.world, a.seed_world, a.towns)
     env = Environment(v, make_toolbox(world, a.failure_rate, a.seed), policy.config)
-    validate = development(env, world, a)
     fresh = a.curriculum == "fresh"  # then the pool holds kinds of questions, and each is asked anew; else questions, scored once first
     askable = grpo.kinds(world) if fresh else data.questions(world, data.RL_MIX, a.rl_questions, f"rl/{a.seed}") + list(world.own[::2])
-    reference = read_weights(a, a.weights("sft"))[0].requires_grad_(False) if a.beta else None
+    reference = load(a.weights("sft"), a.device)[0].requires_grad_(False) if a.beta else None
     # SGD: the gradients of two batches had a cosine of 0.16, those that AdamW would have made of them 0.06, and Muon's 0.02 (results/trials.md)
     opts = [torch.optim.SGD([p for p in policy.parameters() if p.requires_grad], a.rl_lr, momentum=0.9)]
     generator = torch.Generator(policy.device).manual_seed(a.seed)
@@ -152,13 +141,14 @@ def rl(a):
     for step in range(saved.get("step", 0), a.rl_steps + 1):  # one turn more than updates: the last only validates
         score = ""
         if step % a.eval_every == 0 or step == a.rl_steps:  # keep the best by validation, not the last
-            score, _ = validate(policy)
+            score, _ = development(policy, env, world, a)
             print(f"\nstep {step}: development accuracy {score:.3f}", file=sys.stderr)
             if score >= best[0]:  # of equals the later: the lower the learning rate, the less of a policy is noise
                 best = [score, step]
                 save(policy, champion, tokenizer=v.to_text())
         if step == a.rl_steps:
             run.log(step=step, development=score)
+            group_report(a, run, shown, pictures)
             break
         lr = set_lr(opts, lr_factor(step, a.rl_steps, warmup=3, decay=1.0))
         chosen = curriculum.draw(a.rl_batch)
@@ -176,8 +166,7 @@ def rl(a):
                 shown, pictures = [], {}  # the report of a long run begins anew, rather than grow without end
             shown += [for_report(a, t, world, v, pictures, key=f"{step} {i // a.group}", suite=f"step {step}", policy=f"rollout {i % a.group + 1}", advantage=advantages[i].item())
                       for i, t in enumerate(batch[:3 * a.group])]
-            about = f"Preset {a.preset}, seed {a.seed}, on {a.device}; three questions of every {a.show_every}th step from {shown[0]['key'].split()[0]} on."
-            gog.write_report(run.folder / f"{a.name}-report.html", f"{a.label(a.world)}: groups of rollouts while RL trains", about, shown, pictures, curves=gog.curve_values(run.rows, CURVES))
+            group_report(a, run, shown, pictures)
         run.checkpoint([policy], opts, a.eval_every, step=step + 1, pass_rates=curriculum.pass_rates, pool=curriculum.pool, best=best,
                        python_rng=[curriculum.rng.getstate(), env.toolbox.rng.getstate()], torch_rng=generator.get_state().tolist())
     bar.close()
@@ -185,6 +174,12 @@ def rl(a):
     run.close(CURVES)
     champion.unlink()  # last: a kill in between loses nothing
     print(f"best: step {best[1]}, development accuracy {best[0]:.3f}, kept as {run.weights}", file=sys.stderr)
+
+
+def group_report(a, run, shown, pictures):
+    """rl-report.html: groups of rollouts side by side, and the curves so far."""
+    about = f"Preset {a.preset}, seed {a.seed}, on {a.device}; three questions of every {a.show_every}th step since training was last started."
+    gog.write_report(run.folder / f"{a.name}-report.html", f"{a.label(a.world)}: groups of rollouts while RL trains", about, shown, pictures, curves=gog.curve_values(run.rows, CURVES))
 
 
 def alarms(first, now):
@@ -198,7 +193,7 @@ def evaluate(a):
     """Six held-out suites (and a folder world's own questions), every baseline: results/results.csv, one measurement a row; rows of other worlds
     and seeds in that file stay. Baselines that are schedules (gog.SCHEDULES) and `withheld` play the RL policy."""
     world, table, shown, pictures = data.open_world(a.world, a.seed_world, a.towns), [], [], {}
-    policies = {"base": read_weights(a, a.weights("pretrain")), "sft": read_weights(a, a.weights("sft")), "rl": read_weights(a, a.weights("rl"))}
+    policies = {row: load(a.weights(stage), a.device) for row, stage in (("base", "pretrain"), ("sft", "sft"), ("rl", "rl"))}
     label, known, named = a.examined_world(), make_toolbox(world, a.tools_fail, a.seed), a.row()
     for name in (*(["own"] if world.own[1:] else []), *gog.SUITES):
         try:
@@ -254,8 +249,7 @@ def reproduce(a):
     tables = {name: [*(ROWS if name == "main" else ["sft"] if name == "scale" else ["rl"]), *(replace(a, **flags).row() for flags in rows if flags)] for name, rows in GRID.items()}
     measured = lambda: [r for r in read_rows(path) if (r["world"], r["preset"]) == (a.examined_world(), a.preset)]
     for n, b in enumerate(todo, 1):
-        there = {r["suite"] for r in measured() if (r["row"], r["seed"]) == (b.row(), str(b.seed)) and r["n"] in ("0", str(b.suite_size))}  # 0: a suite that is left out
-        skip = b.weights("rl").is_file() and there >= {*gog.SUITES}
+        skip = b.weights("rl").is_file() and {*gog.SUITES} <= {r["suite"] for r in measured() if (r["row"], r["seed"]) == (b.row(), str(b.seed)) and r["n"] in ("0", str(b.suite_size))}  # 0: left out
         print(f"grid, {n} of {len(todo)}: {b.row()}, seed {b.seed}{', is there' if skip else ''}", file=sys.stderr)
         try:
             skip or through(b)
@@ -310,7 +304,7 @@ class Run:
         self.write_csv()
         if self.stopping:
             self.lock.close()
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(f"{step} steps of {self.stage} are in {self.state}")
 
     def resume(self, modules, opts):
         """Load the state saved by `checkpoint` into modules and optimisers; its `extra`, or {} when there is none."""
@@ -454,17 +448,26 @@ def arguments(argv=None):
     return flags(Args, CHOICES, RANGES, __doc__, argv)
 
 
+def work(a, stage):
+    """What stages.csv calls the world: with what sets this row of the grid apart, as its minutes leave those of the main job alone."""
+    which = {"rl": a.name, "eval": a.row()}.get(stage, "rl")
+    return a.label(a.world) + a.taught() * (stage == "sft") + (f", {which}" if which != "rl" else "")
+
+
+def expected(a, stages):
+    """In words: how many minutes these stages took when they last ran with this preset on such a device (best: in this world)."""
+    rows = [r for r in read_rows(Path(a.results) / "stages.csv", "stage preset world device minutes peak_memory_mb seed".split()) if (r["preset"], r["device"]) == (a.preset, a.device)]
+    known = [sorted((r["world"] == work(a, stage), float(r["minutes"])) for r in rows if r["stage"] == stage) for stage in stages]
+    return f": about {sum(k[-1][1] for k in known):.0f} minutes (as noted in {a.results}/stages.csv)" if all(known) else ": how long, nobody has measured yet"
+
+
 def timed(a, stage):
     """Run a stage; its minutes and the peak memory of the process so far go to results/stages.csv, where the next run finds what to expect."""
     path, began = Path(a.results) / "stages.csv", time.time()
     path.parent.mkdir(parents=True, exist_ok=True)
     read_rows(path.with_name("results.csv"), COLUMNS)
     tempfile.TemporaryFile(dir=path.parent).close()  # can the tables be written? Else it is said now, not after the stage
-    which = {"rl": a.name, "eval": a.row()}.get(stage, "rl")
-    world = a.label(a.world) + a.taught() * (stage == "sft") + (f", {which}" if which != "rl" else "")  # rows of the grid leave those of the main job alone
-    known = sorted((r for r in read_rows(path, "stage preset world device minutes peak_memory_mb seed".split()) if (r["stage"], r["preset"], r["device"]) == (stage, a.preset, a.device)), key=lambda r: r["world"] == world)
-    expect = f", about {float(known[-1]['minutes']):.0f} minutes (as noted in {path})" if known else ""
-    print(f"{stage}: preset {a.preset}, world {a.world}, seed {a.seed}, on {a.device}{expect}", file=sys.stderr)
+    print(f"{stage}: preset {a.preset}, world {a.world}, seed {a.seed}, on {a.device}{expected(a, [stage])}", file=sys.stderr)
     try:
         STAGES[stage](a)
     except NotFinite as e:
@@ -473,21 +476,20 @@ def timed(a, stage):
         raise CheckpointError(f"{stage}: a loss, a gradient or a weight is not finite. Nothing of it is saved; its batch is in {bad} (empty for the eyes, whose pictures are drawn anew from seed and step). Go on from the last checkpoint with --resume and a lower learning rate") from None
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # that of a run that failed was for saving, and holds its lock
-    row = dict(stage=stage, preset=a.preset, world=world, device=a.device, minutes=f"{(time.time() - began) / 60:.1f}", peak_memory_mb=peak_memory(), seed=a.seed)
+    row = dict(stage=stage, preset=a.preset, world=work(a, stage), device=a.device, minutes=f"{(time.time() - began) / 60:.1f}", peak_memory_mb=peak_memory(), seed=a.seed)
     write_rows(path, [row], ("stage", "preset", "world", "device", "seed"))
     print(f"{stage}: {row['minutes']} minutes, peak memory {row['peak_memory_mb']} MB", file=sys.stderr)
 
 
 def through(a):
     """The stage that is asked for, and before it those that it needs and that are not done."""
-    for stage in list(STAGES)[:list(STAGES).index(a.stage) + 1]:
-        if a.weights(stage).is_file() and (stage != a.stage or a.resume and not a.weights(stage).with_suffix(".state.safetensors").is_file()):
-            print(f"{stage} is done: {a.weights(stage)}", file=sys.stderr)
-            continue
-        if a.trained_on and stage != "eval":
-            raise CheckpointError(f"{a.weights(stage)} is missing. Run python train.py --stage rl --world {a.trained_on} first, then --stage eval --trained-on")
-        if stage != a.stage:
-            print(f"{a.stage} needs {a.weights(stage)}, which is missing: {stage} runs first.", file=sys.stderr)
+    done = lambda stage: a.weights(stage).is_file() and (stage != a.stage or a.resume and not a.weights(stage).with_suffix(".state.safetensors").is_file())
+    todo = [stage for stage in list(STAGES)[:list(STAGES).index(a.stage) + 1] if not done(stage)]
+    if a.trained_on and todo not in ([], ["eval"]):
+        raise CheckpointError(f"{a.weights(todo[0])} is missing. Run python train.py --stage rl --world {a.trained_on} first, then --stage eval --trained-on")
+    if todo != [a.stage]:
+        print(f"{', then '.join(todo)} will run, as {a.weights(todo[0])} is missing{expected(a, todo)}" if todo else f"{a.stage} is done: {a.weights(a.stage)}", file=sys.stderr)
+    for stage in todo:
         timed(replace(a, resume=a.resume or stage != a.stage), stage)  # what is not asked for goes on where it was interrupted
 
 
@@ -505,8 +507,8 @@ def main():
         return reproduce(a) if a.stage == "reproduce" else through(a)
     except (data.WorldError, CheckpointError, OSError) as e:
         told, code = f"error: {e}", 2
-    except KeyboardInterrupt:
-        told, code = f"stopped. Checkpoints are written every {a.save_every} steps ({a.eval_every} of rl); the same command with --resume goes on from the last.", 130
+    except KeyboardInterrupt as e:
+        told, code = f"stopped. {str(e) or 'Finished stages, finished suites of eval and the last checkpoint are kept'}. The same command with --resume goes on.", 130
     print(f"\n{told}", file=sys.stderr)  # the last line: a progress bar ends with the error that held it
     sys.exit(code)
 

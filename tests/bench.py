@@ -4,7 +4,7 @@ Every part does the same work twice in one process, ours and a peer's in turn (A
 ratio (above 1: we are faster). Peers are optional: pip install transformers faiss-cpu scikit-learn; what is missing is said. The peer of the
 policy is transformers' Llama with our weights (the same logits: tests/test_model.py), without `smear` and with a linear patch embedding on
 both sides, since Llama has neither; eyes are the same module for both. In rollouts both are made to say what the expert says, so that
-turns, tools and stops are the same, and every logit is computed all the same. Writes results/bench.csv.
+turns, tools and stops are the same, and every logit is computed all the same. --preset small: our own parts only, of the larger policy. Writes results/bench.csv.
 """
 import argparse
 import importlib.util
@@ -22,7 +22,7 @@ import data  # noqa: E402
 import gog  # noqa: E402
 import grpo  # noqa: E402
 import tools  # noqa: E402
-from model import Cache, ModelConfig, Policy, Vocabulary  # noqa: E402
+from model import PRESETS, Cache, ModelConfig, Policy, Vocabulary, optimisers  # noqa: E402
 from conftest import llama_twin  # noqa: E402
 from tools import TextIndex, describe, write_rows  # noqa: E402
 
@@ -33,18 +33,19 @@ def peer(module):
 
 
 class Bench:
-    """A small heraldry, the nano policy, and its twin in transformers."""
+    """A small heraldry, a policy, and its twin in transformers."""
 
-    def __init__(self):
+    def __init__(self, preset):
         torch.manual_seed(0)
         torch.set_flush_denormal(True)
         self.world = data.heraldry(0, 1000)
         self.v = Vocabulary.learn(grpo.corpus())
-        self.policy = Policy(ModelConfig(vocab=self.v.size, smear=0, stem=False)).freeze_eyes()
+        plain = dict(smear=0, stem=False) if preset == "nano" else {}  # the twin's shape
+        self.policy = Policy(ModelConfig(**{**PRESETS[preset], **plain, "vocab": self.v.size})).freeze_eyes()
         self.env = tools.Environment(self.v, tools.make_toolbox(self.world), self.policy.config)
         self.questions = data.questions(self.world, data.RL_MIX, 64, "bench")
         self.demos = gog.play(self.env, self.questions, [gog.expert(q, random.Random(0)) for q in self.questions])
-        self.llama = self.twin() if peer("transformers") else None
+        self.llama = self.twin() if peer("transformers") and plain else None
 
     def twin(self):
         import transformers
@@ -181,6 +182,19 @@ class Bench:
                 break
         assert [t.ids for t in done] == [t.ids for t in self.demos]
 
+    def see_step(self):
+        c, words = self.policy.config, {part: [self.v.word(w) for w in told] for part, told in grpo.TIED.items()}
+        heads = torch.nn.ModuleList(torch.nn.Linear(w, 4 + sum(map(len, grpo.PARTS.values()))) for w in (c.vit_width, c.width))
+        batch = [torch.from_numpy(x) for x in grpo.labelled_pictures(c, 0, 12, 0)]
+
+        def ours():
+            self.policy.freeze_eyes(False)
+            opts = [*optimisers(self.policy.vision.named_parameters(), 1e-6, 1e-6), torch.optim.AdamW(heads.parameters(), 1e-6)]
+            grpo.see_step(self.policy, heads, batch, words, opts)
+            self.policy.freeze_eyes()
+
+        return "pictures", 12, ours, "", None
+
     def sft_step(self):
         batch = self.demos[:32]
         opt, their_opt = (torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], 1e-6) for m in (self.policy, self.llama or self.policy))
@@ -234,13 +248,13 @@ def limits():
             ("memory, read and written", f"{2 * big.numel() * 4 / best(lambda: big.clone()) / 1e9:.1f} GB/s")]
 
 
-PARTS = ("image_index", "text_index", "data_generation", "prefill", "decode", "rollout", "sft_step", "grpo_step")
+PARTS = ("image_index", "text_index", "data_generation", "prefill", "decode", "rollout", "see_step", "sft_step", "grpo_step")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", help=f"some of {', '.join(PARTS)} (default: all)")
-    parser.add_argument("--rounds", type=int, default=5), parser.add_argument("--out", default="results/bench.csv")
+    parser.add_argument("--rounds", type=int, default=5), parser.add_argument("--out", default="results/bench.csv"), parser.add_argument("--preset", default="nano", choices=("nano", "small"))
     a = parser.parse_args()
     if unknown := set(a.parts) - set(PARTS):
         parser.error(f"no part {', '.join(unknown)}: choose from {', '.join(PARTS)}")
@@ -249,16 +263,16 @@ def main():
         print(f"{name:<38}{value}")
     missing = [m for m in ("transformers", "faiss", "sklearn") if not peer(m)]
     print(f"missing peers: {', '.join(missing) or 'none'}\n{'':<17}{'ours, s':>10}{'peer, s':>10}{'ratio':>8}")
-    bench, rows = Bench(), []
+    bench, rows = Bench(a.preset), []
     for part in a.parts or PARTS:
         unit, n, ours, name, theirs = getattr(bench, part)()
         ours(), theirs and theirs()  # warm
         times = [(clock(ours), clock(theirs) if theirs else float("nan")) for _ in range(a.rounds)]
         mine, other = np.median(times, 0)
         print(f"{part:<17}{mine:10.4f}{other:10.4f}{other / mine:8.2f}   {n / mine:,.0f} {unit} a second" + (f" (peer: {name})" if theirs else ""))
-        rows.append(dict(part=part, unit=unit, n=n, ours_s=f"{mine:.5f}", peer_s=f"{other:.5f}", ratio=f"{other / mine:.3f}", peer=name if theirs else "", rounds=a.rounds,
+        rows.append(dict(part=part, preset=a.preset, unit=unit, n=n, ours_s=f"{mine:.5f}", peer_s=f"{other:.5f}", ratio=f"{other / mine:.3f}", peer=name if theirs else "", rounds=a.rounds,
                          threads=torch.get_num_threads()))
-    write_rows(Path(a.out), rows, ("part", "threads"))
+    write_rows(Path(a.out), rows, ("part", "preset", "threads"))
 
 
 if __name__ == "__main__":

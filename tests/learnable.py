@@ -34,7 +34,6 @@ def group_gradient(policy, env, group, advantages, a):
 def main(each=16, path="out/heraldry-nano-0/sft.safetensors"):
     world, a = data.open_world("heraldry"), train.Args()
     policy, v = load(path)
-    policy.freeze_eyes()
     env = tools.Environment(v, tools.make_toolbox(world), policy.config)
     kinds = sorted({(kind, setting) for kind, setting, _ in data.SFT_MIX + data.RL_MIX + gog.DEV_MIX})
     told, found = [], []  # a row of the table for every kind; (index of its kind, gradient) for every group alive

@@ -1,5 +1,6 @@
 import json
 import random
+from dataclasses import replace
 
 import pytest
 from PIL import Image
@@ -190,16 +191,17 @@ def test_empty_and_missing_worlds(tmp_path):
 
 
 def test_check_tells_everything_at_once(tmp_path, world, monkeypatch, capsys):
-    """Prevents mending a folder one error a run: every bad line is named, and so are pictures that look alike and facts that hold their entity's name."""
+    """Prevents mending a folder one error a run: every bad line is named, and so are entities without facts, pictures that look alike and facts that hold their entity's name."""
     shields = world.pictured()[:10]
     rows = [{"name": f"Town{i}", "image": f"{i}.png", "facts": {"river": f"r{i}", "anthem": f"Song of Town{i}" if i == 4 else "Song"}} for i in range(10)]
+    rows[9]["fact"] = rows[9].pop("facts")  # mistyped
     folder = write_world(tmp_path / "w", [*rows[:3], "{", *rows[3:], {"name": "Town1", "image": "1.png"}], [])
     for i, e in enumerate(shields):
         (shields[6] if i == 8 else e).picture(80).save(folder / f"{i}.png")
     (folder / "questions.jsonl").write_text(json.dumps({"image": "0.png", "question": "What?", "answers": []}))
     wrong, poor = data.check(folder)
     assert [w.split(": ")[0][len(str(folder)) + 1:] for w in wrong] == ["entities.jsonl:4", "entities.jsonl:12", "questions.jsonl:1"]
-    assert len(poor) == 2 and "'Town8' looks nearly like 'Town6'" in poor[0] and "'Song of Town4'" in poor[1]
+    assert len(poor) == 3 and "1 of 10 entities have no facts, 'Town9'" in poor[0] and "'Town8' looks nearly like 'Town6'" in poor[1] and "'Song of Town4'" in poor[2]
     monkeypatch.setattr("sys.argv", ["data.py", "check", str(folder)])
     with pytest.raises(SystemExit) as stop:
         data.main()
@@ -208,10 +210,14 @@ def test_check_tells_everything_at_once(tmp_path, world, monkeypatch, capsys):
 
 
 def test_preview_shows_a_world(tmp_path, monkeypatch, capsys):
-    """Prevents training for an hour on a world that nobody has looked at: sample questions as one picture."""
+    """Prevents training for an hour on a world that nobody has looked at: sample questions as one picture, those of the user first."""
     monkeypatch.setattr("sys.argv", ["data.py", "preview", "worlds/countries", "--save", str(tmp_path / "preview.png")])
     data.main()
     assert Image.open(tmp_path / "preview.png").width == 1200 and "232 entities" in capsys.readouterr().out
+    Image.new("RGB", (2000, 100), (200, 30, 40)).save(tmp_path / "wide.png")
+    own = data.own_question(tmp_path, "line 1", '{"image": "wide.png", "question": "What?", "answers": ["this"]}')
+    sheet = data.preview(replace(data.open_world("worlds/countries"), own=(own,)))
+    assert sheet.getpixel((200, 15)) == (200, 30, 40) != sheet.getpixel((600, 15))
 
 
 def test_the_shipped_world_loads():

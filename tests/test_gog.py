@@ -1,5 +1,6 @@
 import io
 import itertools
+import json
 import random
 import re
 from pathlib import Path
@@ -288,6 +289,10 @@ def test_one_picture_one_question(tmp_path, monkeypatch, capsys, vocabulary, pol
     assert stop.value.code == 2 and says in capsys.readouterr().err and not (tmp_path / "gaze.png").exists()
 
 
+def press_ctrl_c(_):
+    raise KeyboardInterrupt
+
+
 def test_questions_one_by_one(tmp_path, monkeypatch, capsys, vocabulary, policy):
     """Prevents a session that forgets the second question, or ends with a traceback where the input does."""
     save(policy, tmp_path / "rl.safetensors", tokenizer=vocabulary.to_text())
@@ -297,10 +302,14 @@ def test_questions_one_by_one(tmp_path, monkeypatch, capsys, vocabulary, policy)
     gog.main()
     printed = capsys.readouterr().out
     assert all(q in printed and q in (tmp_path / "page.html").read_text(encoding="utf-8") for q in ("What is the capital?", "How many flags are red?"))
+    told = [json.loads(line)["doubts"] for line in (tmp_path / "page.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len(told) == 2 and all(f"do not trust this: {why}" in printed for why in told if why) and any(told)  # an untrained policy is to be doubted, on the page as in the terminal
+    monkeypatch.setattr("builtins.input", press_ctrl_c)
+    gog.main()  # Ctrl-C ends it as Enter does
 
 
 @pytest.mark.parametrize("turns, doubt", [
-    ([("gaze", (1, 2, 30, 40), "93 Brenna: red round | 80 Ost: blue round"), ("answer", "Brenna", "")], ""), ([("answer", "red", "")], ""),
+    ([("gaze", (1, 2, 30, 40), "93 Brenna: red round | 80 Ost: blue round"), ("answer", "Brenna", "")], ""), ([("answer", "red", "")], ""), ([("answer", "3", "")], ""), ([("answer", "Brenna", "")], "nothing was looked up"),
     ([("gaze", (1, 2, 30, 40), "41 Brenna: red round | 40 Ost: blue round"), ("answer", "Brenna", "")], "like nothing that is known"),
     ([("gaze", (1, 2, 30, 40), "41 Brenna: red round"), ("gaze", (50, 50, 90, 90), "90 Ost: blue round"), ("answer", "Ost", "")], ""),
     ([("glance", "", "93 Brenna: red round"), ("search", "river Brenna", "In Brenna the river is Ilm."), ("answer", "Elm", "")], "stands in nothing"),

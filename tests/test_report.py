@@ -55,12 +55,35 @@ def test_no_text_becomes_markup(report):
     assert not re.findall(r"https?://", re.sub(r'id="data">.*?</script>', "", page, flags=re.S).replace("http://www.w3.org/2000/svg", ""))  # that is a name, not an address
 
 
+def test_a_long_report_stays_small(tmp_path, env, world):
+    """Prevents a page that no phone opens: 200 trajectories about 66 pictures stay under 10 MB."""
+    qs, pictures = data.questions(world, gog.DEV_MIX, 66, "large"), {}
+    tries = gog.play(env, qs, [gog.expert(q, random.Random(0)) for q in qs])
+    told = [dict(key=f"{n}", suite="facts", policy=who, reward=1.0, advantage=None, **gog.record(t, world, env.v, pictures)) for who in ("base", "sft", "rl", "again") for n, t in enumerate(tries)][:200]
+    gog.write_report(tmp_path / "report.html", "large", "", told, pictures)
+    assert len(told) == 200 and (tmp_path / "report.html").stat().st_size < 10e6
+
+
+def browse(page, folder, *flags):
+    """The page's DOM after its scripts have run in Chromium."""
+    return subprocess.run([CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder}", "--virtual-time-budget=3000", *flags, "--dump-dom", page.as_uri()],
+                          capture_output=True, text=True, timeout=100).stdout
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="needs Chromium")
+def test_it_fits_a_phone(report, tmp_path):
+    """Prevents a page that must be pushed sideways: in a frame as wide as a phone nothing but tables and the row of cards is wider than it."""
+    wrapper = tmp_path / "wrapper.html"
+    text = json.dumps(report[0].read_text(encoding="utf-8")).replace("<", "\\u003c")
+    wrapper.write_text(f"<iframe width=375 height=800 style='border:0'></iframe><script>const f = document.querySelector('iframe'); f.onload = () => document.title = f.contentDocument.documentElement.scrollWidth; f.srcdoc = {text}</script>", encoding="utf-8")
+    assert "<title>375</title>" in browse(wrapper, tmp_path / "user")
+
+
 @pytest.mark.skipif(not CHROMIUM, reason="needs Chromium")
 def test_a_browser_opens_it(report, tmp_path):
-    """Prevents a page that is blank, or broken by what it shows: a browser draws two cards side by side, the hostile question as text."""
-    done = subprocess.run([CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}", "--virtual-time-budget=3000", "--dump-dom", report[0].as_uri()],
-                          capture_output=True, text=True, timeout=100)
-    dom = done.stdout.split('id="data"')[0]
+    """Prevents a page that is blank, or broken by what it shows: a browser draws two cards side by side, the hostile question as text, and asks the network for nothing."""
+    dom = browse(report[0], tmp_path / "user", f"--log-net-log={tmp_path / 'net.json'}").split('id="data"')[0]
+    assert "example.invalid" not in (tmp_path / "net.json").read_text(encoding="utf-8")
     assert dom.count('<article class="card">') == 2 and '<h1 id="title">a title</h1>' in dom and "<title>Glance or Gaze: report</title>" in dom
     assert dom.count("<polyline") == 2 * len(train.CURVES) and dom.count('class="box now"') >= 1 and "&lt;/script&gt;&lt;script&gt;" in dom
 

@@ -34,7 +34,7 @@ def test_both_stages_from_nothing(tmp_path):
     """Prevents a quick start that does not start: --stage rl alone trains base, SFT and RL, and says so; nothing but the run folder is written, and no socket is opened (offline.py)."""
     done = run("--stage", "rl", *TINY, "--curriculum", "fresh", "--out", "run", cwd=tmp_path, program=ROOT / "tests" / "offline.py")
     assert done.returncode == 0, done.stderr
-    assert "sft runs first" in done.stderr and "pretrain runs first" in done.stderr
+    assert "pretrain, then sft, then rl will run" in done.stderr
     assert {p.name for p in tmp_path.iterdir()} == {"run"}
     assert {f"{s}.{e}" for s in ("pretrain", "sft", "rl") for e in ("safetensors", "csv")} <= {p.name for p in (tmp_path / "run").iterdir()}
     rows = list(csv.DictReader(open(tmp_path / "run" / "rl.csv")))
@@ -138,7 +138,7 @@ def test_the_best_policy_is_kept_and_alarms_are_told_once(tmp_path, monkeypatch,
         told.append({k: w.clone() for k, w in policy.state_dict().items()})
         return [0.2, 0.6, 0.1, 0.3][len(told) - 1], []
 
-    monkeypatch.setattr(train, "development", lambda *_: validate)
+    monkeypatch.setattr(train, "development", lambda policy, *_: validate(policy))
     monkeypatch.setattr(train, "alarms", lambda first, now: [f"entropy fell from 1 to {now['entropy']}"])
     real = press_ctrl_c(monkeypatch, lambda _, row: row["step"] == 2)
     with pytest.raises(KeyboardInterrupt):
