@@ -71,12 +71,24 @@ def browse(page, folder, *flags):
 
 
 @pytest.mark.skipif(not CHROMIUM, reason="needs Chromium")
-def test_it_fits_a_phone(report, tmp_path):
-    """Prevents a page that must be pushed sideways: in a frame as wide as a phone nothing but tables and the row of cards is wider than it."""
-    wrapper = tmp_path / "wrapper.html"
-    text = json.dumps(report[0].read_text(encoding="utf-8")).replace("<", "\\u003c")
-    wrapper.write_text(f"<iframe width=375 height=800 style='border:0'></iframe><script>const f = document.querySelector('iframe'); f.onload = () => document.title = f.contentDocument.documentElement.scrollWidth; f.srcdoc = {text}</script>", encoding="utf-8")
-    assert "<title>375</title>" in browse(wrapper, tmp_path / "user")
+def test_it_fits_a_phone_and_heeds_keys(report, tmp_path):
+    """Prevents a page that must be pushed sideways: in a frame as wide as a phone nothing but tables and the row of cards is wider than it. And keys, buttons and filters that do nothing."""
+    wrapper, text = tmp_path / "wrapper.html", json.dumps(report[0].read_text(encoding="utf-8")).replace("<", "\\u003c")
+    wrapper.write_text("""<iframe width=375 height=800 style="border: 0"></iframe><script>
+        const frame = document.querySelector("iframe");
+        frame.onload = () => {
+          const page = frame.contentDocument, press = (key, at = page.body) => at.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
+          const told = () => page.getElementById("count").textContent, out = [page.documentElement.scrollWidth - page.documentElement.clientWidth, told()];
+          press("ArrowRight", page.getElementById("list")), out.push(told());  // also where a list of choices has the focus
+          press("j"), out.push(told());
+          page.getElementById("before").click(), out.push(told());
+          const outcome = page.querySelector("select[aria-label=outcome]");
+          if (outcome) outcome.selectedIndex = 1, outcome.onchange(), out.push(told());
+          document.title = out.join("; ");
+        };
+        frame.srcdoc = TEXT</script>""".replace("TEXT", text), encoding="utf-8")
+    wide, *told = re.search("<title>(.*?)</title>", browse(wrapper, tmp_path / "user"))[1].split("; ")
+    assert wide == "0" and [re.findall(r"\d+", t)[:3] for t in told[:4]] == [["1", "2", "1"], ["1", "2", "2"], ["2", "2", "1"], ["1", "2", "1"]]
 
 
 @pytest.mark.skipif(not CHROMIUM, reason="needs Chromium")
