@@ -5,8 +5,11 @@ Here instead: an invented world of *heraldry* (towns with coats of arms drawn by
     construction, offline, and because every box, fact and search need is known exactly; or any *folder world* (real pictures
     and facts). What can be known about a question (its targets, phrases and chain) is kept with it: the expert in gog.py lives on that.
 
+Words: look: what can be told from afar ("red round"); detail: what cannot ("2 gold crowns"); blazon: both, and the ordinary, the caption of a hit. kind: of a question (hop2), of an expression that
+points at something (order), of a turn (gaze). setting: which sort of wall (SETTINGS). mix: a list of (kind, setting, weight). target: what must be found. slip: a mistake that the expert makes on purpose.
+
 Reading order: names -> arms -> entities and worlds -> scenes -> referring expressions -> questions -> folder worlds (skip at first). From tools.py
-comes what these need: reading a user's files line by line, comparing pictures.
+comes what these need: a user's files (`lines`, `as_row`, `image_path`, `atomic`), pictures (`describe`: rows whose dot product is the similarity; `flat`: transparent parts grey; `to_pixels`), texts (`normalise`, `unaccented`).
 Boxes are (x0, y0, x1, y1), integers 0..99: percent of the picture's width and height. The policy, the expert and the scenes know no other
 format. (Pixels: only inside the crop, the image index and drawing. 0..1: only the labels from which the vision encoder, "the eyes", learns.)
 """
@@ -264,6 +267,7 @@ def hang(entities, noun, rng, cells=3, sizes=(0.62, 0.95)):
 
 # ------------------------------------------------------------------------------------------------- referring expressions
 
+# "row": where in its row, from left to right; "column": where in its column, from the top. The first word of each: nothing clear to say
 ROW, COLUMN, SIZE = ("", "leftmost", "rightmost"), ("", "topmost", "lowest"), ("", "largest", "smallest")
 ZONES = ("top left", "top middle", "top right", "middle left", "centre", "middle right", "bottom left", "bottom middle", "bottom right")
 SIDES = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
@@ -346,13 +350,14 @@ class Question:
 
 
 VISUAL = ("colour", "shape", "count")
+# What is trained on is mixed here; what is examined, in gog.py (SUITES, DEV_MIX)
 SETTINGS = {  # name: (least, most objects, cells, sizes, look-alikes of the target)
     "single": (1, 1, 1, (0.45, 0.8), 0), "normal": (2, 6, 3, (0.66, 0.98), 0), "twins": (3, 6, 3, (0.66, 0.98), 2),
     "small": (4, 6, 3, (0.52, 0.72), 2), "crowd": (7, 10, 4, (0.7, 0.98), 0)}
 LESSONS_ON = {"single": 2, "normal": 4, "twins": 3, "small": 4, "crowd": 2}  # how often the base model's lessons draw each: where shields hang freely (one alone, small ones) takes more practice than a full wall
 SFT_MIX = [("colour", "normal", 3), ("shape", "normal", 2), ("count", "normal", 6), ("colour", "single", 1), ("shape", "single", 1), ("name", "single", 1), ("hop1", "single", 1),
            ("name", "normal", 2), ("hop1", "normal", 4), ("name", "twins", 1), ("hop1", "twins", 2), ("hop2", "normal", 0.9), ("hop3", "normal", 0.3), ("hop2", "single", 0.3), ("hop3", "single", 0.2), ("compare", "normal", 1)]
-# Of RL: mostly long chains (why: grpo.py, 5). The last three keep up gazing: chains about a single shield are solved by a glance, and who only glances finds nothing on a crowded wall
+# Of RL: mostly long chains (why: grpo.py, 6). The last three keep up gazing: chains about a single shield are solved by a glance, and who only glances finds nothing on a crowded wall
 RL_MIX = [("count", "normal", 1), ("hop2", "normal", 1), ("hop3", "single", 1), ("hop3", "normal", 2), ("hop4", "single", 3), ("hop4", "normal", 4), ("hop5", "single", 2),
           ("hop1", "crowd", 1), ("hop2", "crowd", 1), ("hop1", "small", 2)]
 
@@ -372,10 +377,10 @@ def ask(world, kind, setting, split, rng):
         colour = rng.choice(shown).look.split()[0]
         return Question(f"How many {scene.noun}s are {colour}?", (str(sum(e.look.split()[0] == colour for e in shown)),), scene, kind, setting)
     if kind == "compare":
-        relation = "towers" if world.noun == "shield" else "number of neighbours"  # whole numbers below 100
+        relation = "towers" if world.noun == "shield" else "number of neighbours"  # whole numbers: 2 to 98; a folder's may be larger, and no lesson compares such
         other = [i for i in range(len(shown)) if i != targets[0] and scene.entities[i].facts.get(relation, "").isdecimal()]
         targets += rng.sample(other, min(1, len(other)))
-    # where look-alikes hang, always by the detail (though "the leftmost" would do, too), so that a closer look is needed; elsewhere never
+    # pick: of every target a (kind, expression) by lot, None where nothing is unambiguous. Where look-alikes hang, always by the detail (though "the leftmost" would do, too), so that a closer look is needed; elsewhere never
     pick = [rng.choice(sorted((k, t) for k, t in ways[i].items() if (k == "detail") == bool(twins)) or [None]) for i in targets]
     if None in pick or kind == "compare" and len(targets) < 2:
         return None

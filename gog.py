@@ -12,7 +12,7 @@ One whole trajectory (the protocol of its turns is tools.py's):
 The first thought always names the look of the shield that is meant, also where the question only says where it hangs: a hit is compared with that.
 Had the crop shown a blue square: <think> want red round, see blue square: no, look at red round, for the river of the twin</think><gaze> ...
 
-From the paper: Selective Gaze; reflection after a wrong gaze; six benchmarks, two in-domain and four out of it; full-search, direct and no-gaze baselines.
+From the paper: Selective Gaze (the policy chooses at each turn: the whole picture, or a part of it); reflection after a wrong gaze; six benchmarks, two in-domain and four out of it; full-search, direct and no-gaze baselines.
 Here instead: a program as the expert, where the paper filters a strong model's trajectories.
 
 Reading order: rollout -> the expert, and chance -> evaluation -> tables and curves -> what there is to look at: pictures, reports, one question.
@@ -59,6 +59,8 @@ def rollout(policy, env, questions, group=1, temperature=1.0, schedule=FREE, gen
 
 
 def _rollout_batch(policy, env, questions, group, temperature, schedule, generator, room):
+    """Read the prompts once, copy the cache for every rollout of a group, then turn by turn: sample, run the tools, read what they answer. A trajectory leaves the batch at an answer,
+    at a turn of TURN_TOKENS tokens without <stop>, or where another turn would not fit into `room`."""
     scenes = [q.scene.picture() for q in questions]
     shrunk = [to_array(s, env.side) for s in scenes]
     room = min(room, policy.config.context)
@@ -73,7 +75,7 @@ def _rollout_batch(policy, env, questions, group, temperature, schedule, generat
         sampled = _sample_turn(policy, env.v, cache, hidden, temperature, allowed, generator)
         for t, (ids, logprobs) in zip(live, sampled):
             t.act(ids, logprobs)
-        stop, unread = env.v.id["<stop>"], [len(t.ids) - 1 for t in live]  # a stop token has been sampled but not yet read
+        stop, unread = env.v.id["<stop>"], [len(t.ids) - 1 for t in live]  # <stop> has been sampled, but not yet read into the cache: the next chunk begins with it
         turns = [parse(env.v.decode(ids[:-1])) if ids[-1] == stop else Turn("malformed", "the turn is too long") for ids, _ in sampled]
         goes_on = env.step(live, turns, scenes)
         keep = [i for i, (t, (ids, _), go) in enumerate(zip(live, sampled, goes_on)) if go and ids[-1] == stop and len(t.ids) + TURN_TOKENS < room]
@@ -180,7 +182,10 @@ def expert(q, rng, wrong_gaze=0.0, glance_first=0.0, missed=None):
 
 
 def _find(q, target, phrase, kind, rng, missed_here, wrong_gaze, glance_first, thought, memory):
-    """The expert's looks at one target, slips among them, until a hit fits what is wanted: returns (its name or None, what to think next)."""
+    """The expert's looks at one target, slips among them, until a hit fits what is wanted: returns (its name or None, what to think next).
+
+    phrase: the true look, of a look-alike (kind "detail") its detail, too; kind: how the question points; missed_here: (look, box) of the base model's own mistake, or None; thought: the end of
+    the last thought; memory: what was found of the first of two. Of look-alikes every box is tried in turn: looks in vain, but no slips."""
     looks, boxes = [e.look for e in q.scene.entities], q.scene.boxes
     if kind not in ("look", "colour", "detail") and (others := also_looks(q.scene.entities[target])):
         phrase = rng.choice([phrase, *others])  # the question names no colour, so any will do
@@ -204,7 +209,7 @@ def _find(q, target, phrase, kind, rng, missed_here, wrong_gaze, glance_first, t
         thought = compare_aloud(held_to, seen)
         if name:
             break
-    # what fits the base model's mistake is a stranger: None. Any other stranger that fits by chance leads to a wrong answer: grpo.instruct drops that, too
+    # `wanted` differs from `phrase` only in the base model's mistake: what fits that is a stranger, so None. A stranger that fits `phrase` itself leads to a wrong answer. grpo.instruct drops both
     return (name if wanted == phrase else None), joined(thought, name, plan(q.chain), memory)
 
 
@@ -340,9 +345,9 @@ SUITES = {  # the six held-out suites, as (kind, setting, weight): what each iso
     "facts": [("hop1", "normal", 5), ("name", "normal", 2), ("colour", "normal", 1), ("shape", "normal", 1), ("count", "normal", 1)],  # FVQA
     "fine": [("name", "small", 1), ("hop1", "small", 1)],  # InfoSeek: small target among look-alikes
     "plain": [("name", "single", 2), ("hop1", "single", 3), ("colour", "single", 1), ("shape", "normal", 2), ("count", "normal", 2)],  # SimpleVQA
-    "crowd": [("name", "crowd", 1), ("hop1", "crowd", 2)],  # MMSearch: more and smaller objects than in any demonstration (lessons in pointing know them)
+    "crowd": [("name", "crowd", 1), ("hop1", "crowd", 2)],  # MMSearch: more and smaller objects than in any demonstration (lessons in pointing know them; RL asks two parts of 18, of the training split)
     "live": [("hop1", "normal", 3), ("hop2", "normal", 1)],  # LiveVQA: facts rewritten, entities added after training
-    "hops": [("hop4", "normal", 3), ("hop5", "normal", 1)]}  # DynVQA: more hops than any demonstration shows (lessons without pictures do)
+    "hops": [("hop4", "normal", 3), ("hop5", "normal", 1)]}  # DynVQA: more hops than any demonstration shows (lessons without pictures do; RL asks such, of the training split: data.RL_MIX)
 DEV_MIX = [(kind, setting, weight / sum(w for *_, w in mix)) for mix in SUITES.values() for kind, setting, weight in mix]  # the mixes of all suites, each as heavy as the others
 
 
@@ -384,7 +389,7 @@ def behaviour(trajectories):
     """What a policy does: {metric: value}, over a list of trajectories. Shares are 0..1, of trajectories or (action_share) of turns.
 
     no / single / mixed_search: none, one kind or several kinds of tool; gaze_correct: gazes with IoU >= 0.5 with a target; target_found: some
-    gaze of the trajectory had (where there is more than one thing to look at); reflection: vain gazes that a gaze elsewhere follows;
+    gaze of the trajectory had (of questions that need a tool, about more than one object); reflection: vain gazes that a gaze elsewhere follows;
     truncated: ended without an answer.
     """
     n = max(1, len(trajectories))
@@ -499,7 +504,7 @@ def poster(t, width=760, line=19):
 
 
 def record(t, world, v, pictures):
-    """A trajectory as report.html shows it and report.jsonl keeps it: all of it but who did it, and how it was rewarded. `pictures`: {scene or name: (its number, its size,
+    """A trajectory as report.html shows it and report.jsonl keeps it: all of it but who did it, its reward and advantage (train.for_report adds those). `pictures`: {scene or name: (its number, its size,
     data URI)}, to which those of the scene and of the hits are added; each is drawn once."""
     overlap = iter(gazes(t))
 

@@ -12,13 +12,13 @@ Here instead, numbered:
   4. The value of the loss tells nothing about progress: the advantages of a group sum to 0, so it stays near 0.1 whatever happens (not at 0,
      as wrong trajectories have more tokens than right ones). Watch accuracy and entropy instead.
   5. `fresh`, the default curriculum: a pass rate p is kept for each kind of question (four hops, counting ..), not for each question. A kind is drawn with its weight
-     in data.RL_MIX times 0.02 + p(1-p), a new question of it is asked, and p follows the rollouts: what is too easy or too hard now teaches nothing now. Trained on
-     800 questions that were scored first, a policy gained 9.5 points on those and 3.9 on others; with `fresh` it gains 4.1 on others, and nothing must be
+     in data.RL_MIX times 0.02 + p(1-p), a new question of it is asked, and p follows the rollouts: what is too easy or too hard now teaches nothing now. In an early trial (AdamW,
+     another mix: results/trials.md) 800 questions that were scored first gained 9.5 points on themselves and 3.9 on others; `fresh` gained 4.1 on others, and nothing must be
      scored first. `level2` is the paper's curriculum, `adaptive` draws as `fresh` does, from questions that were scored first.
-     A pass rate cannot tell what is half learnt from what is half luck: look-alikes and comparisons succeed half of the time, too, and their
+  6. A pass rate cannot tell what is half learnt from what is half luck: look-alikes and comparisons succeed half of the time, too, and their
      gradients have nothing in common (`signal`, grpo_step). So data.RL_MIX has few look-alikes (two parts of 18, against forgetting) and no
      comparisons: two batches of 256 rollouts of chains and counting had a cosine of 0.16, with many look-alikes among them 0.03.
-  6. A base model of our own, where the paper takes one from the shelf: labels for the eyes, lessons in words, an exam.
+  7. A base model of our own, where the paper takes one from the shelf: labels for the eyes, lessons in words, an exam.
 
 Reading order: reward and advantage -> policy loss -> one step of each stage -> what they learn from: GoG-Instruct (SFT), levels and curriculum
     (RL) -> the base model: what it can spell -> labels for the eyes -> lessons in words -> exam, replay.
@@ -49,14 +49,14 @@ def reward(correct, well_formed, lam=0.1):
     return (1 - lam) * float(correct) + lam * float(well_formed)
 
 
-def group_advantages(rewards, correct, normalise="std"):
+def group_advantages(rewards, correct, divide_by="std"):
     """Advantages (Q, G) of rewards (Q, G), and which groups are alive (Q,): those with both right and wrong answers.
 
     A = (r - mean) / std over the group ("std", the paper) or r - mean ("mean": an easy or hard question weighs no more than another).
     Dead groups get exactly 0; they are found by `correct`, since a standard deviation of equal floats need not be 0.
     """
     alive = correct.any(1) & ~correct.all(1)
-    scale = rewards.std(1, keepdim=True).clamp_min(1e-6) if normalise == "std" else 1.0
+    scale = rewards.std(1, keepdim=True).clamp_min(1e-6) if divide_by == "std" else 1.0
     return torch.where(alive[:, None], (rewards - rewards.mean(1, keepdim=True)) / scale, 0.0), alive
 
 
@@ -77,7 +77,7 @@ def policy_loss(logp, old_logp, advantage, low=0.2, high=0.2, reference=None, be
 # ------------------------------------------------------------------------------------------------ one step of each stage
 
 def token_logprobs(policy, env, trajectories, temperature=1.0):
-    """Log-probability of every trained token, flat (M,), and of every other choice there, (M, vocab). The one mask rule of SFT and RL."""
+    """Log-probability of every trained token, flat (M,), and of every id that could stand there, (M, vocab). The one mask rule of SFT and RL."""
     ids, trained, lengths, pictures = packed(trajectories, env.v.id["<pad>"])
     ids, trained, pictures = ids.to(policy.device), trained.to(policy.device), pictures.to(policy.device) if pictures is not None else None
     hidden = policy(ids, pictures, env.image[0], lengths=lengths)
@@ -89,7 +89,7 @@ def token_logprobs(policy, env, trajectories, temperature=1.0):
 
 
 def supervised_step(policy, env, batch, opts, budget=4000):
-    """One optimiser step of the causal LM loss on the policy's own tokens; the denominator is the whole batch's, so the
+    """One optimiser step of the causal LM loss on the tokens to be learnt (`trained`: the expert's own, or the answers of a lesson); the denominator is the whole batch's, so the
     size of micro-batches does not change the gradient."""
     total, loss = sum(sum(t.trained) for t in batch), 0.0
     for part in micro_batches(batch, [len(t.ids) for t in batch], budget):
@@ -162,10 +162,10 @@ def pass_rates(policy, env, pool, n=4, temperature=1.0, seed=0):
 
 
 def uncertain(policy, env, pool, n=4, seed=0):
-    """The uncertainty filter: keeps a question unless n sampled answers without any tool are all right. Where the first is wrong, no more are drawn."""
+    """The uncertainty filter: keeps a question unless n sampled answers (temperature 1) without any tool are all right. Where the first is wrong, no more are drawn."""
     generator, sure = torch.Generator(policy.device).manual_seed(seed), list(range(len(pool)))
     for tries in (1, n - 1):  # the others side by side: they share the reading of their prompt
-        answered = gog.rollout(policy, env, [pool[i] for i in sure], tries, schedule=gog.SCHEDULES["direct"], generator=generator, rows=1024, room=192, progress="uncertainty filter")
+        answered = gog.rollout(policy, env, [pool[i] for i in sure], tries, schedule=gog.SCHEDULES["direct"], generator=generator, rows=1024, progress="uncertainty filter")
         sure = [i for k, i in enumerate(sure) if all(t.correct for t in answered[tries * k:tries * k + tries])]
     return [pool[i] for i in sorted({*range(len(pool))} - {*sure})]
 
@@ -225,7 +225,8 @@ class Curriculum:
             raise data.WorldError(f"no question is left for --curriculum {mode}: use --curriculum all")
 
     def draw(self, n):
-        """Indices of the next n questions, by lot: different ones as long as there are such, or with weight 0.02 + p(1-p) when adaptive or fresh."""
+        """Indices of the next n entries, by lot: all different where the pool is large enough. adaptive, fresh: with replacement, by weight times 0.02 + p(1-p); p(1-p) is the variance of one
+        try, and 0.02 is left so that nothing is given up for good."""
         if self.mode not in ("adaptive", "fresh"):
             return self.rng.sample(self.pool * -(-n // len(self.pool)), n)
         return self.rng.choices(self.pool, [self.worth[i] * (0.02 + self.pass_rates[i] * (1 - self.pass_rates[i])) for i in self.pool], k=n)
@@ -264,7 +265,7 @@ def corpus(seed=0):
 
 
 # Label k of a part is its k-th value here (None: there is nothing of the kind); label -1 is left out of the loss.
-PARTS = {  # what can be told about the shield that a cell shows (None: bare wall), how it hangs, and what is beside it
+PARTS = {  # (tincture and outline first: `spread`) what can be told about the shield that a cell shows (None: bare wall), how it hangs, and what is beside it
     "tincture": [None, *data.TINCTURES], "outline": [None, *data.OUTLINES], "ordinary": list(data.ORDINARIES), "ordinary_tincture": list(data.TINCTURES),
     "charge": [None, *data.CHARGES], "charge_tincture": list(data.TINCTURES), "count": [1, 2, 3], "row": range(3), "column": range(3), "size": range(3),
     **{(side, k): [None, *kinds] for side in data.SIDES for k, kinds in enumerate((data.TINCTURES, data.OUTLINES))}}
@@ -306,7 +307,7 @@ def spread(boxes, labels, grid):
     along = lambda low, high: (np.minimum(high[:, None], edge[1:]) - np.maximum(low[:, None], edge[:-1])).clip(0)  # (n, grid)
     cover = along(b[:, 1], b[:, 3])[:, :, None] * along(b[:, 0], b[:, 2])[:, None]  # (n, grid, grid)
     best, none = cover.argmax(0).ravel(), (cover.max(0) * grid**2 < 0.02).ravel()
-    bare = [0, 0] + [-1] * (len(PARTS) - 2)
+    bare = [0, 0] + [-1] * (len(PARTS) - 2)  # a bare wall has no tincture and no outline (label 0 of the first two parts); of all others nothing can be told
     return np.where(none[:, None], 0, b[best]).astype(np.float32), np.where(none[:, None], bare, labels[best])
 
 
@@ -335,7 +336,7 @@ def pieces_by_lot(env, rng):
 def see_step(policy, heads, batch, word_ids, opts):
     """One step of the eyes' dense loss: 50 times the L1 of the edges, relative to the sides of the box (as IoU counts it), plus cross-entropy of each part, that of charges twice, on
     patches and on image tokens. And the token that shows the leftmost red round shall look like the words "red", "round" and "leftmost" in the
-    decoder's own embedding, so that the decoder finds what it reads about. `word_ids`: {part: ids of its words}."""
+    decoder's own embedding, so that the decoder finds what it reads about. `word_ids`: {part: ids of its words}. Only the gradient of the vision encoder is clipped, and told as the norm."""
     pictures, boxes, labels = batch
     patches, tokens = policy.vision(pictures, both=True)
     out, where, label = torch.cat([heads[0](patches), heads[1](tokens)], 1).flatten(0, 1), boxes.flatten(0, 1), labels.flatten(0, 1)
@@ -562,7 +563,7 @@ def errand_lesson(env, rng):
         turn = parse(text)
         (t.observe if isinstance(text, gog.Slip) else t.act)(env.v.encode_turn(f"{thought}</think>"))
         (t.act if turn.kind in ("search", "answer") else t.observe)(env.v.encode_turn(action) + [env.v.id["<stop>"]])
-        if observation := found(world, q.scene, turn, rng):
+        if observation := tools_answer(world, q.scene, turn, rng):
             show(env, t, "", observation)
         text = gog.send(script, observation)
     return t
@@ -579,8 +580,8 @@ def little_world(rng, pieces=(), towns=8, links=5):
     return data.World("little", "shield", world, {"train": list(world)})
 
 
-def found(world, scene, turn, rng):
-    """What the tools would tell of a turn: two hits that begin with what lies under the gaze, or two passages about what is asked for."""
+def tools_answer(world, scene, turn, rng):
+    """What the tools would tell of a lesson's turn: two hits that begin with what lies under the gaze, or two passages about what is asked for."""
     if turn.kind == "answer":
         return ""
     if turn.kind == "search":

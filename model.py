@@ -7,8 +7,8 @@ From the paper: nothing but the role. The authors fine-tune Qwen2.5-VL-7B and Qw
 Here instead: 3 M parameters (`nano`) or 37 M (`small`), same shapes and nearly the same parameter names as the public Llama/SigLIP family (RMSNorm,
     RoPE, grouped-query attention, SwiGLU, tied embeddings), so that an independent implementation can check our logits.
 Additions that a small model on a small budget is glad of; the first two can be switched off in the configuration:
-  1. A convolutional stem: edges are cheaper to convolve than to discover (the vision encoder alone, after two minutes of telling for every
-     patch which box covers it: IoU 0.66 with a stem of two convolutions, 0.61 without; now it has four).
+  1. A convolutional stem: edges are cheaper to convolve than to discover (an early version, two convolutions instead of four, after two minutes
+     of telling for every patch which box covers it: IoU 0.66 with, 0.61 without).
   2. `smear`, a short causal convolution over words: every position also sees the three embeddings before it, which is half of what a
      copying circuit needs, and lets <gaze> see both words of "red round" (grounding alone, 70 s from a fresh decoder: the right shield
      97 % of the time with three; 65 % with one; 43 % with three when image tokens, too, were mixed with their neighbours).
@@ -17,7 +17,7 @@ Additions that a small model on a small budget is glad of; the first two can be 
 
 Reading order: configuration -> vocabulary -> layers -> cache -> vision -> policy -> batches to train on -> sampling -> optimiser -> save and load.
 
-Alphabet: B batch, T tokens, P patches, N image tokens a picture, D width, H query heads, K key/value heads, C head width.
+Alphabet: B batch, T tokens, P patches, N image tokens a picture, D width of the decoder, W of the ViT, S side of a picture in pixels, H query heads, K key/value heads, C head width.
 """
 import itertools
 import json
@@ -81,6 +81,7 @@ class Vocabulary:
         self.tokenizer = Tokenizer.from_str(text)
         self.size, self.id = self.tokenizer.get_vocab_size(), {t: self.tokenizer.token_to_id(t) for t in TAGS}
         assert self.id["<pad>"] != self.id["<stop>"]  # a turn must be able to end in an id that is never padding
+        # tags have the first ids, in the order of TAGS; those before <stop> are the environment's
         self.sampleable = [i not in range(TAGS.index("<stop>")) for i in range(self.size)]
 
     @classmethod
@@ -112,8 +113,8 @@ class Vocabulary:
         return self.encode(f" {word}")[0]
 
     def encode(self, text):
-        """Plain text, from a world or a user: a tag spelt in it stays text and can never become a control token."""
-        return self.tokenizer.encode(text.replace("<", "‹").replace(">", "›").encode(errors="replace").decode()).ids if text else []  # a shell may hand over half a character
+        """Plain text, from a world or a user: < and > become ‹ and ›, so that a tag spelt in it can never become a control token; half a character, as a shell may hand over, becomes "?"."""
+        return self.tokenizer.encode(text.replace("<", "‹").replace(">", "›").encode(errors="replace").decode()).ids if text else []
 
     def encode_turn(self, text):
         """Text written by the expert, in which tags are tags."""
@@ -152,7 +153,7 @@ def rotate(x, rope):
 class Cache:
     """Keys and values of B growing rows, (layers, 2, B, K, slots, C). Token t of row b lives at slot t: `lengths` (B,) says how far a row has
     come. Slots beyond are garbage that nobody attends to, so rows may differ in length and need no padding mask. Slots are added as rows grow, up
-    to `room`: to allot all at once would cost a fifth of a rollout's time."""
+    to `room`: to allot all at once is slower."""
 
     def __init__(self, config, rows, room, device, dtype):
         c, self.room = config, room
@@ -197,6 +198,8 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(c.heads * self.c, c.width, bias=False)
 
     def forward(self, x, rope, mask, cache=None, layer=0, positions=None, lengths=None):
+        """x (B, T, D) -> (B, T, D). Three ways. mask None: causal. `lengths` (a list): packed, causal within each sequence. `cache`: the keys of earlier calls, too, as `mask`
+        (B, 1, H/K*T, slots) allows, which is added to the scores."""
         B, T, _ = x.shape
         split = lambda y, n: y.view(B, T, n, self.c).transpose(1, 2)  # (B, T, n*C) -> (B, n, T, C)
         q = rotate(split(self.q_proj(x), self.heads), rope)
@@ -246,9 +249,9 @@ class VisionBlock(nn.Module):
         self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, x):
-        B, P, D = x.shape
+        B, P, W = x.shape
         q, k, v = self.qkv(self.layer_norm1(x)).view(B, P, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # 3 x (B, heads, P, C)
-        x = x + self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, P, D))
+        x = x + self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, P, W))
         return x + self.fc2(F.gelu(self.fc1(self.layer_norm2(x)), approximate="tanh"))
 
 
@@ -306,6 +309,7 @@ class Policy(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab, config.width)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.width)
+        # config.smear: how many words before; self.smear: the layer that mixes them in, or None
         self.smear = nn.Linear(config.smear * config.width, config.width, bias=False) if config.smear else None
         self.apply(self._init)
         for block in self.layers:  # residual branches start small (GPT-2)
@@ -337,7 +341,7 @@ class Policy(nn.Module):
     def forward(self, ids, pictures=None, image_id=None, cache=None, valid=None, lengths=None):
         """Hidden states (B, T, D) of token ids (B, T).
 
-        pictures: uint8 (M, 3, S, S), or image tokens (M, N, D) from `self.vision`; they fill the M*N positions where ids == image_id.
+        pictures: uint8 (as many as there are, 3, S, S); their tokens fill, in order, the positions where ids == image_id.
         cache: None (whole sequences, causal) or a Cache (ids continue its rows). valid: (B,) how many of T are real, default all.
         lengths: None, or a list: ids are one row in which sequences of these lengths stand one behind the other (`packed`); not with a cache.
         """
@@ -349,7 +353,7 @@ class Policy(nn.Module):
         if self.smear:  # among words only: image tokens are put in afterwards, unmixed
             x = x + self.smear(self._before(x, positions, cache, valid, lengths))
         if pictures is not None and len(pictures):
-            tokens = self.vision(pictures) if pictures.dim() == 4 else pictures
+            tokens = self.vision(pictures)
             x = x.masked_scatter((ids == image_id)[..., None], tokens.to(x.dtype))
         mask = None
         if cache is not None:  # a query at position p sees slots 0..p: this alone hides every garbage slot
@@ -367,7 +371,7 @@ class Policy(nn.Module):
         return self.norm(x)
 
     def _before(self, x, positions, cache, valid, lengths):
-        """The embeddings before each position of x (B, T, D), nearest last: (B, T, smear * D); 0 before a sequence's first. The cache remembers those of the last call."""
+        """The embeddings before each position of x (B, T, D), nearest last: (B, T, smear * D); 0 before a sequence's first. The cache keeps the last `smear` embeddings of every row for the next call."""
         (B, T, D), n = x.shape, self.config.smear
         row = torch.cat([x.new_zeros(B, n, D) if cache is None else cache.last, x], 1)  # (B, n + T, D): position t stands at n + t
         if cache is not None:
@@ -429,7 +433,7 @@ def pick(logits, temperature, allowed=None, generator=None):
     if allowed is not None:
         logits = logits.masked_fill(~allowed, float("-inf"))
     logp = F.log_softmax(logits.float() / (temperature or 1.0), -1)
-    if temperature:  # where the running sum passes a random height (torch.multinomial draws a number for every id: a fifth of a rollout's time)
+    if temperature:  # where the running sum passes a random height (torch.multinomial draws a number for every id, which is slower)
         heights = logp.exp().cumsum(-1)
         drawn = torch.rand(len(logp), 1, device=logp.device, generator=generator) * heights[:, -1:]
         ids = torch.searchsorted(heights, drawn.clamp(max=heights[:, -1:] * (1 - 1e-6)), right=True)[:, 0]
@@ -441,8 +445,8 @@ def pick(logits, temperature, allowed=None, generator=None):
 # ------------------------------------------------------------------------------------------------------------ optimiser
 
 def orthogonalise(g, steps=5):
-    """Newton-Schulz: push the singular values of a stack of matrices (N, a, b) towards 1, keeping the singular vectors."""
-    a, b, c = 3.4445, -4.7750, 2.0315
+    """Newton-Schulz: push the singular values of a stack of matrices (N, rows, cols) towards 1, keeping the singular vectors."""
+    a, b, c = 3.4445, -4.7750, 2.0315  # of the quintic a x + b x^3 + c x^5 (Jordan et al. 2024)
     x = g.transpose(1, 2) if g.shape[1] > g.shape[2] else g
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     with autocast(g.device.type):  # the method was made for bfloat16
@@ -492,8 +496,8 @@ def optimisers(named, muon_lr, adam_lr):
 
 
 def lr_factor(step, steps, warmup=30, decay=0.9):
-    """Learning-rate factor in 0..1: linear warm-up, flat for a while, linear decay to 0 over the last `decay` of the run (most of what the
-    base model learns, it learns while the rate falls)."""
+    """Learning-rate factor in 0..1: linear warm-up, linear decay to 0 over the last `decay` of the run, flat in between (only where the run is long: SFT's 179 steps peak at 0.94).
+    Most of what the base model learns, it learns while the rate falls."""
     return min(1.0, (step + 1) / warmup, (steps - step) / max(1, decay * steps))
 
 

@@ -4,7 +4,7 @@ From the paper: SFT on reflective trajectories, then GRPO on the questions that 
 Here instead: one stage more. `pretrain` makes the base model that the paper takes from the shelf: first the eyes alone, with labels on
     every patch and image token; then, with the eyes held still, lessons in words. A stage whose input is missing runs the one before it first.
 
-Reading order: the four stages -> the grid -> run folder -> tables -> flags. `a` is the flags everywhere (Args, below); `v` the vocabulary.
+Reading order: the four stages -> the grid -> run folder -> tables -> flags. `a` is the flags everywhere (Args, below); `v` the vocabulary; `run` the run folder of a stage (Run, below).
 """
 import json
 import random
@@ -59,9 +59,9 @@ def pretrain(a):
     bar, before = tqdm(total=sum(n for _, n, *_ in parts), initial=start, desc="pretrain", unit="step"), 0
     for part, steps, opts, make in parts:
         first = min(max(0, start - before), steps)
+        policy.freeze_eyes(part != "see")
         for at, batch in enumerate(stream(make, first, steps), first):
             lr = set_lr(opts, lr_factor(at, steps))
-            policy.freeze_eyes(part != "see")
             if part == "see":
                 loss, norm = grpo.see_step(policy, heads, [torch.from_numpy(x).to(a.device) for x in batch], word_ids, opts)
             else:
@@ -194,6 +194,8 @@ def evaluate(a):
     and seeds in that file stay. Baselines that are schedules (gog.SCHEDULES) and `withheld` play the RL policy."""
     world, table, shown, pictures = data.open_world(a.world, a.seed_world, a.towns), [], [], {}
     policies = {row: load(a.weights(stage), a.device) for row, stage in (("base", "pretrain"), ("sft", "sft"), ("rl", "rl"))}
+    # label: the world in the tables; known: tools that know what was known at training time; named: the row of the policy under examination, "rl", or --name and what sets
+    # this examination apart from the usual one. Only "rl" brings all baselines with it
     label, known, named = a.examined_world(), make_toolbox(world, a.tools_fail, a.seed), a.row()
     for name in (*(["own"] if world.own[1:] else []), *gog.SUITES):
         try:
@@ -216,7 +218,7 @@ def evaluate(a):
         write_results(a, table)  # suite by suite: what is measured is kept
     accuracy = gog.accuracy_table(table)
     print("\n".join(["", f"{'accuracy %':<12}" + "".join(f"{c:>8}" for c in accuracy["columns"]),
-                     *(f"{row:<12}" + "".join(f"{x:8.1f}" for x in values) for row, *values in accuracy["rows"])]))
+                     *(f"{row:<12}" + "".join(f"{'' if x is None else format(x, '.1f'):>8}" for x in values) for row, *values in accuracy["rows"])]))
     about = f"Preset {a.preset}, seed {a.seed}, on {a.device}; the first {a.shown} questions of each suite, asked of {'the policies before SFT (base), after it (sft) and after RL (rl)' if named == 'rl' else named}."
     page = "-".join(["report", *([label] if a.trained_on else []), *([named] if named != "rl" else [])])  # of another world, of another row: another page
     gog.write_report(a.folder() / f"{page}.html", f"{label}: what the policies do", about, shown, pictures, accuracy, gog.curve_values(read_rows(a.weights("rl").with_suffix(".csv")), CURVES))
@@ -361,7 +363,7 @@ class Args:
     device: str = "auto"  # auto, cuda, mps or cpu
     world: str = "heraldry"  # heraldry, or the path of a folder world
     seed: int = 0  # of weights, questions and sampling (the base model too)
-    seed_world: int = 0  # of the invented world
+    seed_world: int = 0  # of the invented world; of a folder world: which entities are trained on, and how facts are worded
     towns: int = 3000  # of the invented world
     results: str = "results"  # folder of the tables
     out: str = ""  # run folder; default out/WORLD-PRESET-SEED
@@ -377,7 +379,7 @@ class Args:
     word_lr: float = 0.002  # of the decoder's matrices
     word_adam_lr: float = 0.002  # of embeddings and norms
     demos: int = 5750  # trajectories of GoG-Instruct
-    wrong_gaze: float = 0.2  # chance, for every object looked for, that the expert also looks where it is not
+    wrong_gaze: float = 0.2  # chance, for every object looked for that the base model itself does not miss, that the expert also looks where it is not
     glance_first: float = 0.05  # chance that it begins with a useless glance
     failure_rate: float = 0.03  # of tools while training
     sft_epochs: int = 1  # passes over the demonstrations
@@ -475,7 +477,7 @@ def timed(a, stage):
         atomic(bad, lambda p: p.write_text(text))
         raise CheckpointError(f"{stage}: a loss, a gradient or a weight is not finite. Nothing of it is saved; its batch is in {bad} (empty for the eyes, whose pictures are drawn anew from seed and step). Go on from the last checkpoint with --resume and a lower learning rate") from None
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # that of a run that failed was for saving, and holds its lock
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # else Ctrl-C would still call the failed Run's `interrupt`, and that handler would keep the Run alive, and its lock
     row = dict(stage=stage, preset=a.preset, world=work(a, stage), device=a.device, minutes=f"{(time.time() - began) / 60:.1f}", peak_memory_mb=peak_memory(), seed=a.seed)
     write_rows(path, [row], ("stage", "preset", "world", "device", "seed"))
     print(f"{stage}: {row['minutes']} minutes, peak memory {row['peak_memory_mb']} MB", file=sys.stderr)

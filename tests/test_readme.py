@@ -1,6 +1,7 @@
 """What the README claims, held against the committed results and the source."""
 import ast
 import csv
+import html
 import io
 import re
 import shlex
@@ -15,7 +16,7 @@ import data
 import gog
 import tools
 import train
-from model import PRESETS, ModelConfig, Policy
+from model import PRESETS, ModelConfig, Policy, load
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -147,6 +148,17 @@ def test_code_that_it_quotes_is_in_the_source():
         source = (ROOT / file).read_text(encoding="utf-8")
         body = source[source.index(f"def {name.split('.')[-1]}("):] if "." not in name else source[source.index(f"class {name.split('.')[0]}"):].partition(f"def {name.split('.')[1]}(")[2]
         assert all(f"\n{line}\n" in body for line in code.splitlines()), (file, name)
+
+
+def test_the_samples_are_what_the_policy_does():
+    """Prevents samples that somebody has polished: the policy in policies/ says exactly the two trajectories, and what is bold in them are its own tokens."""
+    policy, v = load(ROOT / "policies" / "rl.safetensors")
+    world = data.open_world("heraldry")
+    env, squeeze = tools.Environment(v, tools.make_toolbox(world), policy.config), lambda text: re.sub(r"\s", "", text)
+    samples = [html.unescape(block.replace("> ", "").replace(">\n", "\n")) for block in re.findall(r"(?:^>.*\n)+", README.split("## What the policy reads")[1], re.M)]
+    asked = [q for kind, setting in (("colour", "normal"), ("hop1", "twins")) for q in data.questions(world, [(kind, setting, 1)], 60, "sample", ("test",)) if any(q.text in s for s in samples)]
+    told = {squeeze(v.decode(t.ids).replace("<image>" * len(env.image), "[picture]")): squeeze(v.decode([i for i, own in zip(t.ids, t.trained) if own])) for t in gog.rollout(policy, env, asked, temperature=0.0)}
+    assert [told.get(squeeze(s.replace("**", ""))) for s in samples] == [squeeze("".join(s.split("**")[1::2])) for s in samples] and len(samples) == 2
 
 
 def test_every_column_is_explained():

@@ -2,6 +2,7 @@ import csv
 import json
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 import data
 import gog
 import grpo
+import tools
 import train
 from model import Muon
 
@@ -343,6 +345,21 @@ def test_muon_orthogonalises():
         values = torch.linalg.svdvals(p.detach().flatten(1)) / (0.2 * max(p.flatten(1).shape) ** 0.5)
         assert 0.6 < values.min() and values.max() < 1.3
     assert not torch.equal(params[1], params[2])
+
+
+def test_a_users_own_questions_are_a_suite_of_their_own(tmp_path, monkeypatch, capsys, begun):
+    """Prevents an examination that ends in a traceback, or forgets them, where a user has written questions about own pictures: every other one is asked, of every row but the oracle, who does not
+    know where to look; they stand beside the mean, not in it."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(ROOT / "worlds" / "countries", "flags")
+    Path("flags/questions.jsonl").write_text("".join(json.dumps({"image": "images/fr.png", "question": f"What is the capital of flag {n}?", "answers": ["Paris"]}) + "\n" for n in range(4)))
+    begun(Path("run")), shutil.copy("run/sft.safetensors", "run/rl.safetensors")
+    monkeypatch.setattr(gog, "SUITES", {"plain": gog.SUITES["plain"]}), monkeypatch.setattr(train, "ROWS", ("rl", "oracle"))
+    train.evaluate(train.arguments([*TINY, "--stage", "eval", "--world", "flags", "--out", "run", "--suite-size", "3", "--shown", "1"]))
+    head, rl, oracle = capsys.readouterr().out.strip().splitlines()
+    assert head.split()[2:] == ["plain", "mean", "own"] and len(rl.split()) == 4 and oracle.split() == ["oracle", "100.0", "100.0"]
+    table = tools.read_rows(Path("run/results.csv"))
+    assert {(r["row"], r["n"]) for r in table if r["suite"] == "own"} == {("rl", "2")}
 
 
 def test_other_worlds_have_their_own_folders_and_rows():
