@@ -389,7 +389,7 @@ def ask(world, kind, setting, split, rng):
     phrases = tuple(f"{e.look}, {e.detail}" if k == "detail" else e.look for e, k in zip(found, by))
     made = lambda text, answer, chain=(): Question(text, (answer,), scene, kind, setting, tuple(targets), phrases, chain, by)
     if kind in VISUAL:
-        useless = by[0] in ("look", kind) or kind == "shape" and world.noun != "shield"  # it would contain its answer; and nearly all flags have one shape
+        useless = by[0] in ("look", "detail", kind) or kind == "shape" and world.noun != "shield"  # it would contain its answer; and nearly all flags have one shape
         return None if useless else made(f"What is the {kind} of the {expressions[0]}?", target.look.split()[VISUAL.index(kind)])
     if kind == "name":
         return made(f"What is the name of the {expressions[0]}?", target.name)

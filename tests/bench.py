@@ -40,7 +40,7 @@ class Bench:
         torch.set_flush_denormal(True)
         self.world = data.heraldry(0, 1000)
         self.v = Vocabulary.learn(grpo.corpus())
-        plain = dict(smear=0, stem=False) if preset == "nano" else {}  # the twin's shape
+        plain, self.preset = dict(smear=0, stem=False) if preset == "nano" else {}, preset  # the twin's shape
         self.policy = Policy(ModelConfig(**{**PRESETS[preset], **plain, "vocab": self.v.size})).freeze_eyes()
         self.env = tools.Environment(self.v, tools.make_toolbox(self.world), self.policy.config)
         self.questions = data.questions(self.world, data.RL_MIX, 64, "bench")
@@ -183,17 +183,12 @@ class Bench:
         assert [t.ids for t in done] == [t.ids for t in self.demos]
 
     def see_step(self):
-        c, words = self.policy.config, {part: [self.v.word(w) for w in told] for part, told in grpo.TIED.items()}
+        policy = Policy(ModelConfig(**{**PRESETS[self.preset], "vocab": self.v.size}))  # with its stem
+        c, words = policy.config, {part: [self.v.word(w) for w in told] for part, told in grpo.TIED.items()}
         heads = torch.nn.ModuleList(torch.nn.Linear(w, 4 + sum(map(len, grpo.PARTS.values()))) for w in (c.vit_width, c.width))
         batch = [torch.from_numpy(x) for x in grpo.labelled_pictures(c, 0, 12, 0)]
-
-        def ours():
-            self.policy.freeze_eyes(False)
-            opts = [*optimisers(self.policy.vision.named_parameters(), 1e-6, 1e-6), torch.optim.AdamW(heads.parameters(), 1e-6)]
-            grpo.see_step(self.policy, heads, batch, words, opts)
-            self.policy.freeze_eyes()
-
-        return "pictures", 12, ours, "", None
+        opts = [*optimisers(policy.vision.named_parameters(), 1e-6, 1e-6), torch.optim.AdamW([*heads.parameters(), policy.embed_tokens.weight], 1e-6)]
+        return "pictures", 12, lambda: grpo.see_step(policy, heads, batch, words, opts), "", None
 
     def sft_step(self):
         batch = self.demos[:32]
