@@ -102,8 +102,7 @@ def _feed(policy, env, cache, chunks, pictures):
 def _allowed(v, actions, device):
     """(1, vocab) mask of what may be sampled: never observation, image or padding ids; only these actions' tags."""
     mask = torch.tensor(v.sampleable, device=device)
-    for a in set(ACTIONS) - set(actions):
-        mask[v.id[f"<{a}>"]] = False
+    mask[[v.id[f"<{a}>"] for a in ACTIONS if a not in actions]] = False
     return mask[None]
 
 
@@ -555,9 +554,10 @@ def tell(t):
 def doubts(t):
     """What speaks against the answer of a trajectory, in words; "" where nothing does. A policy answers anyway: it has never seen a question without an answer."""
     looks = [turn.observation for turn in t.turns if turn.kind in ("glance", "gaze") and turn.ok]
-    found, seen = normalise(" ".join(turn.observation for turn in t.turns if turn.kind != "malformed")), (*data.TINCTURES, *data.OUTLINES, *map(str, range(20)))  # what can be told without a search
-    reasons = {"it ended without an answer": t.answer is None, "nothing was looked up": not found and t.answer is not None and normalise(t.answer) not in seen, "the answer stands in nothing that was found": found and f" {normalise(t.answer or '')} " not in f" {found} ",
-               "the picture is like nothing that is known": looks and not any(look.split(" ")[0].isdecimal() and int(look.split(" ")[0]) >= KNOWN for look in looks)}
+    found = normalise(" ".join(turn.observation for turn in t.turns if turn.kind != "malformed"))
+    seen = t.answer is None or normalise(t.answer) in (*data.TINCTURES, *data.OUTLINES, *map(str, range(20)))  # what can be told without a search
+    reasons = {"it ended without an answer": t.answer is None, "nothing was looked up": not found and not seen,
+               "the answer stands in nothing that was found": found and f" {normalise(t.answer or '')} " not in f" {found} ", "the picture is like nothing that is known": looks and not any(look.split(" ")[0].isdecimal() and int(look.split(" ")[0]) >= KNOWN for look in looks)}
     return ", ".join(reason for reason, holds in reasons.items() if holds)
 
 
@@ -566,13 +566,13 @@ def main():
     parser.add_argument("image"), parser.add_argument("question", nargs="?", type=lambda text: text.encode(errors="replace").decode(), help="without it, questions are read one by one")
     parser.add_argument("--checkpoint", help="policy (default: out/WORLD-nano-0/rl.safetensors, or, until you have trained it, the one that comes with the code)")
     parser.add_argument("--world", default="heraldry", help="what to search in: heraldry, or a folder world (default: %(default)s)")
-    parser.add_argument("--html", help="also write the turns as a page to look at, here")
-    parser.add_argument("--save", default="gaze.png", help="where the picture with the gazes goes (default: %(default)s)")
+    parser.add_argument("--html", help="also write the turns as a page to look at, here"), parser.add_argument("--save", default="gaze.png", help="where the picture with the gazes goes (default: %(default)s)")
     a = parser.parse_args()
     try:
         data.check_image(a.image)
-        world, asked, pictures, ours = data.open_world(a.world), [], {}, data.Path(__file__).parent / "policies" / "rl.safetensors"
-        a.checkpoint = a.checkpoint or next((own for own in [data.Path(f"out/{world.name}-nano-0/rl.safetensors")] if own.is_file()), ours)
+        world, asked, pictures = data.open_world(a.world), [], {}
+        own, ours = data.Path(f"out/{world.name}-nano-0/rl.safetensors"), data.Path(__file__).parent / "policies" / "rl.safetensors"
+        a.checkpoint = a.checkpoint or (own if own.is_file() else ours)
         print(f"policy {a.checkpoint}, world {a.world}" + (", of which it has learnt nothing" if a.checkpoint == ours and world.name != "heraldry" else ""), file=sys.stderr)
         policy, v = load(a.checkpoint)
         env = Environment(v, make_toolbox(world), policy.config)
