@@ -1,0 +1,186 @@
+"""What a question costs, and how that grows. Run by hand: python tests/cost.py    -> results/cost.csv, results/growth.csv, results/growth.png
+
+cost: a batch of RL rollouts by the policy that comes with the code: multiplications and additions by part (counted by PyTorch), and the seconds that each part took.
+growth: seconds, and memory where it can be told, as one thing at a time grows (batch, group, slots of the cache, pictures, entities and passages in the index, preset).
+"""
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch.utils.flop_counter import FlopCounterMode
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+import data  # noqa: E402
+import gog  # noqa: E402
+import tools  # noqa: E402
+from model import PRESETS, Cache, ModelConfig, Policy, load  # noqa: E402
+
+
+def clock(work, rounds=3):
+    """Median seconds of some work, after a first go that is not counted."""
+    times = []
+    for _ in range(rounds + 1):
+        began = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - began)
+    return float(np.median(times[1:]))
+
+
+class Parts:
+    """Wraps the parts of a rollout: seconds and FLOPs of each (those of vision are taken out of the forward that calls it)."""
+
+    def __init__(self, policy, env):
+        self.seconds, self.flops, self.tokens, self.pictures = dict.fromkeys(("vision", "read", "decode", "tools"), 0.0), dict.fromkeys(("vision", "read", "decode"), 0), dict(read=0, decode=0), 0
+        self.forward, self.vision, self.step = policy.forward, policy.vision.forward, env.step
+        policy.forward, policy.vision.forward, env.step = self.timed_forward, self.timed_vision, self.timed_step
+
+    def measured(self, part, work):
+        counter, began = FlopCounterMode(display=False), time.perf_counter()
+        with counter:
+            out = work()
+        self.seconds[part] += time.perf_counter() - began
+        self.flops[part] += counter.get_total_flops()
+        return out
+
+    def timed_forward(self, ids, *args, **options):
+        part, before = "decode" if ids.shape[1] == 1 else "read", (self.seconds["vision"], self.flops["vision"])
+        self.tokens[part] += int(options["valid"].sum()) if "valid" in options else ids.numel()
+        out = self.measured(part, lambda: self.forward(ids, *args, **options))
+        self.seconds[part] -= self.seconds["vision"] - before[0]
+        self.flops[part] -= self.flops["vision"] - before[1]
+        return out
+
+    def timed_vision(self, pictures, both=False):
+        self.pictures += len(pictures)
+        return self.measured("vision", lambda: self.vision(pictures, both))
+
+    def timed_step(self, *args):
+        began = time.perf_counter()
+        out = self.step(*args)
+        self.seconds["tools"] += time.perf_counter() - began
+        return out
+
+
+def cost(policy, env, questions, group=8):
+    """One row a part: its FLOPs and milliseconds a question, and how many tokens, pictures or calls that is."""
+    gog.rollout(policy, env, questions, group, 0.8, generator=torch.Generator().manual_seed(0))
+    began, before = time.perf_counter(), dict(env.toolbox.counts)
+    tries = gog.rollout(policy, env, questions, group, 0.8, generator=torch.Generator().manual_seed(0))
+    whole, calls = time.perf_counter() - began, sum(env.toolbox.counts[k] - before[k] for k in ("search", "glance", "gaze"))
+    parts = Parts(policy, env)
+    began = time.perf_counter()
+    gog.rollout(policy, env, questions, group, 0.8, generator=torch.Generator().manual_seed(0))
+    slower = whole / (time.perf_counter() - began)  # counting takes time, too
+    n, rows = len(tries), []
+    amounts = {"vision": (parts.pictures, "pictures"), "read": (parts.tokens["read"], "tokens"), "decode": (parts.tokens["decode"], "tokens"), "tools": (calls, "calls")}
+    for part, (amount, unit) in amounts.items():
+        rows.append(dict(part=part, amount=f"{amount / n:.1f}", unit=unit, mflop=f"{parts.flops.get(part, 0) / n / 1e6:.0f}", ms=f"{1000 * slower * parts.seconds[part] / n:.2f}"))
+    rows.append(dict(part="rest", amount="", unit="sampling, parsing, cache", mflop="0", ms=f"{1000 * (whole - slower * sum(parts.seconds.values())) / n:.2f}"))
+    rows.append(dict(part="all", amount="1", unit="rollout", mflop=f"{sum(parts.flops.values()) / n / 1e6:.0f}", ms=f"{1000 * whole / n:.2f}"))
+    return rows
+
+
+def growth(v):
+    """Rows (what grows, how large, milliseconds, MB) of sweeps over one thing at a time."""
+    rows, torch_config = [], lambda preset="nano": ModelConfig(**{**PRESETS[preset], "vocab": v.size})
+    policy = Policy(torch_config()).freeze_eyes()
+
+    def note(what, size, seconds, mb=0.0):
+        rows.append(dict(what=what, size=size, ms=f"{1000 * seconds:.2f}", mb=f"{mb:.1f}"))
+        print(f"{what:<24}{size:>9}{1000 * seconds:12.2f} ms{mb:12.1f} MB", flush=True)
+
+    def step(policy, rows_, slots):  # one decode step of so many rows whose caches are so long
+        cache = Cache(policy.config, rows_, slots + 8, "cpu", torch.float32)
+        cache.grow(slots)
+        cache.lengths += slots - 1
+
+        def work():
+            with torch.no_grad():
+                policy(torch.zeros(rows_, 1, dtype=torch.long), cache=cache)
+            cache.lengths -= 1
+
+        return clock(work, 7), cache.kv.numel() * 4 / 1e6
+
+    def read(policy, rows_, length):  # the reading of so many prompts
+        def work():
+            with torch.no_grad():
+                policy(torch.zeros(rows_, length, dtype=torch.long), cache=Cache(policy.config, rows_, length + 8, "cpu", torch.float32))
+        return clock(work)
+
+    for n in (16, 32, 64, 128, 256, 512):
+        note("batch: decode step", n, *step(policy, n, 256))
+    for n in (64, 128, 256, 512, 1000):
+        note("slots: decode step", n, *step(policy, 128, n))
+    for n in (4, 16, 64, 144):
+        note("image tokens: read", n, read(policy, 64, 40 + n))
+    for n in (1, 4, 16, 64):
+        pictures = torch.randint(0, 255, (n, 3, 128, 128), dtype=torch.uint8)
+        note("pictures: vision", n, clock(lambda: policy.vision(pictures)))
+    for preset in PRESETS:
+        other = Policy(torch_config(preset)).freeze_eyes()
+        note("parameters: decode step", sum(p.numel() for p in other.parameters()), *step(other, 128, 256))
+    world = data.heraldry(0, 1000)
+    env = tools.Environment(v, tools.make_toolbox(world), policy.config)
+    shipped, _ = load(ROOT / "policies" / "rl.safetensors")
+    asked = data.questions(world, data.RL_MIX, 16, "growth")
+    for n in (2, 4, 8, 16):
+        note("group: 16 questions", n, clock(lambda: gog.rollout(shipped, env, asked, n, 0.8, generator=torch.Generator().manual_seed(0)), 1))
+    for n in (2, 4, 6, 8):
+        note("turns: 16 questions", n, clock(lambda: gog.rollout(shipped, env, asked, 8, 0.8, schedule=gog.FREE[:n], generator=torch.Generator().manual_seed(0)), 1))
+    rng = np.random.default_rng(0)
+    crops = [Image.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8)) for _ in range(64)]
+    for n in (1000, 4000, 16000):
+        index = tools.ImageIndex([(str(i), "", crops[i % 64]) for i in range(n)])
+        note("entities: 64 searches", n, clock(lambda: index.search(crops, 2)), sum(b.nbytes for b in index.blocks) / 1e6)
+    towns = [data.town_name(data.random.Random(i)) for i in range(64)]
+    for n in (10_000, 40_000, 160_000):
+        index = tools.TextIndex((f"{towns[i % 64]} {i}", f"In {towns[i % 64]} {i} the ruler is {i}.") for i in range(n))
+        note("passages: 64 searches", n, clock(lambda: index.search([f"{t} ruler" for t in towns], 2)), (index.where.nbytes + index.weight.nbytes) / 1e6)
+    return rows
+
+
+def plot(rows, across=3, w=330, h=230):
+    """Every sweep as a panel, both axes logarithmic: a straight line at 45 degrees is proportional growth."""
+    sweeps = {}
+    for r in rows:
+        sweeps.setdefault(r["what"], []).append((float(r["size"]), float(r["ms"])))
+    sheet = Image.new("RGB", (across * w, -(-len(sweeps) // across) * h), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, (what, points) in enumerate(sweeps.items()):
+        left, top, right, bottom = i % across * w + 50, i // across * h + 28, i % across * w + w - 20, i // across * h + h - 34
+        pen.text((left, top - 22), f"{what}, ms", fill="black", font_size=13)
+        pen.rectangle((left, top, right, bottom), outline=(200, 200, 200))
+        x, y = np.log(np.array(points)).T
+        slope = np.polyfit(x, y, 1)[0]
+        at = list(zip(left + 8 + (right - left - 16) * (x - x[0]) / (x[-1] - x[0]), bottom - 8 - (bottom - top - 16) * (y - y.min()) / max(1e-9, y.max() - y.min())))
+        pen.line(at, fill=(200, 30, 50), width=2)
+        for (px, py), (size, ms) in zip(at, points):
+            pen.ellipse((px - 3, py - 3, px + 3, py + 3), fill=(200, 30, 50))
+            pen.text((px, bottom + 4), f"{size:.3g}", fill=(90, 90, 90), font_size=11, anchor="ma")
+        for ms in (points[0][1], points[-1][1]):
+            py = bottom - 8 - (bottom - top - 16) * (np.log(ms) - y.min()) / max(1e-9, y.max() - y.min())
+            pen.text((left - 4, py), f"{ms:.3g}", fill=(90, 90, 90), font_size=11, anchor="rm")
+        pen.text((right - 6, bottom - 18), f"grows as size^{slope:.2f}", fill=(90, 90, 90), font_size=11, anchor="ra")
+    return sheet
+
+
+def main():
+    torch.set_flush_denormal(True)
+    policy, v = load(ROOT / "policies" / "rl.safetensors")
+    world = data.open_world("heraldry")
+    env = tools.Environment(v, tools.make_toolbox(world), policy.config)
+    told = cost(policy, env, data.questions(world, data.RL_MIX, 32, "cost"))
+    for r in told:
+        print("{part:<8}{amount:>8} {unit:<26}{mflop:>8} MFLOP{ms:>9} ms".format(**r), flush=True)
+    tools.write_rows(ROOT / "results" / "cost.csv", told, ("part",))
+    rows = growth(v)
+    tools.write_rows(ROOT / "results" / "growth.csv", rows, ("what", "size"))
+    tools.atomic(ROOT / "results" / "growth.png", lambda p: plot(rows).save(p, format="PNG"))
+
+
+if __name__ == "__main__":
+    main()
