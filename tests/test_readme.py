@@ -27,6 +27,7 @@ def published(name):
     return list(csv.DictReader(io.StringIO(shown.stdout))) if shown and not shown.returncode else tools.read_rows(ROOT / "results" / name)
 
 
+ANIMALS = {(r["row"], r["suite"], r["metric"]): float(r["value"]) for r in published("runs/animals-nano-0-eval.csv")}
 MEASURED = {(r["world"], r["row"], r["suite"], r["metric"]): r for r in published("results.csv") if r["seed"] == "0" and r["preset"] == "nano"}
 RESULTS = {key: float(r["value"]) for key, r in MEASURED.items()}
 ROW = {"random": "random", "base": "base", "direct": "direct", "full": "full-search", "no": "no-gaze", "**SFT**": "sft", "**SFT": "rl", "observations": "withheld", "oracle": "oracle"}  # by its first word
@@ -106,6 +107,9 @@ TOLD = [  # what the text says outside its tables, and where it comes from
     (r"some gaze finds the target in (\d+) % of `facts`", lambda: 100 * RESULTS["countries-zero-shot", "rl", "facts", "target_found"]),
     (r"bounded memory: ([\d.]+) kB an entity", lambda: len(tools.FRAMINGS) * 4 * tools.WIDTH / 1000),
     (r"gets ([\d.]+) % of its suites right", lambda: mean("countries", "sft")), (r"a cosine of ([\d.]+) \(on heraldry", lambda: signal("countries")), (r"\(on heraldry ([\d.]+)\);", lambda: signal("heraldry")),
+    (r"([\d.]+) % right after SFT and", lambda: 100 * sum(ANIMALS["sft", s, "accuracy"] for s in gog.SUITES) / 6), (r"% right after SFT and ([\d.]+) after RL", lambda: 100 * sum(ANIMALS["rl", s, "accuracy"] for s in gog.SUITES) / 6),
+    (r"what was meant in (\d+) % of `facts`", lambda: 100 * ANIMALS["rl", "facts", "target_found"]), (r"but among look-alikes \(`fine`\) in (\d+) %", lambda: 100 * ANIMALS["rl", "fine", "target_found"]),
+    (r"\. SFT took ([\d.]+) minutes", lambda: minutes("sft", "animals")), (r"minutes, RL ([\d.]+), the exam", lambda: minutes("rl", "animals")), (r"the examination ([\d.]+);", lambda: minutes("eval", "animals")),
     (r"\(SFT ([\d.]+) minutes, RL", lambda: minutes("sft", "countries")), (r"minutes, RL ([\d.]+); curves", lambda: minutes("rl", "countries")),
     (r"the SFT policy finds (\d+) %", lambda: 100 * RESULTS["countries", "sft", "facts", "target_found"]), (r"and answers (\d+) %", lambda: 100 * RESULTS["countries", "sft", "facts", "accuracy"]),
     *((told, lambda step=step: 100 * float(VALIDATED[step]["development"])) for step, told in ((0, r"it goes from ([\d.]+) to"), (20, r"to ([\d.]+) and [\d.]+ % after 20"), (40, r"and ([\d.]+) % after 20 and 40"))),
