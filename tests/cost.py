@@ -3,6 +3,7 @@
 cost: a batch of RL rollouts by the policy that comes with the code: multiplications and additions by part (counted by PyTorch), and the seconds that each part took.
 growth: seconds, and memory where it can be told, as one thing at a time grows (batch, group, slots of the cache, pictures, entities and passages in the index, preset).
 """
+import contextlib
 import sys
 import time
 from pathlib import Path
@@ -31,16 +32,21 @@ def clock(work, rounds=3):
 
 
 class Parts:
-    """Wraps the parts of a rollout: seconds and FLOPs of each (those of vision are taken out of the forward that calls it)."""
+    """Wraps the parts of a rollout: seconds of each, or, if they are to be counted, FLOPs (those of vision are taken out of the forward that calls it). Counting takes time, so it is done in a run of its own."""
 
-    def __init__(self, policy, env):
+    def __init__(self, policy, env, count):
+        self.count, self.wrapped = count, (policy, policy.vision, env)
         self.seconds, self.flops, self.tokens, self.pictures = dict.fromkeys(("vision", "read", "decode", "tools"), 0.0), dict.fromkeys(("vision", "read", "decode"), 0), dict(read=0, decode=0), 0
         self.forward, self.vision, self.step = policy.forward, policy.vision.forward, env.step
         policy.forward, policy.vision.forward, env.step = self.timed_forward, self.timed_vision, self.timed_step
 
+    def unwrap(self):
+        policy, vision, env = self.wrapped
+        del policy.forward, vision.forward, env.step  # those of their classes are back
+
     def measured(self, part, work):
         counter, began = FlopCounterMode(display=False), time.perf_counter()
-        with counter:
+        with counter if self.count else contextlib.nullcontext():
             out = work()
         self.seconds[part] += time.perf_counter() - began
         self.flops[part] += counter.get_total_flops()
@@ -71,16 +77,17 @@ def cost(policy, env, questions, group=8):
     began, before = time.perf_counter(), dict(env.toolbox.counts)
     tries = gog.rollout(policy, env, questions, group, 0.8, generator=torch.Generator().manual_seed(0))
     whole, calls = time.perf_counter() - began, sum(env.toolbox.counts[k] - before[k] for k in ("search", "glance", "gaze"))
-    parts = Parts(policy, env)
-    began = time.perf_counter()
-    gog.rollout(policy, env, questions, group, 0.8, generator=torch.Generator().manual_seed(0))
-    slower = whole / (time.perf_counter() - began)  # counting takes time, too
+    for count in (True, False):
+        parts = Parts(policy, env, count)
+        gog.rollout(policy, env, questions, group, 0.8, generator=torch.Generator().manual_seed(0))
+        parts.unwrap()
+        flops = parts.flops if count else flops
     n, rows = len(tries), []
     amounts = {"vision": (parts.pictures, "pictures"), "read": (parts.tokens["read"], "tokens"), "decode": (parts.tokens["decode"], "tokens"), "tools": (calls, "calls")}
     for part, (amount, unit) in amounts.items():
-        rows.append(dict(part=part, amount=f"{amount / n:.1f}", unit=unit, mflop=f"{parts.flops.get(part, 0) / n / 1e6:.0f}", ms=f"{1000 * slower * parts.seconds[part] / n:.2f}"))
-    rows.append(dict(part="rest", amount="", unit="sampling, parsing, cache", mflop="0", ms=f"{1000 * (whole - slower * sum(parts.seconds.values())) / n:.2f}"))
-    rows.append(dict(part="all", amount="1", unit="rollout", mflop=f"{sum(parts.flops.values()) / n / 1e6:.0f}", ms=f"{1000 * whole / n:.2f}"))
+        rows.append(dict(part=part, amount=f"{amount / n:.1f}", unit=unit, mflop=f"{flops.get(part, 0) / n / 1e6:.0f}", ms=f"{1000 * parts.seconds[part] / n:.2f}"))
+    rows.append(dict(part="rest", amount="", unit="sampling, parsing, cache", mflop="0", ms=f"{1000 * (whole - sum(parts.seconds.values())) / n:.2f}"))
+    rows.append(dict(part="all", amount="1", unit="rollout", mflop=f"{sum(flops.values()) / n / 1e6:.0f}", ms=f"{1000 * whole / n:.2f}"))
     return rows
 
 
