@@ -77,6 +77,7 @@ def cost(policy, env, questions, group=8):
     began, before = time.perf_counter(), dict(env.toolbox.counts)
     tries = gog.rollout(policy, env, questions, group, 0.8, generator=torch.Generator().manual_seed(0))
     whole, calls = time.perf_counter() - began, sum(env.toolbox.counts[k] - before[k] for k in ("search", "glance", "gaze"))
+    flops = {}
     for count in (True, False):
         parts = Parts(policy, env, count)
         gog.rollout(policy, env, questions, group, 0.8, generator=torch.Generator().manual_seed(0))
