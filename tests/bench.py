@@ -78,7 +78,7 @@ class Bench:
 
     def data_generation(self):
         asked = data.questions(self.world, data.RL_MIX, 64, "bench/pictures")
-        return "questions with picture", 64, lambda: [data.questions(self.world, data.RL_MIX, 64, "bench/data"), [tools.to_array(q.scene.picture(), 128) for q in asked]], "", None
+        return "questions with picture", 64, lambda: [data._drawn.cache_clear(), data.questions(self.world, data.RL_MIX, 64, "bench/data"), [tools.to_array(q.scene.picture(), 128) for q in asked]], "", None
 
     def prompts(self, rows, length=60):
         """Ids (rows, length) whose first tokens are a picture, and the pictures."""

@@ -30,6 +30,7 @@ def published(name):
 ANIMALS = {(r["row"], r["suite"], r["metric"]): float(r["value"]) for r in published("runs/animals-nano-0-eval.csv")}
 MEASURED = {(r["world"], r["row"], r["suite"], r["metric"]): r for r in published("results.csv") if r["seed"] == "0" and r["preset"] == "nano"}
 RESULTS = {key: float(r["value"]) for key, r in MEASURED.items()}
+SECOND = {(r["world"], r["row"], r["suite"], r["metric"]): float(r["value"]) for r in published("results.csv") if r["seed"] == "1" and r["preset"] == "nano"}
 ROW = {"random": "random", "base": "base", "direct": "direct", "full": "full-search", "no": "no-gaze", "**SFT**": "sft", "**SFT": "rl", "observations": "withheld", "oracle": "oracle"}  # by its first word
 EXAM = {"by look": "iou look", "does this crop show it?": "verify", "compare a hit with what is wanted": "reflect", "read and copy": "copy", "copy any text": "copy any text",
         "caption a crop": "caption", "colour, shape": "visual", **{k: f"iou {k}" for k in ("colour", "shape", "order", "size", "position", "neighbour")}}
@@ -78,9 +79,9 @@ def parameters(preset):
     return sum(p.numel() for p in Policy(ModelConfig(**PRESETS[preset])).parameters()) / 1e6
 
 
-def mean(world, row):
+def mean(world, row, results=RESULTS):
     """Mean accuracy over the suites, in percent."""
-    return sum(100 * RESULTS[world, row, s, "accuracy"] for s in gog.SUITES) / len(gog.SUITES)
+    return sum(100 * results[world, row, s, "accuracy"] for s in gog.SUITES) / len(gog.SUITES)
 
 
 def signal(world):
@@ -90,7 +91,7 @@ def signal(world):
 
 
 def minutes(stage, world):
-    return next(float(r["minutes"]) for r in published("stages.csv") if (r["stage"], r["preset"], r["world"], r["device"], r["seed"]) == (stage, "nano", world, "cpu", "0"))
+    return next(float(r["minutes"]) for r in published("stages.csv") if (r["stage"], r["preset"], r["world"], r["device"], r["seed"]) == (stage, "nano", world, "cpu", "1" if world == "heraldry" else "0"))
 
 
 VALIDATED = {int(r["step"]): r for r in published("runs/countries-nano-0-rl.csv")}
@@ -99,7 +100,7 @@ POINTING = [int(r["n"]) for (_, row, suite, metric), r in MEASURED.items() if (r
 TRIALS = (ROOT / "results" / "trials.md").read_text(encoding="utf-8")
 COUNTRIES = data.open_world(str(ROOT / "worlds" / "countries"))
 TOLD = [  # what the text says outside its tables, and where it comes from
-    (r"\*\*SFT\*\* on ([\d,]+) expert", lambda: train.Args.demos), (r"One seed, (\d+) questions a suite", lambda: train.Args.suite_size), (r"with `--replay ([\d.]+)`, as it is now", lambda: train.Args.replay),
+    (r"\*\*SFT\*\* on ([\d,]+) expert", lambda: train.Args.demos), (r"below\), (\d+) questions a suite", lambda: train.Args.suite_size), (r"with `--replay ([\d.]+)`, as it is now", lambda: train.Args.replay),
     (r"`small` \((\d+) M\)", lambda: parameters("small")), (r"(\d+) M parameters in all", lambda: parameters("nano")), (r"`nano`, ([\d.]+) M", lambda: parameters("nano")), (r"`small`: (\d+) M", lambda: parameters("small")),
     (r"the standard error of each is about ([\d.]+)", lambda: sum(100 * (p * (1 - p) / 300) ** 0.5 for p in (RESULTS["heraldry", "rl", s, "accuracy"] for s in gog.SUITES)) / 6),
     (r"has an IoU of ([\d.]+);", value("lessons", "base", "held-out", "iou after a miss")), (r"counting is right in (\d+) %", lambda: 100 * RESULTS["lessons", "base", "held-out", "count more"]),
@@ -109,6 +110,11 @@ TOLD = [  # what the text says outside its tables, and where it comes from
     (r"gets ([\d.]+) % of its suites right", lambda: mean("countries", "sft")), (r"a cosine of ([\d.]+) \(on heraldry", lambda: signal("countries")), (r"\(on heraldry ([\d.]+)\);", lambda: signal("heraldry")),
     (r"([\d.]+) % right after SFT and", lambda: 100 * sum(ANIMALS["sft", s, "accuracy"] for s in gog.SUITES) / 6), (r"% right after SFT and ([\d.]+) after RL", lambda: 100 * sum(ANIMALS["rl", s, "accuracy"] for s in gog.SUITES) / 6),
     (r"what was meant in (\d+) % of `facts`", lambda: 100 * ANIMALS["rl", "facts", "target_found"]), (r"but among look-alikes \(`fine`\) in (\d+) %", lambda: 100 * ANIMALS["rl", "fine", "target_found"]),
+    (r"anew, today's code\) gets ([\d.]+) %", lambda: mean("heraldry", "sft", SECOND)), (r"right after SFT, and ([\d.]+) after RL; chains", lambda: mean("heraldry", "rl", SECOND)),
+    (r"chains go from ([\d.]+) to", lambda: 100 * SECOND["heraldry", "sft", "hops", "accuracy"]), (r"chains go from [\d.]+ to ([\d.]+) %", lambda: 100 * SECOND["heraldry", "rl", "hops", "accuracy"]),
+    (r"RL adds ([\d.]+) points to one", lambda: mean("heraldry", "rl") - mean("heraldry", "sft")), (r"to one seed and ([\d.]+) to", lambda: mean("heraldry", "rl", SECOND) - mean("heraldry", "sft", SECOND)),
+    (r"themselves differ by ([\d.]+) after", lambda: mean("heraldry", "sft", SECOND) - mean("heraldry", "sft")), (r"with an IoU of ([\d.]+) in the first", value("lessons", "base", "held-out", "iou neighbour")),
+    (r"in the first and ([\d.]+) in the second", lambda: SECOND["lessons", "base", "held-out", "iou neighbour"]),
     (r"\. SFT took ([\d.]+) minutes", lambda: minutes("sft", "animals")), (r"minutes, RL ([\d.]+), the exam", lambda: minutes("rl", "animals")), (r"the examination ([\d.]+);", lambda: minutes("eval", "animals")),
     (r"\(SFT ([\d.]+) minutes, RL", lambda: minutes("sft", "countries")), (r"minutes, RL ([\d.]+); curves", lambda: minutes("rl", "countries")),
     (r"the SFT policy finds (\d+) %", lambda: 100 * RESULTS["countries", "sft", "facts", "target_found"]), (r"and answers (\d+) %", lambda: 100 * RESULTS["countries", "sft", "facts", "accuracy"]),
@@ -142,11 +148,31 @@ def test_what_was_tried_is_in_the_trials(told, tried):
 
 def test_minutes_are_those_of_the_csv():
     """Prevents a promise about time or memory that nobody has measured."""
-    measured = {r["stage"]: r for r in published("stages.csv") if (r["world"], r["preset"], r["device"], r["seed"]) == ("heraldry", "nano", "cpu", "0")}
+    measured = {r["stage"]: r for r in published("stages.csv") if (r["world"], r["preset"], r["device"], r["seed"]) == ("heraldry", "nano", "cpu", "1")}
     (rows,) = [rows for head, rows in tables(README) if head[1] == "minutes"]
     assert len(rows) == 4
     for stage, minutes, memory, _ in rows:
         assert minutes == measured[stage]["minutes"] and memory == f"{int(measured[stage]['peak_memory_mb']) / 1000:.1f}", stage
+
+
+def test_costs_are_those_of_the_csv():
+    """Prevents a speed that was true on another day, or a ratio that leaves a slow part out."""
+    cost, bench = [rows for head, rows in tables(README) if head[0] == "part"]
+    assert cost == [[r[c] for c in ("part", "amount", "unit", "mflop", "ms")] for r in published("cost.csv")]
+    measured = [r for r in published("bench.csv") if r["preset"] == "nano" and r["peer"]]
+    assert bench == [[r["part"].replace("_", " "), *(f"{float(r[c]):.{n}f}" for c, n in (("ours_s", 3), ("peer_s", 3), ("ratio", 2))), r["peer"]] for r in measured]
+
+
+def test_presets_take_as_long_as_the_csv_says():
+    """Prevents hours that nobody has reckoned: of `nano` those of stages.csv; of `small` the same times how much longer its steps (eyes, words, updates) and its rollouts take."""
+    timed = {(r["part"], r["preset"]): float(r["ours_s"]) for r in published("bench.csv")}
+    longer = {part: timed[part, "small"] / timed[part, "nano"] for part in ("see_step", "sft_step", "grpo_step", "rollout")}
+    eyes = max(float(r["seconds"]) for r in published("runs/base-nano-0-pretrain.csv") if r["part"] == "see") / 60
+    rolls = sum(float(r["rollout_seconds"]) for r in UPDATES) / 60
+    nano = [minutes(stage, "heraldry") for stage in ("pretrain", "sft", "rl")]
+    small = [eyes * longer["see_step"] + (nano[0] - eyes) * longer["sft_step"], nano[1] * longer["sft_step"], rolls * longer["rollout"] + (nano[2] - rolls) * longer["grpo_step"]]
+    (rows,) = [rows for head, rows in tables(README) if head[0] == "preset"]
+    assert rows[0][3:] == [f"{x:.1f} min" for x in (*nano, sum(nano))] and rows[1][3:] == [f"{x / 60:.1f} h" for x in (*small, sum(small))]
 
 
 @pytest.mark.parametrize("command", re.findall(r"python train\.py[^\n`&#|]*", README))
