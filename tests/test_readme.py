@@ -101,7 +101,7 @@ TRIALS = (ROOT / "results" / "trials.md").read_text(encoding="utf-8")
 COUNTRIES = data.open_world(str(ROOT / "worlds" / "countries"))
 TOLD = [  # what the text says outside its tables, and where it comes from
     (r"\*\*SFT\*\* on ([\d,]+) expert", lambda: train.Args.demos), (r"below\), (\d+) questions a suite", lambda: train.Args.suite_size), (r"with `--replay ([\d.]+)`, as it is now", lambda: train.Args.replay),
-    (r"`small` \((\d+) M\)", lambda: parameters("small")), (r"(\d+) M parameters in all", lambda: parameters("nano")), (r"`nano`, ([\d.]+) M", lambda: parameters("nano")), (r"`small`: (\d+) M", lambda: parameters("small")),
+    (r"\| `small` \| (\d+) M", lambda: parameters("small")), (r"\| `nano` \| ([\d.]+) M", lambda: parameters("nano")), (r"(\d+) M parameters in all", lambda: parameters("nano")), (r"`nano`, ([\d.]+) M", lambda: parameters("nano")), (r"`small`: (\d+) M", lambda: parameters("small")),
     (r"the standard error of each is about ([\d.]+)", lambda: sum(100 * (p * (1 - p) / 300) ** 0.5 for p in (RESULTS["heraldry", "rl", s, "accuracy"] for s in gog.SUITES)) / 6),
     (r"has an IoU of ([\d.]+);", value("lessons", "base", "held-out", "iou after a miss")), (r"counting is right in (\d+) %", lambda: 100 * RESULTS["lessons", "base", "held-out", "count more"]),
     (r"in (\d+) % where there is one", lambda: 100 * RESULTS["lessons", "base", "held-out", "count one"]),
