@@ -360,8 +360,8 @@ def test_a_users_own_questions_are_a_suite_of_their_own(tmp_path, monkeypatch, c
     assert head.split()[2:] == ["plain", "mean", "own"] and len(rl.split()) == 4 and oracle.split() == ["oracle", "100.0", "100.0"]
     table = tools.read_rows(Path("run/results.csv"))
     assert {(r["row"], r["n"]) for r in table if r["suite"] == "own"} == {("rl", "2")}
-    assert {p.stem for p in Path("run").glob("*.png")} <= {f"flags-{suite}-{what}" for suite in ("own", "plain") for what in ("success", "recovery", "failure")} | {"sft", "pretrain"}
-    assert Path("run/flags-own-failure.png").is_file()  # an untrained policy
+    assert {p.stem for p in Path("run").glob("*.png")} <= {f"flags-80towns-{suite}-{what}" for suite in ("own", "plain") for what in ("success", "recovery", "failure")} | {"sft", "pretrain"}
+    assert Path("run/flags-80towns-own-failure.png").is_file()  # an untrained policy
 
 
 def test_other_worlds_have_their_own_folders_and_rows():
