@@ -245,7 +245,7 @@ def test_a_flag_fits_by_any_of_its_colours(env, policy):
     colour anywhere; one whose caption has not is refused, and a look-alike is still held to all of its colours."""
     world = data.open_world(str(Path(__file__).parents[1] / "worlds" / "countries"))
     flags = tools.Environment(env.v, tools.make_toolbox(world), policy.config)
-    qs = data.questions(world, [("hop1", "normal", 2), ("hop1", "twins", 1)], 150, "flags")
+    qs = data.questions(world, [("hop1", "normal", 2), ("hop1", "twins", 1)], 90, "flags")
     by_others = 0
     for q, t in zip(qs, gog.play(flags, qs, [gog.expert(q, random.Random(i)) for i, q in enumerate(qs)])):
         target, kind = q.scene.entities[q.targets[0]], q.expressions[0]
@@ -253,7 +253,7 @@ def test_a_flag_fits_by_any_of_its_colours(env, policy):
         assert wanted in [target.look, *gog.also_looks(target)] and t.correct
         assert wanted == target.look or kind not in ("look", "colour", "detail")
         by_others += wanted != target.look
-    assert by_others > 20
+    assert by_others > 10
     assert gog._best_hit("97 Chad: blue banner, gold and red", "red banner", "order") == ("Chad", "red banner")
     assert gog._best_hit("97 Chad: blue banner, gold and red", "green banner", "order") == (None, "blue banner")
     assert gog._best_hit("97 Chad: blue banner, gold and red", "red banner, gold and blue", "detail") == (None, "blue banner, gold and red")

@@ -195,9 +195,12 @@ def test_the_samples_are_what_the_policy_does():
     """Prevents samples that somebody has polished: the policy in policies/ says exactly the two trajectories, and what is bold in them are its own tokens."""
     policy, v = load(ROOT / "policies" / "rl.safetensors")
     world = data.open_world("heraldry")
-    env, squeeze = tools.Environment(v, tools.make_toolbox(world), policy.config), lambda text: re.sub(r"\s", "", text)
+    squeeze = lambda text: re.sub(r"\s", "", text)
     samples = [html.unescape(block.replace("> ", "").replace(">\n", "\n")) for block in re.findall(r"(?:^>.*\n)+", README.split("## What the policy reads")[1], re.M)]
     asked = [q for kind, setting in (("colour", "normal"), ("hop1", "twins")) for q in data.questions(world, [(kind, setting, 1)], 60, "sample", ("test",)) if any(q.text in s for s in samples)]
+    shown = {e.name for q in asked for e in q.scene.entities}  # the nearest of all towns are the nearest of these, too
+    images = tools.ImageIndex((e.name, e.blazon, e.picture(96)) for e in world.pictured() if e.name in shown or e.name in README)
+    env = tools.Environment(v, tools.Toolbox(images, tools.TextIndex(tools.passages(world))), policy.config)
     told = {squeeze(v.decode(t.ids).replace("<image>" * len(env.image), "[picture]")): squeeze(v.decode([i for i, own in zip(t.ids, t.trained) if own])) for t in gog.rollout(policy, env, asked, temperature=0.0)}
     assert [told.get(squeeze(s.replace("**", ""))) for s in samples] == [squeeze("".join(s.split("**")[1::2])) for s in samples] and len(samples) == 2
 

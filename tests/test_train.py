@@ -353,6 +353,7 @@ def test_a_users_own_questions_are_a_suite_of_their_own(tmp_path, monkeypatch, c
     monkeypatch.chdir(tmp_path)
     shutil.copytree(ROOT / "worlds" / "countries", "flags")
     Path("flags/questions.jsonl").write_text("".join(json.dumps({"image": "images/fr.png", "question": f"What is the capital of flag {n}?", "answers": ["Paris"]}) + "\n" for n in range(4)))
+    Path("flags/entities.jsonl").write_text("".join(open(ROOT / "worlds" / "countries" / "entities.jsonl", encoding="utf-8").readlines()[:60]), encoding="utf-8")
     begun(Path("run")), shutil.copy("run/sft.safetensors", "run/rl.safetensors")
     monkeypatch.setattr(gog, "SUITES", {"plain": gog.SUITES["plain"]}), monkeypatch.setattr(train, "ROWS", ("rl", "oracle"))
     train.evaluate(train.arguments([*TINY, "--stage", "eval", "--world", "flags", "--out", "run", "--suite-size", "3", "--shown", "1"]))
