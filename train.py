@@ -211,9 +211,10 @@ def evaluate(a):
             began, env = time.time(), Environment(v, toolbox, policy.config, withhold=row == "withheld")
             tries = gog.evaluate(policy, env, qs, row, a.seed, a.turns, progress=f"{name}, {row}")
             table += measure(a, "main", named if row == "rl" else row, label, name, {k: (x, len(qs)) for k, x in gog.behaviour(tries).items()}, began)
-            first = {"failure" if not t.correct else "recovery" if any(gog.looked_elsewhere(t)) else "success": t for t in reversed(tries)}  # the first of each
-            for what, t in first.items() if row == named == "rl" and not a.seed else ():
-                atomic(Path(a.results) / f"{label}-{name}-{what}.png", lambda p: gog.poster(t).save(p, format="PNG"))
+            if row == named == "rl" and not a.seed:
+                first = {"failure" if not t.correct else "recovery" if any(gog.looked_elsewhere(t)) else "success": t for t in reversed(tries)}  # the first of each
+                for what, t in first.items():
+                    atomic(Path(a.results) / f"{label}-{name}-{what}.png", lambda p: gog.poster(t).save(p, format="PNG"))
             if row in policies:
                 shown += [for_report(a, t, searched, v, pictures, key=f"{name} {i}", suite=name, policy=named if row == "rl" else row, advantage=None) for i, t in enumerate(tries[:a.shown])]
         write_results(a, table)  # suite by suite: what is measured is kept

@@ -18,17 +18,16 @@ sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 import gog  # noqa: E402
 import tools  # noqa: E402
+from bench import clock  # noqa: E402
 from model import PRESETS, Cache, ModelConfig, Policy, load  # noqa: E402
 
 
-def clock(work, rounds=3):
+def median(work, rounds=3):
     """Median seconds of some work, after a first go that is not counted."""
-    times = []
-    for _ in range(rounds + 1):
-        began = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - began)
-    return float(np.median(times[1:]))
+    return float(np.median([clock(work) for _ in range(rounds + 1)][1:]))
+
+
+PARTS = ("vision", "read", "decode", "tools")
 
 
 class Parts:
@@ -36,7 +35,7 @@ class Parts:
 
     def __init__(self, policy, env, count):
         self.count, self.wrapped = count, (policy, policy.vision, env)
-        self.seconds, self.flops, self.tokens, self.pictures = dict.fromkeys(("vision", "read", "decode", "tools"), 0.0), dict.fromkeys(("vision", "read", "decode"), 0), dict(read=0, decode=0), 0
+        self.seconds, self.flops, self.tokens, self.pictures = dict.fromkeys(PARTS, 0.0), dict.fromkeys(PARTS, 0), dict(read=0, decode=0), 0
         self.forward, self.vision, self.step = policy.forward, policy.vision.forward, env.step
         policy.forward, policy.vision.forward, env.step = self.timed_forward, self.timed_vision, self.timed_step
 
@@ -65,59 +64,57 @@ class Parts:
         return self.measured("vision", lambda: self.vision(pictures, both))
 
     def timed_step(self, *args):
-        began = time.perf_counter()
-        out = self.step(*args)
-        self.seconds["tools"] += time.perf_counter() - began
-        return out
+        return self.measured("tools", lambda: self.step(*args))
 
 
 def cost(policy, env, questions, group=8):
     """One row a part: its FLOPs and milliseconds a question, and how many tokens, pictures or calls that is."""
-    gog.rollout(policy, env, questions, group, 0.8, generator=torch.Generator().manual_seed(0))
-    began, before = time.perf_counter(), dict(env.toolbox.counts)
-    tries = gog.rollout(policy, env, questions, group, 0.8, generator=torch.Generator().manual_seed(0))
-    whole, calls = time.perf_counter() - began, sum(env.toolbox.counts[k] - before[k] for k in ("search", "glance", "gaze"))
-    flops = {}
-    for count in (True, False):
+    play = lambda: gog.rollout(policy, env, questions, group, 0.8, generator=torch.Generator().manual_seed(0))
+
+    def taken_apart(count):
         parts = Parts(policy, env, count)
-        gog.rollout(policy, env, questions, group, 0.8, generator=torch.Generator().manual_seed(0))
+        play()
         parts.unwrap()
-        flops = parts.flops if count else flops
-    n, rows = len(tries), []
+        return parts
+
+    n, rows = len(play()), []
+    before = dict(env.toolbox.counts)
+    whole, calls = clock(play), sum(env.toolbox.counts[k] - before[k] for k in ("search", "glance", "gaze"))
+    flops, parts = taken_apart(True).flops, taken_apart(False)
     amounts = {"vision": (parts.pictures, "pictures"), "read": (parts.tokens["read"], "tokens"), "decode": (parts.tokens["decode"], "tokens"), "tools": (calls, "calls")}
     for part, (amount, unit) in amounts.items():
-        rows.append(dict(part=part, amount=f"{amount / n:.1f}", unit=unit, mflop=f"{flops.get(part, 0) / n / 1e6:.0f}", ms=f"{1000 * parts.seconds[part] / n:.2f}"))
+        rows.append(dict(part=part, amount=f"{amount / n:.1f}", unit=unit, mflop=f"{flops[part] / n / 1e6:.0f}", ms=f"{1000 * parts.seconds[part] / n:.2f}"))
     rows.append(dict(part="rest", amount="", unit="sampling, parsing, cache", mflop="0", ms=f"{1000 * (whole - sum(parts.seconds.values())) / n:.2f}"))
     rows.append(dict(part="all", amount="1", unit="rollout", mflop=f"{sum(flops.values()) / n / 1e6:.0f}", ms=f"{1000 * whole / n:.2f}"))
     return rows
 
 
-def growth(v):
+def growth(shipped, v):
     """Rows (what grows, how large, milliseconds, MB) of sweeps over one thing at a time."""
-    rows, torch_config = [], lambda preset="nano": ModelConfig(**{**PRESETS[preset], "vocab": v.size})
-    policy = Policy(torch_config()).freeze_eyes()
+    rows, fresh = [], lambda preset: Policy(ModelConfig(**{**PRESETS[preset], "vocab": v.size})).freeze_eyes()
+    policy = fresh("nano")
 
     def note(what, size, seconds, mb=0.0):
         rows.append(dict(what=what, size=size, ms=f"{1000 * seconds:.2f}", mb=f"{mb:.1f}"))
         print(f"{what:<24}{size:>9}{1000 * seconds:12.2f} ms{mb:12.1f} MB", flush=True)
 
-    def step(policy, rows_, slots):  # one decode step of so many rows whose caches are so long
-        cache = Cache(policy.config, rows_, slots + 8, "cpu", torch.float32)
+    def step(policy, batch, slots):  # one decode step of so many rows whose caches are so long
+        cache = Cache(policy.config, batch, slots + 8, "cpu", torch.float32)
         cache.grow(slots)
         cache.lengths += slots - 1
 
         def work():
             with torch.no_grad():
-                policy(torch.zeros(rows_, 1, dtype=torch.long), cache=cache)
+                policy(torch.zeros(batch, 1, dtype=torch.long), cache=cache)
             cache.lengths -= 1
 
-        return clock(work, 7), cache.kv.numel() * 4 / 1e6
+        return median(work, 7), cache.kv.numel() * 4 / 1e6
 
-    def read(policy, rows_, length):  # the reading of so many prompts
+    def read(policy, batch, length):  # the reading of so many prompts
         def work():
             with torch.no_grad():
-                policy(torch.zeros(rows_, length, dtype=torch.long), cache=Cache(policy.config, rows_, length + 8, "cpu", torch.float32))
-        return clock(work)
+                policy(torch.zeros(batch, length, dtype=torch.long), cache=Cache(policy.config, batch, length + 8, "cpu", torch.float32))
+        return median(work)
 
     for n in (16, 32, 64, 128, 256, 512):
         note("batch: decode step", n, *step(policy, n, 256))
@@ -127,27 +124,26 @@ def growth(v):
         note("image tokens: read", n, read(policy, 64, 40 + n))
     for n in (1, 4, 16, 64):
         pictures = torch.randint(0, 255, (n, 3, 128, 128), dtype=torch.uint8)
-        note("pictures: vision", n, clock(lambda: policy.vision(pictures)))
+        note("pictures: vision", n, median(lambda: policy.vision(pictures)))
     for preset in PRESETS:
-        other = Policy(torch_config(preset)).freeze_eyes()
+        other = fresh(preset)
         note("parameters: decode step", sum(p.numel() for p in other.parameters()), *step(other, 128, 256))
     world = data.heraldry(0, 1000)
     env = tools.Environment(v, tools.make_toolbox(world), policy.config)
-    shipped, _ = load(ROOT / "policies" / "rl.safetensors")
     asked = data.questions(world, data.RL_MIX, 16, "growth")
     for n in (2, 4, 8, 16):
-        note("group: 16 questions", n, clock(lambda: gog.rollout(shipped, env, asked, n, 0.8, generator=torch.Generator().manual_seed(0)), 1))
+        note("group: 16 questions", n, median(lambda: gog.rollout(shipped, env, asked, n, 0.8, generator=torch.Generator().manual_seed(0)), 1))
     for n in (2, 4, 6, 8):
-        note("turns: 16 questions", n, clock(lambda: gog.rollout(shipped, env, asked, 8, 0.8, schedule=gog.FREE[:n], generator=torch.Generator().manual_seed(0)), 1))
+        note("turns: 16 questions", n, median(lambda: gog.rollout(shipped, env, asked, 8, 0.8, schedule=gog.FREE[:n], generator=torch.Generator().manual_seed(0)), 1))
     rng = np.random.default_rng(0)
     crops = [Image.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8)) for _ in range(64)]
     for n in (1000, 4000, 16000):
         index = tools.ImageIndex([(str(i), "", crops[i % 64]) for i in range(n)])
-        note("entities: 64 searches", n, clock(lambda: index.search(crops, 2)), sum(b.nbytes for b in index.blocks) / 1e6)
+        note("entities: 64 searches", n, median(lambda: index.search(crops, 2)), sum(b.nbytes for b in index.blocks) / 1e6)
     towns = [data.town_name(data.random.Random(i)) for i in range(64)]
     for n in (10_000, 40_000, 160_000):
         index = tools.TextIndex((f"{towns[i % 64]} {i}", f"In {towns[i % 64]} {i} the ruler is {i}.") for i in range(n))
-        note("passages: 64 searches", n, clock(lambda: index.search([f"{t} ruler" for t in towns], 2)), (index.where.nbytes + index.weight.nbytes) / 1e6)
+        note("passages: 64 searches", n, median(lambda: index.search([f"{t} ruler" for t in towns], 2)), (index.where.nbytes + index.weight.nbytes) / 1e6)
     return rows
 
 
@@ -185,7 +181,7 @@ def main():
     for r in told:
         print("{part:<8}{amount:>8} {unit:<26}{mflop:>8} MFLOP{ms:>9} ms".format(**r), flush=True)
     tools.write_rows(ROOT / "results" / "cost.csv", told, ("part",))
-    rows = growth(v)
+    rows = growth(policy, v)
     tools.write_rows(ROOT / "results" / "growth.csv", rows, ("what", "size"))
     tools.atomic(ROOT / "results" / "growth.png", lambda p: plot(rows).save(p, format="PNG"))
 

@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import tokenize
 from dataclasses import fields
+from functools import lru_cache
 
 import pytest
 from test_train import ROOT
@@ -21,16 +22,20 @@ from model import PRESETS, ModelConfig, Policy, load
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+@lru_cache
 def published(name):
     """Rows of a table in results/ as it was committed: a reader's own runs add theirs to the file, and the README tells of ours. Without git: of the file."""
     shown = subprocess.run(["git", "show", f"HEAD:results/{name}"], cwd=ROOT, capture_output=True, text=True, encoding="utf-8") if (ROOT / ".git").exists() else None
     return list(csv.DictReader(io.StringIO(shown.stdout))) if shown and not shown.returncode else tools.read_rows(ROOT / "results" / name)
 
 
-ANIMALS = {(r["row"], r["suite"], r["metric"]): float(r["value"]) for r in published("runs/animals-nano-0-eval.csv")}
-MEASURED = {(r["world"], r["row"], r["suite"], r["metric"]): r for r in published("results.csv") if r["seed"] == "0" and r["preset"] == "nano"}
-RESULTS = {key: float(r["value"]) for key, r in MEASURED.items()}
-SECOND = {(r["world"], r["row"], r["suite"], r["metric"]): float(r["value"]) for r in published("results.csv") if r["seed"] == "1" and r["preset"] == "nano"}
+def of_seed(seed, name="results.csv"):
+    """{(world, row, suite, metric): row of the table}, of `nano`."""
+    return {(r["world"], r["row"], r["suite"], r["metric"]): r for r in published(name) if (r["seed"], r["preset"]) == (seed, "nano")}
+
+
+MEASURED = of_seed("0")
+RESULTS, SECOND, ANIMALS = ({key: float(r["value"]) for key, r in rows.items()} for rows in (MEASURED, of_seed("1"), of_seed("0", "runs/animals-nano-0-eval.csv")))
 ROW = {"random": "random", "base": "base", "direct": "direct", "full": "full-search", "no": "no-gaze", "**SFT**": "sft", "**SFT": "rl", "observations": "withheld", "oracle": "oracle"}  # by its first word
 EXAM = {"by look": "iou look", "does this crop show it?": "verify", "compare a hit with what is wanted": "reflect", "read and copy": "copy", "copy any text": "copy any text",
         "caption a crop": "caption", "colour, shape": "visual", **{k: f"iou {k}" for k in ("colour", "shape", "order", "size", "position", "neighbour")}}
@@ -108,8 +113,8 @@ TOLD = [  # what the text says outside its tables, and where it comes from
     (r"some gaze finds the target in (\d+) % of `facts`", lambda: 100 * RESULTS["countries-zero-shot", "rl", "facts", "target_found"]),
     (r"bounded memory: ([\d.]+) kB an entity", lambda: len(tools.FRAMINGS) * 4 * tools.WIDTH / 1000),
     (r"gets ([\d.]+) % of its suites right", lambda: mean("countries", "sft")), (r"a cosine of ([\d.]+) \(on heraldry", lambda: signal("countries")), (r"\(on heraldry ([\d.]+)\);", lambda: signal("heraldry")),
-    (r"([\d.]+) % right after SFT and", lambda: 100 * sum(ANIMALS["sft", s, "accuracy"] for s in gog.SUITES) / 6), (r"% right after SFT and ([\d.]+) after RL", lambda: 100 * sum(ANIMALS["rl", s, "accuracy"] for s in gog.SUITES) / 6),
-    (r"what was meant in (\d+) % of `facts`", lambda: 100 * ANIMALS["rl", "facts", "target_found"]), (r"but among look-alikes \(`fine`\) in (\d+) %", lambda: 100 * ANIMALS["rl", "fine", "target_found"]),
+    (r"([\d.]+) % right after SFT and", lambda: mean("animals", "sft", ANIMALS)), (r"% right after SFT and ([\d.]+) after RL", lambda: mean("animals", "rl", ANIMALS)),
+    (r"what was meant in (\d+) % of `facts`", lambda: 100 * ANIMALS["animals", "rl", "facts", "target_found"]), (r"but among look-alikes \(`fine`\) in (\d+) %", lambda: 100 * ANIMALS["animals", "rl", "fine", "target_found"]),
     (r"anew, today's code\) gets ([\d.]+) %", lambda: mean("heraldry", "sft", SECOND)), (r"right after SFT, and ([\d.]+) after RL; chains", lambda: mean("heraldry", "rl", SECOND)),
     (r"chains go from ([\d.]+) to", lambda: 100 * SECOND["heraldry", "sft", "hops", "accuracy"]), (r"chains go from [\d.]+ to ([\d.]+) %", lambda: 100 * SECOND["heraldry", "rl", "hops", "accuracy"]),
     (r"RL adds ([\d.]+) points to one", lambda: mean("heraldry", "rl") - mean("heraldry", "sft")), (r"to one seed and ([\d.]+) to", lambda: mean("heraldry", "rl", SECOND) - mean("heraldry", "sft", SECOND)),
