@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 import data
 from data import iou
-from model import Cache, CheckpointError, load, pick
+from model import Cache, CheckpointError, gathered, load, pick, share
 from tools import ACTIONS, PASSAGES, Environment, Turn, atomic, flat, make_toolbox, normalise, parse, to_array, to_pixels, unaccented
 
 MAX_TURNS, TURN_TOKENS = 8, 90
@@ -52,10 +52,10 @@ def rollout(policy, env, questions, group=1, temperature=1.0, schedule=FREE, gen
     schedule: the actions allowed, turn by turn; at its end a trajectory ends, too. rows: batch size.
     room: tokens a trajectory may have (the longest demonstrations have some 600); the next turn must fit in, or it ends. generator: torch.Generator on the policy's device.
     """
-    out, per_batch = [], max(1, rows // group)
-    for start in tqdm(range(0, len(questions), per_batch), desc=progress, unit="batch", leave=False, disable=progress is None):
-        out += _rollout_batch(policy, env, questions[start:start + per_batch], group, temperature, schedule, generator, room)
-    return out
+    mine, out, per_batch = share(questions), [], max(1, rows // group)
+    for start in tqdm(range(0, len(mine), per_batch), desc=progress, unit="batch", leave=False, disable=progress is None):
+        out += _rollout_batch(policy, env, mine[start:start + per_batch], group, temperature, schedule, generator, room)
+    return [t for side_by_side in gathered([out[i:i + group] for i in range(0, len(out), group)]) for t in side_by_side]
 
 
 def _rollout_batch(policy, env, questions, group, temperature, schedule, generator, room):
@@ -146,13 +146,14 @@ class Slip(str):
     """A turn with a mistake in it: it is acted out, to show how one recovers from it, but its tokens are not trained."""
 
 
-def expert(q, rng, wrong_gaze=0.0, glance_first=0.0, missed=None):
+def expert(q, rng, wrong_gaze=0.0, missed=None):
     """The demonstrator, a generator: yields the text of a turn, is sent the observation. It knows boxes and plan, but reads every
     name and value from the tools. Its thoughts are its memory: what is still to be looked up (in the question's own order, the
     next step last), and what was found of the first of two. After each look it states what it wants and what it sees, and goes on where they differ.
 
     missed: {target: (look, box)}, where the base model itself points in vain and what it takes that for (grpo.misses): the expert begins with this mistake,
-    then recovers. wrong_gaze: where nothing is missed so, the chance of a look at an object that does not fit, or at bare wall. glance_first: chance of a useless glance at a crowded wall. All three are slips.
+    then recovers. wrong_gaze: where nothing is missed so, the chance of a look at an object that does not fit, or at bare wall, and a quarter of that of a useless glance
+    at a crowded wall. All three are slips.
     """
     if q.search_free:
         yield (count_aloud(q.scene, q.text.split()[-1].strip("?")) if q.kind == "count" else
@@ -160,7 +161,7 @@ def expert(q, rng, wrong_gaze=0.0, glance_first=0.0, missed=None):
         return
     names, values, thought, memory = [], [], "", ""
     for target, phrase, kind in zip(q.targets, q.phrases, q.expressions):
-        name, thought = yield from _find(q, target, phrase, kind, rng, (missed or {}).get(target), wrong_gaze, glance_first, thought, memory)
+        name, thought = yield from _find(q, target, phrase, kind, rng, (missed or {}).get(target), wrong_gaze, thought, memory)
         if not name:
             return  # the tools did not find it, or found a wrong one that fits: grpo.instruct drops this demonstration
         value = name
@@ -180,7 +181,7 @@ def expert(q, rng, wrong_gaze=0.0, glance_first=0.0, missed=None):
     yield f"<think> {thought}</think><answer> {values[-1]}</answer>"
 
 
-def _find(q, target, phrase, kind, rng, missed_here, wrong_gaze, glance_first, thought, memory):
+def _find(q, target, phrase, kind, rng, missed_here, wrong_gaze, thought, memory):
     """The expert's looks at one target, slips among them, until a hit fits what is wanted: returns (its name or None, what to think next).
 
     phrase: the true look, of a look-alike (kind "detail") its detail, too; kind: how the question points; missed_here: (look, box) of the base model's own mistake, or None; thought: the end of
@@ -195,7 +196,7 @@ def _find(q, target, phrase, kind, rng, missed_here, wrong_gaze, glance_first, t
         tries = [(*missed_here, True), *tries]
     elif elsewhere and rng.random() < wrong_gaze:
         tries.insert(rng.randrange(len(tries)), (phrase, rng.choice(elsewhere), True))
-    if len(looks) > 1 and rng.random() < glance_first:
+    if len(looks) > 1 and rng.random() < wrong_gaze / 4:
         tries = [(phrase, "glance", True), *tries]
     for k, (wanted, place, slipped) in enumerate(tries):
         look, action = look_thought(q.scene, target, kind, wanted), "<glance></glance>" if place == "glance" else gaze(place)

@@ -40,7 +40,7 @@ from tqdm import tqdm
 import data
 import gog
 import tools
-from model import autocast, micro_batches, packed, update
+from model import autocast, flat_gradient, micro_batches, packed, share, summed, torch_rng, update
 from tools import Trajectory, crop, parse, to_array
 
 
@@ -89,14 +89,14 @@ def token_logprobs(policy, env, trajectories, temperature=1.0):
 
 
 def supervised_step(policy, env, batch, opts, budget=4000):
-    """One optimiser step of the causal LM loss on the tokens to be learnt (`trained`: the expert's own, or the answers of a lesson); the denominator is the whole batch's, so the
-    size of micro-batches does not change the gradient."""
-    total, loss = sum(sum(t.trained) for t in batch), 0.0
+    """One optimiser step of the causal LM loss on the tokens to be learnt (`trained`: the expert's own, or the answers of a lesson); the denominator is the whole batch's (of all
+    processes: `batch` is this one's share), so the size of micro-batches does not change the gradient."""
+    total, loss = summed(sum(sum(t.trained) for t in batch)).item(), 0.0
     for part in micro_batches(batch, [len(t.ids) for t in batch], budget):
         logp, _ = token_logprobs(policy, env, part)
         (-logp.sum() / total).backward()
         loss -= logp.sum().item() / total
-    return loss, update(policy, opts, batch, loss)
+    return summed(loss).item(), update(policy, opts, batch, loss)
 
 
 def grpo_step(policy, reference, env, batch, advantages, opts, a):
@@ -104,9 +104,9 @@ def grpo_step(policy, reference, env, batch, advantages, opts, a):
     the rest. `signal`: the cosine of the gradient of the even questions and that of the odd ones. What they share is signal, all else luck."""
     alive = advantages.nonzero()[:, 0].tolist()
     tokens = max(1, sum(sum(batch[i].trained) for i in alive))
-    totals, grads = dict(loss=0.0, kl=0.0, clipped=0.0, entropy=0.0, ratio_gap=0.0), []
+    totals, grads, gap = dict(loss=0.0, kl=0.0, clipped=0.0, entropy=0.0), [], 0.0
     for half in (0, 1):
-        mine = [i for i in alive if i // a.group % 2 == half]  # i // group is the question
+        mine = share([i for i in alive if i // a.group % 2 == half])  # i // group is the question
         for part in micro_batches(mine, [len(batch[i].ids) for i in mine], a.token_budget):
             trajectories = [batch[i] for i in part]
             logp, all_logp = token_logprobs(policy, env, trajectories, a.temperature)
@@ -115,12 +115,13 @@ def grpo_step(policy, reference, env, batch, advantages, opts, a):
             with torch.no_grad():
                 ref = token_logprobs(reference, env, trajectories, a.temperature)[0] if reference is not None else None
                 entropy = -(all_logp.exp() * all_logp.clamp_min(-1e4)).sum().item()  # 0 * -inf would be nan
-                totals["ratio_gap"] = max(totals["ratio_gap"], (logp - old).abs().max().item())
+                gap = max(gap, (logp - old).abs().max().item())
             loss, clipped, kl = policy_loss(logp, old, weight, a.clip_low, a.clip_high, ref, a.beta)
             (loss / tokens).backward()
             for name, value in dict(loss=loss.item(), kl=kl, clipped=clipped, entropy=entropy).items():
                 totals[name] += value / tokens
-        grads.append(torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in policy.parameters() if p.requires_grad]))  # they add up: the second is that of both
+        grads.append(flat_gradient(opts))  # they add up: the second is that of both
+    totals = {name: summed(x).item() for name, x in totals.items()} | dict(ratio_gap=gap)
     totals["signal"] = F.cosine_similarity(grads[0], grads[1] - grads[0], 0).item()
     totals["grad_norm"] = update(policy, opts, [batch[i] for i in alive], totals["loss"])  # nobody alive, no gradient: nothing moves
     return totals
@@ -155,7 +156,7 @@ def level(p):
 
 def pass_rates(policy, env, pool, n=4, temperature=1.0, seed=0):
     """Share of n sampled trajectories that are right, for every question; says how many are of which level."""
-    tries = gog.rollout(policy, env, pool, n, temperature, generator=torch.Generator(policy.device).manual_seed(seed), progress=f"pass rates, {n} tries")
+    tries = gog.rollout(policy, env, pool, n, temperature, generator=torch_rng(policy.device, "pass rates", seed), progress=f"pass rates, {n} tries")
     rates = [sum(t.correct for t in tries[n * i:n * i + n]) / n for i in range(len(pool))]
     print("levels: {} easy, {} of level 1, {} of level 2 ({} never right)".format(*(sum(level(p) == k for p in rates) for k in range(3)), rates.count(0)), file=sys.stderr)
     return rates
@@ -163,14 +164,14 @@ def pass_rates(policy, env, pool, n=4, temperature=1.0, seed=0):
 
 def uncertain(policy, env, pool, n=4, seed=0):
     """The uncertainty filter: keeps a question unless n sampled answers (temperature 1) without any tool are all right. Where the first is wrong, no more are drawn."""
-    generator, sure = torch.Generator(policy.device).manual_seed(seed), list(range(len(pool)))
+    generator, sure = torch_rng(policy.device, "filter", seed), list(range(len(pool)))
     for tries in (1, n - 1):  # the others side by side: they share the reading of their prompt
         answered = gog.rollout(policy, env, [pool[i] for i in sure], tries, schedule=gog.SCHEDULES["direct"], generator=generator, rows=1024, progress="uncertainty filter")
         sure = [i for k, i in enumerate(sure) if all(t.correct for t in answered[tries * k:tries * k + tries])]
     return [pool[i] for i in sorted({*range(len(pool))} - {*sure})]
 
 
-def instruct(policy, env, world, n=5750, seed=0, wrong_gaze=0.2, glance_first=0.05):
+def instruct(policy, env, world, n=5750, seed=0, wrong_gaze=0.2):
     """GoG-Instruct: `n` expert trajectories, 43.5 % of them search-free, of questions that survive the filter; every one is
     checked: the answer is right, and the last gaze lies on a target."""
     quota = {True: round(0.435 * n), False: n - round(0.435 * n)}
@@ -180,7 +181,7 @@ def instruct(policy, env, world, n=5750, seed=0, wrong_gaze=0.2, glance_first=0.
         pool = [q for q in data.questions(world, data.SFT_MIX, min(512, n // 2 + 8), f"sft/{seed}/{part}") if len(chosen[q.search_free]) < quota[q.search_free]]
         kept = uncertain(policy, env, pool, seed=seed)
         asked, dropped, part = asked + len(pool), dropped + len(pool) - len(kept), part + 1
-        demos = gog.play(env, kept, [gog.expert(q, rng, wrong_gaze, glance_first, m) for q, m in zip(kept, misses(policy, env, kept))], progress="expert")
+        demos = gog.play(env, kept, [gog.expert(q, rng, wrong_gaze, m) for q, m in zip(kept, misses(policy, env, kept))], progress="expert")
         for t in demos:
             if t.correct and (not gog.gazes(t) or gog.gazes(t)[-1][1] > 0.9):
                 chosen[t.question.search_free].append(t)
@@ -218,18 +219,19 @@ class Curriculum:
     `draw` gives indices into it. `worth`: weight of each entry, default 1; `pool`: the indices that may be drawn, default: what the mode allows."""
 
     def __init__(self, pass_rates, mode="fresh", seed=0, pool=None, worth=None):
-        self.pass_rates, self.mode, self.rng, self.worth = pass_rates, mode, random.Random(seed), worth or [1] * len(pass_rates)
+        self.pass_rates, self.mode, self.seed, self.worth = pass_rates, mode, seed, worth or [1] * len(pass_rates)
         wanted = {"level1": lambda p: level(p) == 1, "level2": lambda p: level(p) == 2, "learnable": lambda p: 0 < p < 0.5}
         self.pool = pool or [i for i, p in enumerate(pass_rates) if wanted.get(mode, lambda p: True)(p)]
         if not self.pool:
             raise data.WorldError(f"no question is left for --curriculum {mode}: use --curriculum all")
 
-    def draw(self, n):
-        """Indices of the next n entries, by lot: all different where the pool is large enough. adaptive, fresh: with replacement, by weight times 0.02 + p(1-p); p(1-p) is the variance of one
+    def draw(self, n, step=0):
+        """Indices of the n entries of a step, by lot: all different where the pool is large enough. adaptive, fresh: with replacement, by weight times 0.02 + p(1-p); p(1-p) is the variance of one
         try, and 0.02 is left so that nothing is given up for good."""
+        rng = random.Random(f"curriculum/{self.seed}/{step}")
         if self.mode not in ("adaptive", "fresh"):
-            return self.rng.sample(self.pool * -(-n // len(self.pool)), n)
-        return self.rng.choices(self.pool, [self.worth[i] * (0.02 + self.pass_rates[i] * (1 - self.pass_rates[i])) for i in self.pool], k=n)
+            return rng.sample(self.pool * -(-n // len(self.pool)), n)
+        return rng.choices(self.pool, [self.worth[i] * (0.02 + self.pass_rates[i] * (1 - self.pass_rates[i])) for i in self.pool], k=n)
 
     def seen(self, indices, rates):
         """Re-score what the rollouts just made belong to, by an exponential mean of the pass rate: long for a kind, as its questions differ."""
@@ -278,8 +280,7 @@ def labelled_pictures(config, seed, size, i):
     """Batch i of pictures with dense labels, on every patch and on every image token: where are the edges of the shield that covers most of it, what is
     it, how does it hang. Depends on (seed, i) only. In numpy (tensors would travel between processes through a socket): pictures uint8 (B, 3, S, S),
     boxes float (B, P + N, 4) in 0..1, labels int (B, P + N, parts), -1 where nothing can be told."""
-    rng = random.Random(f"sights/{seed}/{i}")
-    return [np.stack(x) for x in zip(*(labelled_picture(config, rng) for _ in range(size)))]
+    return [np.stack(x) for x in zip(*(labelled_picture(config, random.Random(f"sights/{seed}/{i}/{k}")) for k in share(range(size))))]
 
 
 def labelled_picture(config, rng):
@@ -342,7 +343,7 @@ def see_step(policy, heads, batch, word_ids, opts):
     out, where, label = torch.cat([heads[0](patches), heads[1](tokens)], 1).flatten(0, 1), boxes.flatten(0, 1), labels.flatten(0, 1)
     inside = where[:, 2] > 0
     sides = (where[inside, 2:] - where[inside, :2]).repeat(1, 2)  # (n, 4): width, height, width, height
-    loss = 50 * ((out[inside, :4] - where[inside]).abs() / sides).mean()  # with 15 instead of 50 the boxes of image tokens were a third worse (results/trials.md)
+    loss = 50 * ((out[inside, :4] - where[inside]).abs() / sides).sum() / summed(4 * inside.sum())  # with 15 instead of 50 the boxes of image tokens were a third worse (results/trials.md)
     for k, (part, logits) in enumerate(zip(PARTS, out[:, 4:].split([*map(len, PARTS.values())], 1))):
         loss = loss + (1 + (part == "charge")) * cell_loss(logits, label[:, k])  # charges are learnt last: they count twice
     shown, tokens = labels[:, patches.shape[1]:].flatten(0, 1), tokens.flatten(0, 1)  # (B*N, parts), (B*N, D)
@@ -351,12 +352,12 @@ def see_step(policy, heads, batch, word_ids, opts):
         alike = torch.cat([torch.zeros_like(alike[:, :1]), alike], 1)  # label 0, none of the words (bare wall, in the middle), scores 0
         loss = loss + (1 + (part == "charge")) * cell_loss(alike, shown[:, list(PARTS).index(part)])
     loss.backward()
-    return loss.item(), update(policy.vision, opts, loss=loss.item())
+    return summed(loss.detach()).item(), update(policy.vision, opts, loss=loss.item())
 
 
 def cell_loss(logits, label):
     """Mean cross-entropy over the cells where something can be told (label >= 0); 0, not nan, where a small batch shows nothing of the kind."""
-    return F.cross_entropy(logits, label, ignore_index=-1, reduction="sum") / (label >= 0).sum().clamp_min(1)
+    return F.cross_entropy(logits, label, ignore_index=-1, reduction="sum") / summed((label >= 0).sum()).clamp_min(1)
 
 
 # ---------------------------------------------------------------------------------------- base model: lessons in words
@@ -372,9 +373,7 @@ def in_words(town, depth):
 
 def begin(env):
     """A lesson that says nothing but <bos> yet."""
-    t = Trajectory(None)
-    t.observe([env.v.id["<bos>"]])
-    return t
+    return Trajectory(None, [env.v.id["<bos>"]], [False], [0.0])
 
 
 def say(env, t, question, response, topic=""):
@@ -630,11 +629,15 @@ def exam(policy, env, n, seed="exam"):
 
 def replay(env, seed, n):
     """n lessons of what SFT would unlearn: demonstrations know no crowded walls, no long plans and no strange words."""
-    rng = random.Random(f"replay/{seed}")
-    return [make(env, rng) for make in rng.choices((wall_lesson, errand_lesson, plan_lesson, text_lesson), k=n)]
+    return taught(env, dict.fromkeys((wall_lesson, errand_lesson, plan_lesson, text_lesson), 1), f"replay/{seed}", n)
 
 
 def lessons(env, seed, size, i):
     """Batch i of the pretraining stream. Depends on (seed, i) only, so a resumed run sees what the unbroken one would have seen."""
-    rng = random.Random(f"lessons/{seed}/{i}")
-    return [make(env, rng) for make in rng.choices(list(LESSONS), LESSONS.values(), k=size)]
+    return taught(env, LESSONS, f"lessons/{seed}/{i}", size)
+
+
+def taught(env, weights, seed, n):
+    """n lessons by lot, each with random numbers of its own: every process makes just its share."""
+    makers = random.Random(seed).choices(list(weights), weights.values(), k=n)
+    return [make(env, random.Random(f"{seed}/{k}")) for k, make in share([*enumerate(makers)])]

@@ -35,7 +35,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 
-from tools import atomic
+from tools import PROCESSES, RANK, atomic, checksum
 
 
 @dataclass
@@ -126,13 +126,7 @@ class Vocabulary:
 
 # ---------------------------------------------------------------------------------------------------------------- layers
 
-class RMSNorm(nn.Module):
-    def __init__(self, width, eps=1e-6):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
-
-    def forward(self, x):
-        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+RMSNorm = partial(nn.RMSNorm, eps=1e-6)
 
 
 def rope_table(positions, head_width, base):
@@ -353,16 +347,14 @@ class Policy(nn.Module):
         if self.smear:  # among words only: image tokens are put in afterwards, unmixed
             x = x + self.smear(self._before(x, positions, cache, valid, lengths))
         if pictures is not None and len(pictures):
-            tokens = self.vision(pictures)
-            x = x.masked_scatter((ids == image_id)[..., None], tokens.to(x.dtype))
+            x = x.masked_scatter((ids == image_id)[..., None], self.vision(pictures).to(x.dtype))
         mask = None
         if cache is not None:  # a query at position p sees slots 0..p: this alone hides every garbage slot
             positions = positions.clamp(max=cache.room - 1)  # padding of a shorter row, or a row that has stopped, may point past the room; no real token does
             upto = int(positions.max()) + 1
             cache.grow(upto)
             unseen = torch.arange(upto, device=ids.device) > positions[..., None]
-            mask = torch.zeros(B, T, upto, device=ids.device).masked_fill(unseen, float("-inf"))  # added to scores; made once for all layers
-            mask = mask.repeat(1, self.config.heads // self.config.kv_heads, 1)[:, None]  # (B, 1, H/K*T, upto)
+            mask = torch.zeros(B, T, upto, device=ids.device).masked_fill(unseen, float("-inf")).repeat(1, self.config.heads // self.config.kv_heads, 1)[:, None]  # (B, 1, H/K*T, upto): added to scores; made once for all layers
         rope = rope_table(positions, self.config.width // self.config.heads, self.config.rope_base)
         for i, block in enumerate(self.layers):
             x = block(x, rope, mask, cache, i, positions, lengths)
@@ -394,8 +386,7 @@ def number_line(embedding, ids, waves=12):
     x, f = torch.arange(len(ids))[:, None] / len(ids), torch.arange(1, waves + 1)[None]
     curve = torch.cat([(torch.pi * x * f).sin() / f**0.5, (torch.pi * x * f).cos() / f**0.5], 1)  # (100, 2 * waves)
     curve = curve @ torch.linalg.qr(torch.randn(embedding.shape[1], 2 * waves))[0].T
-    std = embedding.std()
-    embedding[ids] = 0.9 * std * (curve / curve.std()).to(embedding.device) + 0.3 * embedding[ids]
+    embedding[ids] = 0.9 * embedding.std() * (curve / curve.std()).to(embedding.device) + 0.3 * embedding[ids]
 
 
 # -------------------------------------------------------------------------------------------------- batches to train on
@@ -440,6 +431,34 @@ def pick(logits, temperature, allowed=None, generator=None):
     else:
         ids = logp.argmax(-1)
     return ids, logp.gather(1, ids[:, None])[:, 0]
+
+
+# ------------------------------------------------------------------------------ several processes (torchrun), or just one
+
+def share(items):
+    """This process's part of what all do together: every PROCESSES-th of some items."""
+    return items[RANK::PROCESSES]
+
+
+def summed(x):
+    """A tensor (or a number), summed over all processes; none goes on before all have come here."""
+    x = torch.as_tensor(x)
+    if PROCESSES > 1:
+        torch.distributed.all_reduce(x)
+    return x
+
+
+def gathered(mine):
+    """The items whose shares the processes hold, in their order."""
+    shares = [mine] * PROCESSES
+    if PROCESSES > 1:
+        torch.distributed.all_gather_object(shares, mine)
+    return [x for row in itertools.zip_longest(*shares, fillvalue=None) for x in row if x is not None]
+
+
+def torch_rng(device, *seed):
+    """Random numbers that depend on a seed (any words and numbers) and the process: nothing of them needs to be kept for --resume."""
+    return torch.Generator(device).manual_seed(checksum("/".join(map(str, (*seed, RANK)))))
 
 
 # ------------------------------------------------------------------------------------------------------------ optimiser
@@ -496,7 +515,7 @@ def optimisers(named, muon_lr, adam_lr):
 
 
 def lr_factor(step, steps, warmup=30, decay=0.9):
-    """Learning-rate factor in 0..1: linear warm-up, linear decay to 0 over the last `decay` of the run, flat in between (only where the run is long: SFT's 179 steps peak at 0.94).
+    """Learning-rate factor in 0..1: linear warm-up, linear decay to 0 over the last `decay` of the run, flat in between (only where the run is long: SFT's 180 steps peak at 0.93).
     Most of what the base model learns, it learns while the rate falls."""
     return min(1.0, (step + 1) / warmup, (steps - step) / max(1, decay * steps))
 
@@ -512,8 +531,21 @@ class NotFinite(ArithmeticError):
     """A loss, a gradient or a weight that is no number: nothing has been changed by it. Raised with the batch of trajectories that gave it, where there is one."""
 
 
+def parameters(opts):
+    return [p for opt in opts for group in opt.param_groups for p in group["params"]]
+
+
+def flat_gradient(opts):
+    """What all processes have gathered for the parameters of these optimisers, one behind the other: (their numbers in all,)."""
+    return summed(torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters(opts)]))
+
+
 def update(module, opts, batch=(), loss=0.0, clip=1.0):
-    """One step of the optimisers on the gradients of `batch`, those of `module` clipped to norm `clip`; returns the norm before that. NotFinite if that, or the loss, is no number."""
+    """One step of the optimisers on the gradients of `batch`, those of `module` clipped to norm `clip`; returns the norm before that. NotFinite if that, or the loss, is no number.
+    Of several processes each has the gradient of its share of a batch: their sum is that of the batch, and all take the same step."""
+    if PROCESSES > 1:
+        for p, g in zip(parameters(opts), flat_gradient(opts).split([p.numel() for p in parameters(opts)])):
+            p.grad = g.view_as(p) if g.any() else None  # None: nothing asked anything of it, so momentum must not move it
     norm = torch.nn.utils.clip_grad_norm_(module.parameters(), clip).item()
     if not math.isfinite(norm + loss):
         raise NotFinite(batch)
@@ -530,18 +562,10 @@ class CheckpointError(ValueError):
 
 
 def write(path, tensors, meta):
-    """Tensors and `meta` (strings) in one safetensors file. OSError where the disk is full, which safetensors tells in an error of its own; NotFinite, with the file before
-    left as it was, where a number has become none."""
+    """Tensors and `meta` (strings) in one safetensors file. OSError where the disk is full; NotFinite, with the file before left as it was, where a number has become none."""
     if not all(t.isfinite().all() for t in tensors.values()):
         raise NotFinite(())
-
-    def whole(temporary):
-        try:
-            save_file(tensors, temporary, metadata=meta)
-        except SafetensorError as e:
-            raise OSError(e) from None
-
-    atomic(path, whole)
+    atomic(path, lambda p: save_file(tensors, p, metadata=meta))
 
 
 def save(model, path, **meta):
@@ -563,16 +587,13 @@ def load(path, device="cpu"):
         raise CheckpointError(f"{path}: no such checkpoint. Train one first: python train.py --stage sft")
     try:
         meta, weights = read(path)
-    except (SafetensorError, OSError) as e:
-        raise CheckpointError(f"{path}: not a readable safetensors file ({e}). If it is broken, delete it and train again") from None
-    try:
         given, v = json.loads(meta["config"]), Vocabulary(meta["tokenizer"])
         model = Policy(ModelConfig(**{f.name: given[f.name] for f in fields(ModelConfig)}))
         model.load_state_dict(weights)
         if v.size != model.config.vocab:
             raise ValueError("a tokenizer of another size")
     except Exception as e:  # a header may hold anything, and `tokenizers` knows no error of its own
-        raise CheckpointError(f"{path}: weights of another shape or version ({repr(e).splitlines()[0][:200]}). Delete it and train again") from None
+        raise CheckpointError(f"{path}: not a readable safetensors file, or weights of another shape or version ({repr(e).splitlines()[0][:200]}). Delete it and train again") from None
     return model.to(device).freeze_eyes(), v
 
 

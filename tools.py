@@ -43,6 +43,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 GREY = (128, 128, 128)  # stands in for the wall behind a picture with transparent corners
@@ -253,7 +254,7 @@ class TextIndex:
         for word in words:
             out |= _word(word, self.TRIGRAMS)
         pairs = [f"{a} {b}" for a, b in zip(words, words[1:])] + [f.format(w) for w in words for f in LITTLE if query]
-        return out | {_key(p): self.PAIRS for p in pairs}
+        return out | {checksum(p): self.PAIRS for p in pairs}
 
     def search(self, queries, k):
         """N strings -> N lists of at most k (score, passage), best first. Score 0..1: the share of the query's weight that the passage
@@ -281,10 +282,10 @@ class TextIndex:
 def _word(word, share):
     """A word -> {key: weight}: the word itself, and its letter trigrams ('^re', 'red', 'ed$') which share a smaller weight."""
     trigrams = [f"^{word}$"[i:i + 3] for i in range(len(word))]
-    return {_key(word): 1.0, **{_key(f"{t}~"): share / len(trigrams) ** 0.5 for t in trigrams}}  # ~: 'red' is no trigram
+    return {checksum(word): 1.0, **{checksum(f"{t}~"): share / len(trigrams) ** 0.5 for t in trigrams}}  # ~: 'red' is no trigram
 
 
-def _key(feature):
+def checksum(feature):
     return zlib.crc32(feature.encode(errors="replace"))  # the same in every run, unlike hash()
 
 
@@ -483,8 +484,7 @@ class Environment:
             shown_crop = to_array(seen.picture, self.side) if seen and seen.picture is not None else None
             if self.withhold:  # control: the action happens, but nothing of what it finds is shown
                 turn.observation, shown_crop = "", None
-            shown = self.v.encode(turn.observation)
-            t.observe([self.v.id["<obs>"], *(self.image if shown_crop is not None else []), *shown, self.v.id["</obs>"]], shown_crop)
+            t.observe([self.v.id["<obs>"], *(self.image if shown_crop is not None else []), *self.v.encode(turn.observation), self.v.id["</obs>"]], shown_crop)
         return [turn.kind != "answer" for turn in turns]
 
 
@@ -542,18 +542,23 @@ def image_path(root, image, where):
     return path
 
 
+# Which of how many processes this is, where torchrun has started them (model.share); else the first and only one
+RANK, PROCESSES = (int(os.environ[k]) for k in ("RANK", "WORLD_SIZE")) if "TORCHELASTIC_RUN_ID" in os.environ else (0, 1)
+
+
 def atomic(path, write):
-    """Call write(temporary path), flush it to disk, then rename onto `path`: a reader sees the old file or the new, never half."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Call write(temporary path), flush it to disk, then rename onto `path`: a reader sees the old file or the new, never half. Of several processes only the first writes."""
+    if RANK:
+        return
+    temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.tmp")
+    temporary.parent.mkdir(parents=True, exist_ok=True)
     try:
         write(temporary)
         with open(temporary, "rb+") as f:
             os.fsync(f.fileno())
         os.replace(temporary, path)
-    except OSError as e:
-        raise OSError(f"{path} could not be written: {e.strerror or e}") from None
+    except (OSError, SafetensorError) as e:
+        raise OSError(f"{path} could not be written: {getattr(e, 'strerror', '') or e}") from None
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -6,8 +6,9 @@ Here instead: one stage more. `pretrain` makes the base model that the paper tak
 
 Reading order: the four stages -> the grid -> run folder -> tables -> flags. `a` is the flags everywhere (Args, below); `v` the vocabulary; `run` the run folder of a stage (Run, below).
 """
+import atexit
 import json
-import random
+import os
 import signal
 import sqlite3
 import sys
@@ -23,8 +24,9 @@ from tqdm import tqdm
 import data
 import gog
 import grpo
-from model import PRESETS, CheckpointError, ModelConfig, NotFinite, Policy, Vocabulary, autocast, load, load_state, lr_factor, number_line, optimisers, save, save_state, set_lr
-from tools import Environment, Toolbox, atomic, flags, make_toolbox, peak_memory, read_rows, write_rows
+from model import (PRESETS, CheckpointError, ModelConfig, NotFinite, Policy, Vocabulary, autocast, load, load_state, lr_factor, number_line, optimisers, save, save_state, set_lr, share,
+                   summed, torch_rng)
+from tools import PROCESSES, RANK, Environment, Toolbox, atomic, flags, make_toolbox, peak_memory, read_rows, write_rows
 
 # --------------------------------------------------------------------------------------------------------------- stages
 
@@ -51,13 +53,13 @@ def pretrain(a):
     heads = torch.nn.ModuleList(torch.nn.Linear(w, 4 + sum(map(len, grpo.PARTS.values()))) for w in (config.vit_width, config.width)).to(a.device)
     eye_opts = [*optimisers(policy.vision.named_parameters(), a.see_lr, a.see_adam_lr),
                 torch.optim.AdamW([*heads.parameters(), policy.embed_tokens.weight], a.see_adam_lr, weight_decay=0.0)]  # words, too: see_step draws them towards image tokens
-    word_opts = optimisers(((n, p) for n, p in policy.named_parameters() if "vision" not in n or "projector" in n), a.word_lr, a.word_adam_lr)
+    word_opts = optimisers(((n, p) for n, p in policy.named_parameters() if "vision" not in n or "projector" in n), a.word_lr, a.word_lr)
     env = Environment(v, None, config)
-    parts = (("see", a.see_steps, eye_opts, partial(grpo.labelled_pictures, config, a.seed, a.see_batch)),
-             ("words", a.word_steps, word_opts, partial(grpo.lessons, env, a.seed, a.word_batch)))
+    parts = (("see", 0, a.see_steps, eye_opts, partial(grpo.labelled_pictures, config, a.seed, a.see_batch)),
+             ("words", a.see_steps, a.word_steps, word_opts, partial(grpo.lessons, env, a.seed, a.word_batch)))
     start = run.resume([policy, heads], eye_opts + word_opts).get("step", 0) if a.resume else 0
-    bar, before = tqdm(total=sum(n for _, n, *_ in parts), initial=start, desc="pretrain", unit="step"), 0
-    for part, steps, opts, make in parts:
+    bar = tqdm(total=a.see_steps + a.word_steps, initial=start, desc="pretrain", unit="step")
+    for part, before, steps, opts, make in parts:  # before: steps of the parts in front
         first = min(max(0, start - before), steps)
         policy.freeze_eyes(part != "see")
         for at, batch in enumerate(stream(make, first, steps), first):
@@ -71,7 +73,6 @@ def pretrain(a):
             bar.update()
             bar.set_postfix(part=part, loss=f"{loss:.3f}")
             run.checkpoint([policy, heads], eye_opts + word_opts, a.save_every if at + 1 < steps else 1, step=before + at + 1)
-        before += steps
     bar.close()
     began, told = time.time(), grpo.exam(policy, env, a.exam)  # before the stage counts as done: if it is stopped here, --resume begins with the exam
     write_results(a, measure(a, "exam", "base", "lessons", "held-out", told, began))
@@ -85,21 +86,17 @@ def sft(a):
     (policy, v), run = load(a.weights("pretrain"), a.device), Run(a, "sft")
     world = data.open_world(a.world, a.seed_world, a.towns)
     env = Environment(v, make_toolbox(world, a.failure_rate, a.seed), policy.config)
-    demos = grpo.instruct(policy, env, world, a.demos, a.seed, a.wrong_gaze, a.glance_first)
-    per_epoch = max(1, len(demos) // a.sft_batch)
-    total = a.sft_epochs * per_epoch
+    demos = grpo.instruct(policy, env, world, a.demos, a.seed, a.wrong_gaze)
+    total = -(-len(demos) // a.sft_batch)  # each is seen once
     opts = optimisers(((n, p) for n, p in policy.named_parameters() if p.requires_grad), a.sft_lr, a.sft_adam_lr)
     start = run.resume([policy], opts).get("step", 0) if a.resume else 0
     bar = tqdm(total=total, initial=start, desc="sft", unit="step")
     for step in range(start, total):
-        if step == start or step % per_epoch == 0:
-            order = random.Random(f"epoch/{a.seed}/{step // per_epoch}").sample(range(len(demos)), len(demos))
-        at = step % per_epoch * a.sft_batch
         lr = set_lr(opts, lr_factor(step, total))
         again = grpo.replay(env, f"{a.seed}/{step}", round(a.replay * a.sft_batch))
         with autocast(a.device):
-            loss, norm = grpo.supervised_step(policy, env, [demos[i] for i in order[at:at + a.sft_batch]] + again, opts, a.token_budget)
-        run.log(step=step, epoch=step // per_epoch, loss=loss, grad_norm=norm, lr=lr, seconds=bar.format_dict["elapsed"])
+            loss, norm = grpo.supervised_step(policy, env, share(demos[step * a.sft_batch:(step + 1) * a.sft_batch]) + again, opts, a.token_budget)
+        run.log(step=step, loss=loss, grad_norm=norm, lr=lr, seconds=bar.format_dict["elapsed"])
         bar.update()
         bar.set_postfix(loss=f"{loss:.3f}")
         run.checkpoint([policy], opts, a.save_every if step + 1 < total else 1, step=step + 1)
@@ -127,14 +124,9 @@ def rl(a):
     reference = load(a.weights("sft"), a.device)[0].requires_grad_(False) if a.beta else None
     # SGD: the gradients of two batches had a cosine of 0.16, those that AdamW would have made of them 0.06, and Muon's 0.02 (results/trials.md)
     opts = [torch.optim.SGD([p for p in policy.parameters() if p.requires_grad], a.rl_lr, momentum=0.9)]
-    generator = torch.Generator(policy.device).manual_seed(a.seed)
     saved = run.resume([policy], opts) if a.resume else {}
     rates = saved.get("pass_rates") or ([0.5] * len(askable) if fresh else grpo.pass_rates(policy, env, askable, 4, a.temperature, a.seed))
     curriculum = grpo.Curriculum(rates, a.curriculum, a.seed, pool=saved.get("pool"), worth=[w[2] if isinstance(w, tuple) else 1 for w in askable])
-    if saved:
-        for rng, state in zip((curriculum.rng, env.toolbox.rng), saved["python_rng"]):
-            rng.setstate((state[0], tuple(state[1]), state[2]))
-        generator.set_state(torch.tensor(saved["torch_rng"], dtype=torch.uint8))
     shown, pictures, alarmed = [], {}, set()  # for the report, and what has been said: since the run was last started
     best, champion = saved.get("best", [-1.0, 0]), run.weights.with_suffix(".best.safetensors")  # becomes the result only when the stage is done
     bar = tqdm(total=a.rl_steps, initial=saved.get("step", 0), desc="rl", unit="step")
@@ -151,8 +143,9 @@ def rl(a):
             group_report(a, run, shown, pictures)
             break
         lr = set_lr(opts, lr_factor(step, a.rl_steps, warmup=3, decay=1.0))
-        chosen = curriculum.draw(a.rl_batch)
-        batch, advantages, solved, stats = grpo.iteration(policy, reference, env, grpo.ask_each(world, [askable[i] for i in chosen], f"rl/{a.seed}/{step}"), opts, a, generator)
+        chosen = curriculum.draw(a.rl_batch, step)
+        env.toolbox.rng.seed(f"tools/{a.seed}/{step}/{RANK}")  # all that falls by lot depends on the step: that is why --resume is exact
+        batch, advantages, solved, stats = grpo.iteration(policy, reference, env, grpo.ask_each(world, [askable[i] for i in chosen], f"rl/{a.seed}/{step}"), opts, a, torch_rng(policy.device, "rl", a.seed, step))
         curriculum.seen(chosen, solved)
         run.log(step=step, **stats, lr=lr, development=score)  # that of the policy before this update
         bar.update()
@@ -162,23 +155,21 @@ def rl(a):
         bar.set_postfix(acc=f"{stats['accuracy']:.2f}", dead=f"{stats['dead']:.2f}", entropy=f"{stats['entropy']:.2f}")
         if step % a.show_every == 0:
             print("\n" + gog.tell(batch[int(advantages.argmax())]), file=sys.stderr)
-            if len(shown) > 200:
-                shown, pictures = [], {}  # the report of a long run begins anew, rather than grow without end
+            shown, pictures = (shown, pictures) if len(shown) <= 200 else ([], {})  # the report of a long run begins anew, rather than grow without end
             shown += [for_report(a, t, world, v, pictures, key=f"{step} {i // a.group}", suite=f"step {step}", policy=f"rollout {i % a.group + 1}", advantage=advantages[i].item())
                       for i, t in enumerate(batch[:3 * a.group])]
             group_report(a, run, shown, pictures)
-        run.checkpoint([policy], opts, a.eval_every, step=step + 1, pass_rates=curriculum.pass_rates, pool=curriculum.pool, best=best,
-                       python_rng=[curriculum.rng.getstate(), env.toolbox.rng.getstate()], torch_rng=generator.get_state().tolist())
+        run.checkpoint([policy], opts, a.eval_every, step=step + 1, pass_rates=curriculum.pass_rates, pool=curriculum.pool, best=best)
     bar.close()
     atomic(run.weights, lambda p: p.write_bytes(champion.read_bytes()))
     run.close(CURVES)
-    champion.unlink()  # last: a kill in between loses nothing
+    champion.unlink(missing_ok=True)  # last: a kill in between loses nothing
     print(f"best: step {best[1]}, development accuracy {best[0]:.3f}, kept as {run.weights}", file=sys.stderr)
 
 
 def group_report(a, run, shown, pictures):
     """rl-report.html: groups of rollouts side by side, and the curves so far."""
-    about = f"Preset {a.preset}, seed {a.seed}, on {a.device}; three questions of every {a.show_every}th step since training was last started."
+    about = f"Preset {a.preset}, seed {a.seed}, on {a.place()}; three questions of every {a.show_every}th step since training was last started."
     gog.write_report(run.folder / f"{a.name}-report.html", f"{a.label(a.world)}: groups of rollouts while RL trains", about, shown, pictures, curves=gog.curve_values(run.rows, CURVES))
 
 
@@ -221,7 +212,7 @@ def evaluate(a):
     accuracy = gog.accuracy_table(table)
     print("\n".join(["", f"{'accuracy %':<12}" + "".join(f"{c:>8}" for c in accuracy["columns"]),
                      *(f"{row:<12}" + "".join(f"{'' if x is None else format(x, '.1f'):>8}" for x in values) for row, *values in accuracy["rows"])]))
-    about = f"Preset {a.preset}, seed {a.seed}, on {a.device}; the first {a.shown} questions of each suite, asked of {'the policies before SFT (base), after it (sft) and after RL (rl)' if named == 'rl' else named}."
+    about = f"Preset {a.preset}, seed {a.seed}, on {a.place()}; the first {a.shown} questions of each suite, asked of {'the policies before SFT (base), after it (sft) and after RL (rl)' if named == 'rl' else named}."
     page = "-".join(["report", *([label] if a.trained_on else []), *([named] if named != "rl" else [])])  # of another world, of another row: another page
     gog.write_report(a.folder() / f"{page}.html", f"{label}: what the policies do", about, shown, pictures, accuracy, gog.curve_values(read_rows(a.weights("rl").with_suffix(".csv")), CURVES))
 
@@ -268,7 +259,7 @@ def reproduce(a):
 # ------------------------------------------------------------------------------------------------------------ run folder
 
 MATTERS = {  # flags that may not change when a stage goes on, or its second half would be of another experiment (learning rates may, and steps but those of the eyes)
-    "pretrain": "seed see_steps see_batch word_batch", "sft": "seed world seed_world towns demos wrong_gaze glance_first failure_rate sft_batch replay",
+    "pretrain": "seed see_steps see_batch word_batch", "sft": "seed world seed_world towns demos wrong_gaze failure_rate sft_batch replay",
     "rl": "seed world seed_world towns device failure_rate rl_questions rl_dev rl_batch group lam beta clip_low clip_high advantage curriculum temperature"}
 
 
@@ -281,12 +272,12 @@ class Run:
         self.rows, self.stopping = [], False
         self.folder.mkdir(parents=True, exist_ok=True)
         try:  # a lock that every system knows, and that ends with its process
-            self.lock = sqlite3.connect(self.lock_file, timeout=0, isolation_level=None)
+            self.lock = sqlite3.connect(":memory:" if RANK else self.lock_file, timeout=0, isolation_level=None)
             self.lock.execute("BEGIN EXCLUSIVE")
         except sqlite3.Error as e:
             raise CheckpointError(f"{self.lock_file}: {e}. Another run of this stage is at work in this folder, or it cannot be written to: wait, or give this run a folder of its own with --out") from None
         for left in self.folder.glob(f".{stage}.[a-z]*.tmp"):
-            left.unlink()  # of a process that was killed while it wrote
+            left.unlink(missing_ok=True)  # of a process that was killed while it wrote
         signal.signal(signal.SIGINT, self.interrupt)
 
     def interrupt(self, *_):
@@ -302,6 +293,7 @@ class Run:
 
     def checkpoint(self, modules, opts, every, step, **extra):
         """If it is time: everything that the next step depends on, in one file without pickle: weights, optimisers, generators, counters, metrics."""
+        self.stopping = bool(summed(int(self.stopping)))  # all processes, or none
         if step % every and not self.stopping:
             return
         save_state(self.state, modules, opts, extra=json.dumps({"step": step, "flags": self.flags, **extra}), rows=json.dumps(self.rows))
@@ -322,19 +314,18 @@ class Run:
 
     def write_csv(self):
         if self.rows:
-            columns = list(self.rows[0])
-            text = "\n".join([",".join(columns), *(",".join(r.get(c, "") for c in columns) for r in self.rows)]) + "\n"
+            text = "\n".join([",".join(self.rows[0]), *(",".join(r.get(c, "") for c in self.rows[0]) for r in self.rows)]) + "\n"
             atomic(self.csv, lambda p: p.write_text(text, encoding="utf-8"))
 
     def close(self, columns):
         """The stage is done: its metrics stay, with the curves of some columns, and its training state goes."""
+        summed(0)  # the first process has saved its weights: all may go on with them, and delete what nobody needs any more
         self.write_csv()
         sheet = gog.curve_sheet(self.stage, gog.curve_values(self.rows, columns))
         atomic(self.csv.with_suffix(".png"), lambda p: sheet.save(p, format="PNG"))
         self.state.unlink(missing_ok=True)
         self.lock.close()
         self.lock_file.unlink(missing_ok=True)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
         if self.stopping:  # Ctrl-C came too late to save a step: the stage is done, and the next is not begun
             raise KeyboardInterrupt
 
@@ -378,13 +369,10 @@ class Args:
     exam: int = 3072  # held-out questions, about so many, that the base model is examined with
     see_lr: float = 0.004  # of the eyes' matrices
     see_adam_lr: float = 0.002  # of everything else while the eyes learn
-    word_lr: float = 0.002  # of the decoder's matrices
-    word_adam_lr: float = 0.002  # of embeddings and norms
+    word_lr: float = 0.002  # of the decoder
     demos: int = 5750  # trajectories of GoG-Instruct
     wrong_gaze: float = 0.2  # chance, for every object looked for that the base model itself does not miss, that the expert also looks where it is not
-    glance_first: float = 0.05  # chance that it begins with a useless glance
     failure_rate: float = 0.03  # of tools while training
-    sft_epochs: int = 1  # passes over the demonstrations
     sft_batch: int = 32  # trajectories a step
     replay: float = 0.6  # lessons of the base model on top, for each demonstration, so that pointing and long plans are not forgotten
     sft_lr: float = 0.002  # of hidden matrices
@@ -426,6 +414,10 @@ class Args:
         """The name of a world (heraldry or a path) with what sets it apart from the usual one: runs and results of different worlds never mix."""
         return Path(world).resolve().name + (f"-world{self.seed_world}" if self.seed_world else "") + (f"-{self.towns}towns" if self.towns != Args.towns else "")
 
+    def place(self):
+        """On what it runs: the device, and by how many processes."""
+        return f"{PROCESSES} x {self.device}" if PROCESSES > 1 else self.device
+
     def examined_world(self):
         """The world of the results, and if the policy had never seen it."""
         return self.label(self.world) + ("-zero-shot" if self.trained_on else "")
@@ -443,7 +435,7 @@ STAGES = {"pretrain": pretrain, "sft": sft, "rl": rl, "eval": evaluate}
 CHOICES = {"stage": [*STAGES, "reproduce"], "preset": list(PRESETS), "device": ["auto", "cuda", "mps", "cpu"], "advantage": ["std", "mean"],
            "curriculum": ["level1", "level2", "all", "learnable", "adaptive", "fresh"]}
 
-RANGES = {"seed": (0, 2**32 - 1), "towns": (40, 20_000), "group": (2, 10_000), "temperature": (0.01, 10.0), "replay": (0.0, 100.0), "beta": (0.0, 100.0),
+RANGES = {"seed": (0, 2**32 - 1), "towns": (40, 20_000), "group": (2, 10_000), "temperature": (0.01, 10.0), "replay": (0.0, 100.0), "beta": (0.0, 100.0), "see_batch": (PROCESSES, 10**6),
           **dict.fromkeys(("seed_world", "see_steps", "word_steps", "rl_steps", "shown"), (0, 10**6))}  # of the others: 1 to a million, or 0 to 1
 
 
@@ -460,7 +452,7 @@ def work(a, stage):
 
 def expected(a, stages):
     """In words: how many minutes these stages took when they last ran with this preset on such a device (best: in this world)."""
-    rows = [r for r in read_rows(Path(a.results) / "stages.csv", "stage preset world device minutes peak_memory_mb seed".split()) if (r["preset"], r["device"]) == (a.preset, a.device)]
+    rows = [r for r in read_rows(Path(a.results) / "stages.csv", "stage preset world device minutes peak_memory_mb seed".split()) if (r["preset"], r["device"]) == (a.preset, a.place())]
     known = [sorted((r["world"] == work(a, stage), float(r["minutes"])) for r in rows if r["stage"] == stage) for stage in stages]
     return f": about {sum(k[-1][1] for k in known):.0f} minutes (as noted in {a.results}/stages.csv)" if all(known) else ": how long, nobody has measured yet"
 
@@ -471,7 +463,7 @@ def timed(a, stage):
     path.parent.mkdir(parents=True, exist_ok=True)
     read_rows(path.with_name("results.csv"), COLUMNS)
     tempfile.TemporaryFile(dir=path.parent).close()  # can the tables be written? Else it is said now, not after the stage
-    print(f"{stage}: preset {a.preset}, world {a.world}, seed {a.seed}, on {a.device}{expected(a, [stage])}", file=sys.stderr)
+    print(f"{stage}: preset {a.preset}, world {a.world}, seed {a.seed}, on {a.place()}{expected(a, [stage])}", file=sys.stderr)
     try:
         STAGES[stage](a)
     except NotFinite as e:
@@ -480,7 +472,7 @@ def timed(a, stage):
         raise CheckpointError(f"{stage}: a loss, a gradient or a weight is not finite. Nothing of it is saved; its batch is in {bad} (empty for the eyes, whose pictures are drawn anew from seed and step). Go on from the last checkpoint with --resume and a lower learning rate") from None
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # else Ctrl-C would still call the failed Run's `interrupt`, and that handler would keep the Run alive, and its lock
-    row = dict(stage=stage, preset=a.preset, world=work(a, stage), device=a.device, minutes=f"{(time.time() - began) / 60:.1f}", peak_memory_mb=peak_memory(), seed=a.seed)
+    row = dict(stage=stage, preset=a.preset, world=work(a, stage), device=a.place(), minutes=f"{(time.time() - began) / 60:.1f}", peak_memory_mb=peak_memory(), seed=a.seed)
     write_rows(path, [row], ("stage", "preset", "world", "device", "seed"))
     print(f"{stage}: {row['minutes']} minutes, peak memory {row['peak_memory_mb']} MB", file=sys.stderr)
 
@@ -497,9 +489,20 @@ def through(a):
         timed(replace(a, resume=a.resume or stage != a.stage), stage)  # what is not asked for goes on where it was interrupted
 
 
+def work_together(a):
+    """Join the processes that torchrun has started: each has a GPU of its own, or its part of the cores, and its share of every batch (model.share). The first one speaks and writes for all."""
+    torch.set_num_threads(max(1, os.cpu_count() // int(os.environ["LOCAL_WORLD_SIZE"])))
+    if a.device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.distributed.init_process_group()
+    atexit.register(torch.distributed.destroy_process_group)
+    if RANK:
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+
+
 def main():
     a = arguments()
-    there = [d for d, found in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available()), ("cpu", True)) if found]
+    there = [d for d, found in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available() and PROCESSES == 1), ("cpu", True)) if found]
     a.device = there[0] if a.device == "auto" else a.device
     torch.set_flush_denormal(True)  # a decayed momentum of denormal numbers would slow a CPU down tenfold
     try:
@@ -508,6 +511,8 @@ def main():
         if a.device not in there:
             raise CheckpointError(f"--device {a.device}: this machine has {' and '.join(there)} only. Leave the flag out")
         data.open_world(a.world, a.seed_world, a.towns)  # a bad world is refused before anything is trained
+        if PROCESSES > 1:
+            work_together(a)
         return reproduce(a) if a.stage == "reproduce" else through(a)
     except (data.WorldError, CheckpointError, OSError) as e:
         told, code = f"error: {e}", 2

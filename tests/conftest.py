@@ -2,6 +2,7 @@
 import socket
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,6 +26,11 @@ def llama_twin(hf, policy, **options):
     missing = llama.load_state_dict(renamed, strict=False)
     assert not missing.unexpected_keys and set(missing.missing_keys) <= {"lm_head.weight"}
     return llama
+
+
+def still(policy):
+    """Optimisers that change neither weights nor gradients: for a look at what an update would have been made of."""
+    return [SimpleNamespace(param_groups=[{"params": [*policy.parameters()]}], step=lambda: None, zero_grad=lambda **_: None)]
 
 
 @pytest.fixture(autouse=True)

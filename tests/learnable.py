@@ -19,6 +19,7 @@ import gog
 import grpo
 import train
 import tools
+from conftest import still
 from model import autocast, load
 
 
@@ -26,7 +27,7 @@ def group_gradient(policy, env, group, advantages, a):
     """Gradient of the summed loss of one group, flat. Advantages are made small before, and the gradient large after, lest it be clipped."""
     policy.zero_grad()
     with autocast(policy.device.type):
-        grpo.grpo_step(policy, None, env, group, advantages / 100, [], a)
+        grpo.grpo_step(policy, None, env, group, advantages / 100, still(policy), a)
     flat = torch.cat([p.grad.flatten() for p in policy.parameters() if p.requires_grad])
     return (100 * sum(sum(t.trained) for t in group) * flat).bfloat16()
 

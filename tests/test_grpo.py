@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import still
 
 import data
 import gog
@@ -88,7 +89,7 @@ def test_micro_batches_do_not_change_the_gradient(policy, env, questions):
     for budget in (300, 100000):
         a = train.Args(token_budget=budget)
         policy.zero_grad()
-        grpo.grpo_step(policy, None, env, batch, advantages, [], a)
+        grpo.grpo_step(policy, None, env, batch, advantages, still(policy), a)
         gradients.append(torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None]))
     torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-3)
 
@@ -116,7 +117,7 @@ def test_dead_groups_leave_loss_and_denominator(policy, env, questions):
     gradients = []
     for n in (8, 12):
         policy.zero_grad()
-        grpo.grpo_step(policy, None, env, batch[:n], advantages[:n], [], train.Args())
+        grpo.grpo_step(policy, None, env, batch[:n], advantages[:n], still(policy), train.Args())
         gradients.append(torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None]))
     torch.testing.assert_close(*gradients)
 
@@ -126,7 +127,7 @@ def test_signal_is_what_two_halves_share(policy, env, questions):
     batch, advantages = rollouts(policy, env, questions[:1]), torch.tensor([1.5, -0.5, -0.5, -0.5])
     for sign in (1.0, -1.0):
         policy.zero_grad()
-        told = grpo.grpo_step(policy, None, env, batch * 2, torch.cat([advantages, sign * advantages]), [], train.Args(group=4, temperature=1.0))
+        told = grpo.grpo_step(policy, None, env, batch * 2, torch.cat([advantages, sign * advantages]), still(policy), train.Args(group=4, temperature=1.0))
         assert told["signal"] == pytest.approx(sign, abs=1e-3)
 
 

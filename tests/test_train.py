@@ -21,10 +21,11 @@ import grpo
 import tools
 import train
 from model import Muon
+from together import updates
 
 ROOT = Path(__file__).parent.parent
 ALIVE = ROOT / "tests" / "alive.py"
-TINY = ("--preset tiny --device cpu --towns 80 --see-steps 2 --see-batch 2 --word-steps 5 --word-batch 3 --exam 8 --demos 24 --sft-epochs 1 "
+TINY = ("--preset tiny --device cpu --towns 80 --see-steps 2 --see-batch 2 --word-steps 5 --word-batch 3 --exam 8 --demos 24 "
         "--sft-batch 6 --results run --rl-questions 8 --rl-dev 4 --rl-steps 3 --rl-batch 4 --group 2 --curriculum all --eval-every 2 --show-every 2").split()
 
 
@@ -88,7 +89,7 @@ def test_ctrl_c_saves_and_resume_is_exact(tmp_path, monkeypatch, capsys):
     """Prevents a resume that loads weights only: 3 steps + Ctrl-C + resume + the rest = the unbroken run, bit for bit, for every stage (of RL with a policy that acts, tools that fail and
     every generator in use; the training state at the end, too); and lost work: the step during which Ctrl-C is pressed is finished and saved, though no checkpoint was due."""
     monkeypatch.chdir(tmp_path)
-    args = lambda *more: train.arguments([*TINY, "--sft-epochs", "2", "--rl-steps", "5", "--failure-rate", "0.3", "--group", "4", "--rl-lr", "0.3", "--show-every", "9", "--rl-batch", "2", "--demos", "12", *more])
+    args = lambda *more: train.arguments([*TINY, "--sft-batch", "3", "--rl-steps", "5", "--failure-rate", "0.3", "--group", "4", "--rl-lr", "0.3", "--show-every", "9", "--rl-batch", "3", "--demos", "12", *more])
     whole, broken = args("--out", "whole"), args("--out", "broken")
     torch.set_flush_denormal(True)
     states, keep = {}, train.Run.close
@@ -369,3 +370,17 @@ def test_other_worlds_have_their_own_folders_and_rows():
     """Prevents a policy of one world from being taken for another's, and its results from replacing those."""
     folders = [str(train.Args(**flags).folder()) for flags in ({}, dict(seed_world=1), dict(towns=500), dict(seed=1), dict(demos=500), dict(world="worlds/countries"), dict(world="."))]
     assert len(set(folders)) == len(folders) and folders[0] == "out/heraldry-nano-0" and not folders[-1].startswith("out/-")
+
+
+def test_two_processes_take_the_steps_of_one(tmp_path, begun):
+    """Prevents torchrun from training something else: two processes, each with its share of a batch, log the losses, take the steps and give the greedy answers of a single one; and RL
+    under torchrun, where only one of them writes, runs to its end."""
+    begun(tmp_path / "run")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "tests" / "together.py"), "made", "--stage", "rl", *TINY, "--curriculum", "fresh", "--out", "run"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=150)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("kept as run/rl.safetensors") == 1 and not list((tmp_path / "run").glob(".*")) and len(list(csv.DictReader(open(tmp_path / "run" / "rl.csv")))) == 4
+    alone, both = updates(), load_file(tmp_path / "made")
+    assert alone.keys() == both.keys()
+    for name, x in alone.items():
+        torch.testing.assert_close(both[name], x, rtol=1e-3, atol=1e-5, msg=lambda told: f"{name}: {told}")

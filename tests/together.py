@@ -1,0 +1,44 @@
+"""One update of each kind, by as many processes as torchrun has started: they must agree with a single one. By hand:
+torchrun --nproc_per_node=2 tests/together.py FILE [flags of train.py]: runs train.py first, then writes what the updates have made of a policy."""
+import random
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import data  # noqa: E402
+import gog  # noqa: E402
+import grpo  # noqa: E402
+import model  # noqa: E402
+import tools  # noqa: E402
+import train  # noqa: E402
+
+
+def updates():
+    """{name: tensor}: what is logged by a step of the eyes, of SFT and of GRPO, the weights after all three, and greedy answers to five questions."""
+    world, v = data.heraldry(0, 60), model.Vocabulary.learn(grpo.corpus())
+    torch.manual_seed(0)
+    policy = model.Policy(model.ModelConfig(**{**model.PRESETS["tiny"], "vocab": v.size}))
+    env = tools.Environment(v, tools.make_toolbox(world), policy.config)
+    qs = data.questions(world, data.SFT_MIX, 5, "together")
+    demos, opts = gog.play(env, qs, [gog.expert(q, random.Random(0)) for q in qs]), [torch.optim.SGD(policy.parameters(), 0.1, momentum=0.9)]
+    words = {part: [v.word(w) for w in told] for part, told in grpo.TIED.items()}
+    heads = torch.nn.ModuleList(torch.nn.Linear(w, 4 + sum(map(len, grpo.PARTS.values()))) for w in (policy.config.vit_width, policy.config.width))
+    told = [grpo.see_step(policy, heads, [torch.from_numpy(x) for x in grpo.labelled_pictures(policy.config, 0, 3, 0)], words, opts)]
+    told += [grpo.supervised_step(policy, env, model.share(demos), opts, 500), grpo.supervised_step(policy, env, grpo.lessons(env, 0, 3, 0), opts)]
+    for t in demos:
+        t.logprobs = [-6.9] * len(t.ids)  # about what a policy that knows nothing gives to any of 1024 tokens: ratios near 1
+    a = SimpleNamespace(group=1, token_budget=500, temperature=0.8, clip_low=0.2, clip_high=0.28, beta=0.0)
+    stats = grpo.grpo_step(policy, None, env, demos, torch.tensor([1.0, -1.0, 0.0, 0.5, -0.5]), opts, a)
+    answers = gog.rollout(policy, env, qs, 2, 0.0, schedule=gog.FREE[:2])
+    return {**{k: w.detach().clone() for k, w in policy.state_dict().items()}, "told": torch.tensor(told).double(), "stats": torch.tensor([stats[k] for k in ("loss", "entropy", "signal", "grad_norm")]),
+            **{f"answer {i}": torch.tensor(t.ids) for i, t in enumerate(answers)}}
+
+
+if __name__ == "__main__":
+    path, sys.argv[1:] = sys.argv[1], sys.argv[2:]
+    train.main()
+    made = updates()
+    tools.atomic(path, lambda p: model.save_file(made, p))
