@@ -85,8 +85,7 @@ def _rollout_batch(policy, env, questions, group, temperature, schedule, generat
             cache = cache.take(torch.tensor(keep, device=policy.device))
         new = [live[i].ids[unread[i]:] for i in keep]
         live, scenes = [live[i] for i in keep], [scenes[i] for i in keep]
-        crops = [t.pictures[-1] for t, ids in zip(live, new) if env.image[0] in ids]
-        hidden = _feed(policy, env, cache, new, crops)
+        hidden = _feed(policy, env, cache, new, [t.pictures[-1] for t, ids in zip(live, new) if env.image[0] in ids])  # crops of gazes
     return trajectories
 
 
@@ -430,19 +429,21 @@ STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.
 
 
 def grid_tables(tables, measured, paper):
-    """Markdown of {table: its rows}: accuracy in percent, the mean of the seeds in `measured` (rows of results.csv) +- half of its 95 % interval, beside the paper's mean."""
+    """Markdown of {table: its rows}: accuracy in percent, the mean of the seeds in `measured` (rows of results.csv) +- half of its 95 % interval, beside the paper's mean. The last column compares
+    with the SFT policy of the same seed: base models differ more from seed to seed than most rows from each other."""
     accuracy = {(r["row"], r["seed"], r["suite"]): (float(r["value"]), int(r["n"])) for r in measured if r["metric"] == "accuracy"}
     suites = [s for s in SUITES if any(s == suite for *_, suite in accuracy)]
-    text = "Accuracy in percent, mean of the seeds +- half of the 95 % interval: over seeds (Student), or, where there is one seed, over questions (binomial). Empty: not measured yet.\n"
+    text = "Accuracy in percent, mean of the seeds +- half of the 95 % interval: over seeds (Student), or, where there is one seed, over questions (binomial). Over SFT: the mean less that of the SFT policy of the same seed. Empty: not measured yet.\n"
+    cells = lambda row, seeds: np.array([[accuracy[row, s, suite] for suite in suites] for s in seeds]).transpose(2, 0, 1)  # (seeds, suites, 2) -> two of (seeds, suites)
     for name, rows in tables.items():
-        text += f"\n## {name}\n\n| row | paper, mean | {' | '.join(suites)} | mean | seeds |\n" + "|---" * (len(suites) + 4) + "|\n"
+        text += f"\n## {name}\n\n| row | paper, mean | {' | '.join(suites)} | mean | over SFT | seeds |\n" + "|---" * (len(suites) + 5) + "|\n"
         for row in rows:
-            seeds = [s for s in sorted({s for r, s, _ in accuracy if r == row}) if all((row, s, suite) in accuracy for suite in suites)]
-            shown = [""] * (len(suites) + 1)
+            seeds = [s for s in sorted({s for r, s, _ in accuracy if r == row}) if all((x, s, suite) in accuracy for x in (row, "sft") for suite in suites)]
+            shown = [""] * (len(suites) + 2)
             if seeds:
-                p, n = np.array([[accuracy[row, s, suite] for suite in suites] for s in seeds]).transpose(2, 0, 1)  # (seeds, suites, 2) -> two of (seeds, suites)
-                every = np.concatenate([p, p.mean(1, keepdims=True)], 1)  # (seeds, suites + 1)
-                half = STUDENT.get(len(seeds), 2.26) * every.std(0, ddof=1) / len(seeds) ** 0.5 if seeds[1:] else 1.96 * np.append(v := p[0] * (1 - p[0]) / n[0], v.mean() / len(v)) ** 0.5
+                (p, n), (q, _) = cells(row, seeds), cells("sft", seeds)
+                every, v, w = np.column_stack([p, p.mean(1), (p - q).mean(1)]), *((x * (1 - x) / n)[0] for x in (p, q))  # (seeds, suites + 2), two of (suites,)
+                half = STUDENT.get(len(seeds), 2.26) * every.std(0, ddof=1) / len(seeds) ** 0.5 if seeds[1:] else 1.96 * np.array([*v, v.mean() / len(v), (v + w).mean() / len(v)]) ** 0.5
                 shown = [f"{100 * m:.1f} +- {100 * h:.1f}" for m, h in zip(every.mean(0), half)]
             text += f"| {row} | {paper.get(row, '')} | {' | '.join(shown)} | {len(seeds)} |\n"
     return text

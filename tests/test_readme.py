@@ -95,6 +95,12 @@ def signal(world):
     return sum(told) / len(told)
 
 
+def seconds(seed, column="seconds"):
+    """Mean of an update of RL."""
+    told = [float(r[column]) for r in published(f"runs/heraldry-nano-{seed}-rl.csv") if r[column]]
+    return sum(told) / len(told)
+
+
 def minutes(stage, world):
     return next(float(r["minutes"]) for r in published("stages.csv") if (r["stage"], r["preset"], r["world"], r["device"], r["seed"]) == (stage, "nano", world, "cpu", "1" if world == "heraldry" else "0"))
 
@@ -124,6 +130,8 @@ TOLD = [  # what the text says outside its tables, and where it comes from
     (r"\(SFT ([\d.]+) minutes, RL", lambda: minutes("sft", "countries")), (r"minutes, RL ([\d.]+); curves", lambda: minutes("rl", "countries")),
     (r"the SFT policy finds (\d+) %", lambda: 100 * RESULTS["countries", "sft", "facts", "target_found"]), (r"and answers (\d+) %", lambda: 100 * RESULTS["countries", "sft", "facts", "accuracy"]),
     *((told, lambda step=step: 100 * float(VALIDATED[step]["development"])) for step, told in ((0, r"it goes from ([\d.]+) to"), (20, r"to ([\d.]+) and [\d.]+ % after 20"), (40, r"and ([\d.]+) % after 20 and 40"))),
+    (r"RL takes ([\d.]+) s instead", lambda: seconds(2)), (r"s instead of ([\d.]+) \(seed 2", lambda: seconds(1)), (r"rollouts ([\d.]+) instead of", lambda: seconds(2, "rollout_seconds")),
+    (r"rollouts [\d.]+ instead of ([\d.]+)\)", lambda: seconds(1, "rollout_seconds")),
     (r"is such a world: (\d+) flags", lambda: len(COUNTRIES.entities)), (r"demonstrations show (\d+) flags", lambda: len(COUNTRIES.splits["train"])),
     (r"no KL by default, `(\w+)`", lambda: train.Args.curriculum), (r"judge \| the same with exact match, λ = ([\d.]+)", lambda: train.Args.lam), (r"Here λ is ([\d.]+)", lambda: train.Args.lam),
     (r"GRPO, G=(\d+)", lambda: train.Args.group), (r"of rollouts at temperature ([\d.]+)", lambda: train.Args.temperature), (r"greedy accuracy on (\d+) questions of the dev", lambda: train.Args.rl_dev),
