@@ -40,8 +40,8 @@ from tqdm import tqdm
 import data
 import gog
 import tools
-from model import autocast, flat_gradient, micro_batches, packed, share, summed, torch_rng, update
-from tools import Trajectory, crop, parse, to_array
+from model import autocast, flat_gradient, gathered, micro_batches, packed, share, summed, torch_rng, update
+from tools import PROCESSES, Trajectory, crop, parse, to_array
 
 
 def reward(correct, well_formed, lam=0.1):
@@ -96,7 +96,7 @@ def supervised_step(policy, env, batch, opts, budget=4000):
         logp, _ = token_logprobs(policy, env, part)
         (-logp.sum() / total).backward()
         loss -= logp.sum().item() / total
-    return summed(loss).item(), update(policy, opts, batch, loss)
+    return (loss := summed(loss).item()), update(policy, opts, batch, loss)
 
 
 def grpo_step(policy, reference, env, batch, advantages, opts, a):
@@ -123,7 +123,7 @@ def grpo_step(policy, reference, env, batch, advantages, opts, a):
         grads.append(flat_gradient(opts))  # they add up: the second is that of both
     totals = {name: summed(x).item() for name, x in totals.items()} | dict(ratio_gap=gap)
     totals["signal"] = F.cosine_similarity(grads[0], grads[1] - grads[0], 0).item()
-    totals["grad_norm"] = update(policy, opts, [batch[i] for i in alive], totals["loss"])  # nobody alive, no gradient: nothing moves
+    totals["grad_norm"] = update(policy, opts, share([batch[i] for i in alive]), totals["loss"])  # nobody alive, no gradient: nothing moves
     return totals
 
 
@@ -181,7 +181,7 @@ def instruct(policy, env, world, n=5750, seed=0, wrong_gaze=0.2):
         pool = [q for q in data.questions(world, data.SFT_MIX, min(512, n // 2 + 8), f"sft/{seed}/{part}") if len(chosen[q.search_free]) < quota[q.search_free]]
         kept = uncertain(policy, env, pool, seed=seed)
         asked, dropped, part = asked + len(pool), dropped + len(pool) - len(kept), part + 1
-        demos = gog.play(env, kept, [gog.expert(q, rng, wrong_gaze, m) for q, m in zip(kept, misses(policy, env, kept))], progress="expert")
+        demos = gog.play(env, kept, [gog.expert(q, rng, wrong_gaze, m) for q, m in zip(kept, gathered(misses(policy, env, share(kept))))], progress="expert")
         for t in demos:
             if t.correct and (not gog.gazes(t) or gog.gazes(t)[-1][1] > 0.9):
                 chosen[t.question.search_free].append(t)
@@ -225,7 +225,7 @@ class Curriculum:
         if not self.pool:
             raise data.WorldError(f"no question is left for --curriculum {mode}: use --curriculum all")
 
-    def draw(self, n, step=0):
+    def draw(self, n, step):
         """Indices of the n entries of a step, by lot: all different where the pool is large enough. adaptive, fresh: with replacement, by weight times 0.02 + p(1-p); p(1-p) is the variance of one
         try, and 0.02 is left so that nothing is given up for good."""
         rng = random.Random(f"curriculum/{self.seed}/{step}")
@@ -278,9 +278,9 @@ TIED = {  # part: the words for its labels 1, 2, ..; image tokens are drawn towa
 
 def labelled_pictures(config, seed, size, i):
     """Batch i of pictures with dense labels, on every patch and on every image token: where are the edges of the shield that covers most of it, what is
-    it, how does it hang. Depends on (seed, i) only. In numpy (tensors would travel between processes through a socket): pictures uint8 (B, 3, S, S),
+    it, how does it hang. Depends on (seed, i) only; of several processes this one's share. In numpy (tensors would travel between processes through a socket): pictures uint8 (B, 3, S, S),
     boxes float (B, P + N, 4) in 0..1, labels int (B, P + N, parts), -1 where nothing can be told."""
-    return [np.stack(x) for x in zip(*(labelled_picture(config, random.Random(f"sights/{seed}/{i}/{k}")) for k in share(range(size))))]
+    return [np.stack(x) for x in zip(*(labelled_picture(config, random.Random(f"sights/{seed}/{i}/{k}")) for k in share(range(max(size, PROCESSES)))))]
 
 
 def labelled_picture(config, rng):
@@ -352,7 +352,7 @@ def see_step(policy, heads, batch, word_ids, opts):
         alike = torch.cat([torch.zeros_like(alike[:, :1]), alike], 1)  # label 0, none of the words (bare wall, in the middle), scores 0
         loss = loss + (1 + (part == "charge")) * cell_loss(alike, shown[:, list(PARTS).index(part)])
     loss.backward()
-    return summed(loss.detach()).item(), update(policy.vision, opts, loss=loss.item())
+    return (told := summed(loss.detach()).item()), update(policy.vision, opts, loss=told)
 
 
 def cell_loss(logits, label):
@@ -587,7 +587,7 @@ def tools_answer(world, scene, turn, rng):
         facts = [(e.name, r, v) for e in world.entities.values() for r, v in e.facts.items()]
         asked = next(f for f in facts if f"{f[0]} {f[1]}" == turn.argument)
         return passage_list(rng, (asked, rng.choice([f for f in facts if f != asked and asked[0] in (f[0], f[2])])))  # and one that names the same town
-    under = [turn.kind == "glance" or data.iou(turn.argument, box) > 0.1 for box in scene.boxes]
+    under = [len(scene.boxes) == 1 if turn.kind == "glance" else data.iou(turn.argument, box) > 0.1 for box in scene.boxes]  # a glance at many finds a stranger
     hit = scene.entities[under.index(True)] if True in under else rng.choice([e for e in world.entities.values() if e not in scene.entities])  # bare wall
     return hit_list(rng, (hit, rng.choice([e for e in world.entities.values() if e is not hit])))
 
@@ -633,7 +633,7 @@ def replay(env, seed, n):
 
 
 def lessons(env, seed, size, i):
-    """Batch i of the pretraining stream. Depends on (seed, i) only, so a resumed run sees what the unbroken one would have seen."""
+    """Batch i of the pretraining stream. Depends on (seed, i) only, so a resumed run sees what the unbroken one would have seen; of several processes this one's share."""
     return taught(env, LESSONS, f"lessons/{seed}/{i}", size)
 
 

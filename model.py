@@ -15,7 +15,7 @@ Additions that a small model on a small budget is glad of; the first two can be 
   3. Smooth starts: patch positions and the embeddings of 0..99 begin on waves, so that nearby places and numbers begin alike.
   4. Loud image tokens: the norm after the projector begins at 4.5 instead of 1 (why: Vision, below).
 
-Reading order: configuration -> vocabulary -> layers -> cache -> vision -> policy -> batches to train on -> sampling -> optimiser -> save and load.
+Reading order: configuration -> vocabulary -> layers -> cache -> vision -> policy -> batches to train on -> sampling -> several processes -> optimiser -> save and load.
 
 Alphabet: B batch, T tokens, P patches, N image tokens a picture, D width of the decoder, W of the ViT, S side of a picture in pixels, H query heads, K key/value heads, C head width.
 """
@@ -434,6 +434,7 @@ def pick(logits, temperature, allowed=None, generator=None):
 
 
 # ------------------------------------------------------------------------------ several processes (torchrun), or just one
+# What calls `summed` or `gathered` (rollouts, steps, checkpoints) must be called by every process, equally often and in the same order.
 
 def share(items):
     """This process's part of what all do together: every PROCESSES-th of some items."""
@@ -441,7 +442,7 @@ def share(items):
 
 
 def summed(x):
-    """A tensor (or a number), summed over all processes; none goes on before all have come here."""
+    """A tensor (summed in place) or a number, summed over all processes; none goes on before all have come here."""
     x = torch.as_tensor(x)
     if PROCESSES > 1:
         torch.distributed.all_reduce(x)
@@ -515,7 +516,7 @@ def optimisers(named, muon_lr, adam_lr):
 
 
 def lr_factor(step, steps, warmup=30, decay=0.9):
-    """Learning-rate factor in 0..1: linear warm-up, linear decay to 0 over the last `decay` of the run, flat in between (only where the run is long: SFT's 180 steps peak at 0.93).
+    """Learning-rate factor in 0..1: linear warm-up, linear decay to 0 over the last `decay` of the run, flat in between (only where the run is long: SFT's 180 steps peak at 0.94).
     Most of what the base model learns, it learns while the rate falls."""
     return min(1.0, (step + 1) / warmup, (steps - step) / max(1, decay * steps))
 
@@ -536,7 +537,7 @@ def parameters(opts):
 
 
 def flat_gradient(opts):
-    """What all processes have gathered for the parameters of these optimisers, one behind the other: (their numbers in all,)."""
+    """The gradient of all parameters of these optimisers, summed over the processes, as one vector; 0 where there is none."""
     return summed(torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters(opts)]))
 
 
@@ -548,7 +549,7 @@ def update(module, opts, batch=(), loss=0.0, clip=1.0):
             p.grad = g.view_as(p) if g.any() else None  # None: nothing asked anything of it, so momentum must not move it
     norm = torch.nn.utils.clip_grad_norm_(module.parameters(), clip).item()
     if not math.isfinite(norm + loss):
-        raise NotFinite(batch)
+        raise NotFinite(gathered(batch))
     for o in opts:
         o.step()
         o.zero_grad(set_to_none=True)

@@ -3,6 +3,7 @@
 From the paper: SFT on reflective trajectories, then GRPO on the questions that the SFT model mostly fails.
 Here instead: one stage more. `pretrain` makes the base model that the paper takes from the shelf: first the eyes alone, with labels on
     every patch and image token; then, with the eyes held still, lessons in words. A stage whose input is missing runs the one before it first.
+Under torchrun every process runs all of this file; they divide what is in a batch (model.share), agree on every step (model.update), and only the first one speaks and writes.
 
 Reading order: the four stages -> the grid -> run folder -> tables -> flags. `a` is the flags everywhere (Args, below); `v` the vocabulary; `run` the run folder of a stage (Run, below).
 """
@@ -163,7 +164,7 @@ def rl(a):
     bar.close()
     atomic(run.weights, lambda p: p.write_bytes(champion.read_bytes()))
     run.close(CURVES)
-    champion.unlink(missing_ok=True)  # last: a kill in between loses nothing
+    RANK or champion.unlink()  # last: a kill in between loses nothing
     print(f"best: step {best[1]}, development accuracy {best[0]:.3f}, kept as {run.weights}", file=sys.stderr)
 
 
@@ -238,8 +239,8 @@ PAPER = {"direct": 20.3, "full-search": 44.4, "no-gaze": 36.9, "sft": 43.3, "rl"
 def reproduce(a):
     """Every row of GRID for seeds 0 .. a.seeds - 1 that results.csv or the run folder lacks, training what must be; after each, all that is known goes to grid.md beside it. Stopped at
     any time, it goes on where it was. A row that cannot be (no question of level 1, say) is left out, and said at the end."""
-    if a.row() != "rl" or a.out or a.trained_on:
-        raise CheckpointError("--stage reproduce chooses --name, --out, --trained-on and the flags of eval itself, row by row. Leave them out")
+    if a.row() != "rl" or a.out or a.trained_on or PROCESSES > 1:
+        raise CheckpointError("--stage reproduce chooses --name, --out, --trained-on and the flags of eval itself, row by row, and is one process. Leave them out; without torchrun")
     path, todo, failed = Path(a.results) / "results.csv", [replace(a, stage="eval", seed=seed, **flags) for seed in range(a.seeds) for rows in GRID.values() for flags in rows], []
     tables = {name: [*(ROWS if name == "main" else ["sft"] if name == "scale" else ["rl"]), *(replace(a, **flags).row() for flags in rows if flags)] for name, rows in GRID.items()}
     measured = lambda: [r for r in read_rows(path) if (r["world"], r["preset"]) == (a.examined_world(), a.preset)]
@@ -267,7 +268,7 @@ class Run:
     """A run folder: the training state (exact resume), one metrics row a step, and the finished weights."""
 
     def __init__(self, a, stage):
-        self.folder, self.stage, self.flags = a.folder("base" if stage == "pretrain" else ""), stage, {k: getattr(a, k) for k in MATTERS.get(stage, MATTERS["rl"]).split()}
+        self.folder, self.stage, self.flags = a.folder("base" if stage == "pretrain" else ""), stage, {"nproc_per_node": PROCESSES} | {k: getattr(a, k) for k in MATTERS.get(stage, MATTERS["rl"]).split()}
         self.weights, self.state, self.csv, self.lock_file = (self.folder / f"{stage}.{end}" for end in ("safetensors", "state.safetensors", "csv", "lock"))
         self.rows, self.stopping = [], False
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -276,7 +277,7 @@ class Run:
             self.lock.execute("BEGIN EXCLUSIVE")
         except sqlite3.Error as e:
             raise CheckpointError(f"{self.lock_file}: {e}. Another run of this stage is at work in this folder, or it cannot be written to: wait, or give this run a folder of its own with --out") from None
-        for left in self.folder.glob(f".{stage}.[a-z]*.tmp"):
+        for left in () if RANK else self.folder.glob(f".{stage}.[a-z]*.tmp"):
             left.unlink(missing_ok=True)  # of a process that was killed while it wrote
         signal.signal(signal.SIGINT, self.interrupt)
 
@@ -292,13 +293,13 @@ class Run:
         self.rows.append({k: f"{v:.6g}" if isinstance(v, float) else str(v) for k, v in row.items()})
 
     def checkpoint(self, modules, opts, every, step, **extra):
-        """If it is time: everything that the next step depends on, in one file without pickle: weights, optimisers, generators, counters, metrics."""
-        self.stopping = bool(summed(int(self.stopping)))  # all processes, or none
-        if step % every and not self.stopping:
+        """If it is time: everything that the next step depends on, in one file without pickle: weights, optimisers, counters, metrics."""
+        stop = bool(summed(int(self.stopping)))  # all processes, or none
+        if step % every and not stop:
             return
         save_state(self.state, modules, opts, extra=json.dumps({"step": step, "flags": self.flags, **extra}), rows=json.dumps(self.rows))
         self.write_csv()
-        if self.stopping:
+        if stop:
             self.lock.close()
             raise KeyboardInterrupt(f"{step} steps of {self.stage} are in {self.state}")
 
@@ -319,14 +320,14 @@ class Run:
 
     def close(self, columns):
         """The stage is done: its metrics stay, with the curves of some columns, and its training state goes."""
-        summed(0)  # the first process has saved its weights: all may go on with them, and delete what nobody needs any more
+        stop = bool(summed(int(self.stopping)))  # the first process has saved its weights: all may go on with them, and delete what nobody needs any more
         self.write_csv()
         sheet = gog.curve_sheet(self.stage, gog.curve_values(self.rows, columns))
         atomic(self.csv.with_suffix(".png"), lambda p: sheet.save(p, format="PNG"))
-        self.state.unlink(missing_ok=True)
+        RANK or self.state.unlink(missing_ok=True)
         self.lock.close()
-        self.lock_file.unlink(missing_ok=True)
-        if self.stopping:  # Ctrl-C came too late to save a step: the stage is done, and the next is not begun
+        RANK or self.lock_file.unlink(missing_ok=True)
+        if stop:  # Ctrl-C came too late to save a step: the stage is done, and the next is not begun
             raise KeyboardInterrupt
 
 
@@ -339,7 +340,7 @@ ROWS = ("random", "base", "direct", "full-search", "no-gaze", "sft", "rl", "with
 
 def measure(a, table, row, world, suite, metrics, began):
     """Rows of results.csv from {metric: (value, number of questions)}."""
-    return [dict(zip(COLUMNS, (table, row, world, suite, a.seed, metric, f"{value:.4f}", n, a.preset, a.device, f"{(time.time() - began) / 60:.2f}"))) for metric, (value, n) in metrics.items()]
+    return [dict(zip(COLUMNS, (table, row, world, suite, a.seed, metric, f"{value:.4f}", n, a.preset, a.place(), f"{(time.time() - began) / 60:.2f}"))) for metric, (value, n) in metrics.items()]
 
 
 def write_results(a, rows):
@@ -371,7 +372,7 @@ class Args:
     see_adam_lr: float = 0.002  # of everything else while the eyes learn
     word_lr: float = 0.002  # of the decoder
     demos: int = 5750  # trajectories of GoG-Instruct
-    wrong_gaze: float = 0.2  # chance, for every object looked for that the base model itself does not miss, that the expert also looks where it is not
+    wrong_gaze: float = 0.2  # chance, for every object looked for that the base model itself does not miss, that the expert also looks where it is not (and a quarter of that, that it first glances in vain)
     failure_rate: float = 0.03  # of tools while training
     sft_batch: int = 32  # trajectories a step
     replay: float = 0.6  # lessons of the base model on top, for each demonstration, so that pointing and long plans are not forgotten
@@ -435,7 +436,7 @@ STAGES = {"pretrain": pretrain, "sft": sft, "rl": rl, "eval": evaluate}
 CHOICES = {"stage": [*STAGES, "reproduce"], "preset": list(PRESETS), "device": ["auto", "cuda", "mps", "cpu"], "advantage": ["std", "mean"],
            "curriculum": ["level1", "level2", "all", "learnable", "adaptive", "fresh"]}
 
-RANGES = {"seed": (0, 2**32 - 1), "towns": (40, 20_000), "group": (2, 10_000), "temperature": (0.01, 10.0), "replay": (0.0, 100.0), "beta": (0.0, 100.0), "see_batch": (PROCESSES, 10**6),
+RANGES = {"seed": (0, 2**32 - 1), "towns": (40, 20_000), "group": (2, 10_000), "temperature": (0.01, 10.0), "replay": (0.0, 100.0), "beta": (0.0, 100.0),
           **dict.fromkeys(("seed_world", "see_steps", "word_steps", "rl_steps", "shown"), (0, 10**6))}  # of the others: 1 to a million, or 0 to 1
 
 
@@ -494,10 +495,10 @@ def work_together(a):
     torch.set_num_threads(max(1, os.cpu_count() // int(os.environ["LOCAL_WORLD_SIZE"])))
     if a.device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    torch.distributed.init_process_group()
+    torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if a.device == "cuda" else "gloo")
     atexit.register(torch.distributed.destroy_process_group)
     if RANK:
-        sys.stdout = sys.stderr = open(os.devnull, "w")
+        sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8", errors="replace")
 
 
 def main():
@@ -518,7 +519,7 @@ def main():
         told, code = f"error: {e}", 2
     except KeyboardInterrupt as e:
         told, code = f"stopped. {str(e) or 'Finished stages, finished suites of eval and the last checkpoint are kept'}. The same command with --resume goes on.", 130
-    print(f"\n{told}", file=sys.stderr)  # the last line: a progress bar ends with the error that held it
+    print(f"\n{told}", file=sys.__stderr__ if RANK else sys.stderr)  # the last line: a progress bar ends with the error that held it
     sys.exit(code)
 
 

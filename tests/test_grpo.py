@@ -136,10 +136,10 @@ def test_levels_and_curriculum():
     rates = [0.0, 0.25, 0.5, 0.75, 1.0]
     assert [grpo.level(p) for p in rates] == [2, 2, 1, 0, 0]
     c = grpo.Curriculum(list(rates), "level2")
-    assert sorted(c.draw(2)) == [0, 1] and sorted(c.draw(4)) == [0, 0, 1, 1]
+    assert sorted(c.draw(2, 0)) == [0, 1] and sorted(c.draw(4, 0)) == [0, 0, 1, 1]
     assert grpo.Curriculum(list(rates), "learnable").pool == [1]
     c = grpo.Curriculum(list(rates), "adaptive", seed=1)
-    drawn = c.draw(2000)
+    drawn = c.draw(2000, 0)
     assert drawn.count(2) > drawn.count(1) > drawn.count(4) > 0
     c.seen([4], [0.0])
     assert c.pass_rates[4] == 0.5
@@ -158,7 +158,7 @@ def test_fresh_questions_are_never_asked_twice(world):
     assert len(set(scenes)) == len(scenes)
     assert grpo.ask_each(world, kinds[:1] + kinds[-3:] * 6, "rl/0/2") == steps[2]
     c = grpo.Curriculum([0.5, 0.5, 0.0], "fresh", worth=[1, 3, 3])
-    drawn = c.draw(3000)
+    drawn = c.draw(3000, 0)
     assert drawn.count(1) > 2 * drawn.count(0) and drawn.count(0) > drawn.count(2) > 0
     c.seen([2, 2], [1.0, 1.0])
     assert c.pass_rates[2] == pytest.approx(0.19)
