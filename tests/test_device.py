@@ -29,11 +29,11 @@ def test_every_tensor_goes_where_the_policy_is(policy, env, questions, monkeypat
     """Prevents a run on a GPU that ends at its first step: rollouts, every stage's step and the exam never mix devices, and do what they do on the CPU."""
     here, there, tensor = deepcopy(policy), moved(deepcopy(policy)), torch.tensor
     torch.manual_seed(1)
-    ids, told = learn(here, env, questions[:4])
+    ids, told = learn(here, env, questions[:2])
     monkeypatch.setattr(torch, "tensor", lambda x, device="cpu", **kwargs: tensor(x, **kwargs).to(device))  # else it passes by Factories
     torch.manual_seed(1)
     with Factories():
-        ids_there, told_there = learn(there, env, questions[:4], moved)
+        ids_there, told_there = learn(there, env, questions[:2], moved)
     assert ids_there == ids and told_there == pytest.approx(told, rel=1e-2, abs=1e-4) and isinstance(there.norm.weight.data, Far)
     with pytest.raises(RuntimeError, match="another on the CPU"):
         there.norm.weight * torch.ones(64)
