@@ -63,9 +63,9 @@ def test_mistakes_are_answered_in_one_line(tmp_path, monkeypatch, capsys, flags,
     assert not list(tmp_path.iterdir())
 
 
-def test_a_broken_checkpoint_is_not_overwritten(tmp_path):
+def test_a_broken_checkpoint_is_not_overwritten(tmp_path, begun):
     """Prevents destroying what can be mended: --stage rl with a torn SFT file stops with a clear line and leaves the file alone."""
-    (tmp_path / "run").mkdir()
+    begun(tmp_path / "run")
     torn = tmp_path / "run" / "sft.safetensors"
     torn.write_bytes(b"not a checkpoint")
     done = run("--stage", "rl", *TINY, "--out", "run", cwd=tmp_path)
@@ -206,11 +206,11 @@ def test_what_is_not_asked_for_goes_on_where_it_was_interrupted(tmp_path, monkey
 
 
 @pytest.mark.parametrize("spoil", [lambda logp: logp * float("nan"), lambda logp: logp - float("inf")], ids=["gradient", "loss"])  # the second has a finite gradient
-def test_a_gradient_that_is_no_number_changes_nothing(tmp_path, monkeypatch, env, spoil):
+def test_a_gradient_that_is_no_number_changes_nothing(tmp_path, monkeypatch, begun, spoil):
     """Prevents one bad batch from destroying weights and optimiser: the step is refused, its batch can be looked at, the last checkpoint stays."""
     monkeypatch.chdir(tmp_path)
     a, real = train.arguments([*TINY, "--out", "run", "--save-every", "1"]), grpo.token_logprobs
-    train.pretrain(a)
+    begun(tmp_path / "run")
     calls = []
 
     def poisoned(*args):
