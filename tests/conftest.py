@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import far  # noqa: F401  (its device must be there before the first backward pass)
+import far  # noqa: F401 (its device must be there before the first backward pass)
 import pytest
 import torch
 

@@ -42,3 +42,4 @@ if __name__ == "__main__":
     train.main()
     made = updates()
     tools.atomic(path, lambda p: model.save_file(made, p))
+    model.summed(0)  # nobody leaves before it is written
