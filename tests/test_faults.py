@@ -356,19 +356,21 @@ def test_an_index_holds_no_more_than_it_says():
     assert sum(x.nbytes for x in (index.where, index.weight, index.keys, index.bounds, index.rarity)) < 700 * ENTITIES
 
 
-def test_two_runs_in_one_folder(tmp_path):
+def test_two_runs_in_one_folder(tmp_path, monkeypatch, capsys):
     """Prevents two runs of a stage that overwrite each other's checkpoints: the second is refused in one line. A lock ends with its process, however that ends."""
     stage = ["--stage", "pretrain", *TINY, "--out", "run"]
     first = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *stage, "--word-steps", "100000"], cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True)
     while first.poll() is None and "part=words" not in first.stderr.readline():
         pass
-    with pytest.raises(train.CheckpointError, match="pretrain.lock: database is locked.*--out"):
-        train.Run(train.Args(out=str(tmp_path / "run")), "pretrain")
-    assert first.poll() is None
+    monkeypatch.chdir(tmp_path), monkeypatch.setattr(sys, "argv", ["train.py", *stage])
+    with pytest.raises(SystemExit) as refused:
+        train.main()
+    told = capsys.readouterr().err
+    assert refused.value.code == 2 and "pretrain.lock: database is locked" in told and "--out" in told and first.poll() is None
     first.kill()
     first.wait()
-    train.Run(train.Args(out=str(tmp_path / "run")), "pretrain").lock.close()
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    train.main()
+    assert not (tmp_path / "run" / "pretrain.lock").exists()
     with contextlib.suppress(ProcessLookupError):  # the process that drew for the first outlives its kill, stuck with a batch that nobody takes
         os.killpg(first.pid, signal.SIGKILL)
 
