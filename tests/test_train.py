@@ -105,9 +105,9 @@ def test_ctrl_c_saves_and_resume_is_exact(tmp_path, monkeypatch, capsys):
 
     checkpoint = train.Run.checkpoint
     monkeypatch.setattr(train.Run, "checkpoint", remember), monkeypatch.setattr(train.Run, "close", close)
-    for stage, steps, curriculum in ((train.pretrain, "pretrain", ""), (train.sft, "sft", ""), (train.rl, "rl", "fresh")):
+    for stage, steps, curriculum in ((train.pretrain, "pretrain", ""), (train.sft, "sft", ""), (train.rl, "rl", "fresh"), (train.rl, "rl", "adaptive")):
         whole.curriculum = broken.curriculum = curriculum
-        if curriculum:
+        if curriculum == "fresh":
             liven(monkeypatch.setattr)
         stage(whole)
 
