@@ -71,7 +71,7 @@ def _rollout_batch(policy, env, questions, group, temperature, schedule, generat
     cache, hidden = cache.take(repeat) if group > 1 else cache, hidden[repeat]
     live, scenes = list(trajectories), [s for s in scenes for _ in range(group)]
     for turn, actions in enumerate(schedule, 1):
-        allowed = _allowed(env.v, actions, policy.device)
+        allowed = _allowed(env.v, {*actions} & {*env.actions}, policy.device)
         sampled = _sample_turn(policy, env.v, cache, hidden, temperature, allowed, generator)
         for t, (ids, logprobs) in zip(live, sampled):
             t.act(ids, logprobs)

@@ -25,7 +25,6 @@ Reading order: reward and advantage -> policy loss -> one step of each stage -> 
 
 Alphabet: Q questions, G rollouts a question (the group), M trained tokens; `a`: the flags (train.Args), `env.v`: the vocabulary.
 """
-import contextlib
 import random
 import re
 import sys
@@ -44,18 +43,23 @@ from model import autocast, flat_gradient, gathered, micro_batches, packed, shar
 from tools import PROCESSES, Trajectory, crop, parse, to_array
 
 
-def reward(correct, well_formed, lam=0.1):
-    """r = (1 - lambda) r_acc + lambda r_fmt, in [0, 1]. r_acc: exact match; r_fmt: every turn well-formed, and it ends in an answer."""
-    return (1 - lam) * float(correct) + lam * float(well_formed)
+def accuracy_reward(t, search_penalty=0.0):
+    """r_acc of a trajectory, in [0, 1]: exact match; of one that used a tool less a share of it (none in the paper; 0.1 in MMSearch-R1)."""
+    return t.correct * (1 - search_penalty * any(turn.kind in ("search", "glance", "gaze") for turn in t.turns))
 
 
-def group_advantages(rewards, correct, divide_by="std"):
-    """Advantages (Q, G) of rewards (Q, G), and which groups are alive (Q,): those with both right and wrong answers.
+def reward(r_acc, well_formed, lam=0.1):
+    """r = (1 - lambda) r_acc + lambda r_fmt, in [0, 1]. r_fmt: every turn well-formed, and it ends in an answer."""
+    return (1 - lam) * float(r_acc) + lam * float(well_formed)
+
+
+def group_advantages(rewards, r_acc, divide_by="std"):
+    """Advantages (Q, G) of rewards (Q, G), and which groups are alive (Q,): those whose r_acc (Q, G) differ.
 
     A = (r - mean) / std over the group ("std", the paper) or r - mean ("mean": an easy or hard question weighs no more than another).
-    Dead groups get exactly 0; they are found by `correct`, since a standard deviation of equal floats need not be 0.
+    Dead groups get exactly 0; they are found by r_acc, since a standard deviation of equal floats need not be 0.
     """
-    alive = correct.any(1) & ~correct.all(1)
+    alive = r_acc.amax(1) > r_acc.amin(1)
     scale = rewards.std(1, keepdim=True).clamp_min(1e-6) if divide_by == "std" else 1.0
     return torch.where(alive[:, None], (rewards - rewards.mean(1, keepdim=True)) / scale, 0.0), alive
 
@@ -82,9 +86,8 @@ def token_logprobs(policy, env, trajectories, temperature=1.0):
     ids, trained, pictures = ids.to(policy.device), trained.to(policy.device), pictures.to(policy.device) if pictures is not None else None
     hidden = policy(ids, pictures, env.image[0], lengths=lengths)
     wanted = trained[:, 1:]  # token t is predicted at position t - 1; a trajectory's first is <bos>, never trained, so none is predicted from its neighbour
-    logits = policy.logits(hidden[:, :-1][wanted])
-    logits = logits.masked_fill(~torch.tensor(env.v.sampleable, device=policy.device), float("-inf")) / temperature
-    all_logp = F.log_softmax(logits.float(), -1)
+    logits = policy.logits(hidden[:, :-1][wanted]).masked_fill(~torch.tensor(env.v.sampleable, device=policy.device), float("-inf"))
+    all_logp = F.log_softmax(logits.float() / temperature, -1)
     return all_logp.gather(1, ids[:, 1:][wanted][:, None])[:, 0], all_logp
 
 
@@ -137,14 +140,15 @@ def iteration(policy, reference, env, questions, opts, a, generator):
     batch = gog.rollout(policy, env, questions, a.group, a.temperature, generator=generator)
     rollout_seconds = time.time() - began
     by_group = lambda values: torch.tensor(values).view(len(questions), a.group)  # (Q*G,) -> (Q, G)
-    correct, rewards = by_group([t.correct for t in batch]), by_group([reward(t.correct, t.well_formed, a.lam) for t in batch])
-    advantages, alive = group_advantages(rewards, correct, a.advantage)
+    r_acc = by_group([accuracy_reward(t, a.search_penalty) for t in batch])
+    rewards = by_group([reward(r, t.well_formed, a.lam) for r, t in zip(r_acc.flatten().tolist(), batch)])
+    advantages, alive = group_advantages(rewards, r_acc, a.advantage)
     with autocast(policy.device.type):
         stats = grpo_step(policy, reference, env, batch, advantages.flatten(), opts, a)
     did = gog.behaviour(batch)
     stats |= dict(reward=rewards.mean().item(), accuracy=did["accuracy"], dead=1 - alive.float().mean().item(), **{k: did[k] for k in LOGGED},
                   rollout_seconds=rollout_seconds, seconds=time.time() - began)
-    return batch, advantages.flatten(), correct.float().mean(1).tolist(), stats
+    return batch, advantages.flatten(), by_group([float(t.correct) for t in batch]).mean(1).tolist(), stats
 
 
 # ------------------------------------------------------------------------------- what they learn from: demonstrations, levels
@@ -175,22 +179,22 @@ def instruct(policy, env, world, n=5750, seed=0, wrong_gaze=0.2):
     """GoG-Instruct: `n` expert trajectories, 43.5 % of them search-free, of questions that survive the filter; every one is
     checked: the answer is right, and the last gaze lies on a target."""
     quota = {True: round(0.435 * n), False: n - round(0.435 * n)}
+    mix = [(kind, setting, w) for kind, setting, w in data.SFT_MIX if "gaze" in env.actions or setting == "single" or kind in (*data.VISUAL, "count")]  # what can be told without a gaze
     chosen, asked, dropped, rng, part = {True: [], False: []}, 0, 0, random.Random(f"expert/{seed}"), 0
     bar = tqdm(total=n, desc="demonstrations")
     while any(len(chosen[free]) < quota[free] for free in quota):
-        pool = [q for q in data.questions(world, data.SFT_MIX, min(512, n // 2 + 8), f"sft/{seed}/{part}") if len(chosen[q.search_free]) < quota[q.search_free]]
+        pool = [q for q in data.questions(world, mix, min(512, n // 2 + 8), f"sft/{seed}/{part}") if len(chosen[q.search_free]) < quota[q.search_free]]
         kept = uncertain(policy, env, pool, seed=seed)
         asked, dropped, part = asked + len(pool), dropped + len(pool) - len(kept), part + 1
         demos = gog.play(env, kept, [gog.expert(q, rng, wrong_gaze, m) for q, m in zip(kept, gathered(misses(policy, env, share(kept))))], progress="expert")
         for t in demos:
-            if t.correct and (not gog.gazes(t) or gog.gazes(t)[-1][1] > 0.9):
+            if t.correct and (not gog.gazes(t) or "gaze" in env.actions and gog.gazes(t)[-1][1] > 0.9):
                 chosen[t.question.search_free].append(t)
         bar.update(sum(min(len(chosen[free]), quota[free]) for free in quota) - bar.n)
         if part > 80 + n // 100:
             raise data.WorldError("the base model answers nearly every question of one kind without tools: no demonstrations are left. Ask for fewer --demos")
     bar.close()
-    demos = chosen[True][:quota[True]] + chosen[False][:quota[False]]
-    random.Random(f"shuffle/{seed}").shuffle(demos)
+    demos = random.Random(f"shuffle/{seed}").sample(chosen[True][:quota[True]] + chosen[False][:quota[False]], n)
     print(f"GoG-Instruct: {len(demos)} trajectories of {asked} questions asked, {dropped} dropped by the uncertainty filter; "
           f"{sum(any(gog.looked_elsewhere(t)) for t in demos)} reflective", file=sys.stderr)
     return demos
@@ -241,11 +245,8 @@ class Curriculum:
 
 def kinds(world):
     """What `fresh` draws from: every kind of RL_MIX that can be asked of this world, as (kind, setting, weight), and the user's own questions."""
-    def can_be_asked(kind):
-        with contextlib.suppress(data.WorldError):
-            return data.questions(world, [kind], 1, "can it be asked?")
-
-    return [*world.own[::2], *filter(can_be_asked, data.RL_MIX)]
+    can_be_asked = lambda kind, setting: any(data.ask(world, kind, setting, ("train",), random.Random(i)) for i in range(1000))
+    return [*world.own[::2], *((kind, setting, weight) for kind, setting, weight in data.RL_MIX if can_be_asked(kind, setting))]
 
 
 def ask_each(world, wanted, seed):

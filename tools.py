@@ -459,10 +459,10 @@ def to_array(picture, side):
 
 
 class Environment:
-    """What stands around the policy: prompt, tools, observations. Holds the vocabulary and the picture format."""
+    """What stands around the policy: prompt, tools, observations. Holds the vocabulary, the picture format, and the actions that a policy may take (gaze=False: never a gaze)."""
 
-    def __init__(self, vocabulary, toolbox, config, withhold=False):
-        self.v, self.toolbox, self.side, self.withhold = vocabulary, toolbox, config.picture, withhold
+    def __init__(self, vocabulary, toolbox, config, withhold=False, gaze=True):
+        self.v, self.toolbox, self.side, self.withhold, self.actions = vocabulary, toolbox, config.picture, withhold, ACTIONS if gaze else ACTIONS[:-1]
         self.image = [vocabulary.id["<image>"]] * config.image_tokens
 
     def prompt(self, question, picture):
@@ -578,11 +578,11 @@ def read_rows(path, columns=()):
     return rows
 
 
-def write_rows(path, rows, key):
-    """Add rows (dicts) to a csv; a row with the same values of `key` is replaced, the others stay."""
+def write_rows(path, rows, columns, key):
+    """Add rows (dicts) to a csv with these `columns`; a row with the same values of `key` is replaced, the others stay."""
     name = lambda r: [str(r[k]) for k in key]
-    old, new, text = read_rows(path, rows[0]), [name(r) for r in rows], io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    old, new, text = read_rows(path, columns), [name(r) for r in rows], io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows([r for r in old if name(r) not in new] + rows)
     atomic(path, lambda p: p.write_text(text.getvalue(), encoding="utf-8"))

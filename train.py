@@ -13,7 +13,6 @@ import os
 import signal
 import sqlite3
 import sys
-import tempfile
 import time
 from dataclasses import dataclass, replace
 from functools import partial
@@ -86,7 +85,7 @@ def sft(a):
     """Stage 1, reflective behaviour alignment: causal LM loss on the expert's own tokens, with some lessons of the base model in between."""
     (policy, v), run = load(a.weights("pretrain"), a.device), Run(a, "sft")
     world = data.open_world(a.world, a.seed_world, a.towns)
-    env = Environment(v, make_toolbox(world, a.failure_rate, a.seed), policy.config)
+    env = Environment(v, make_toolbox(world, a.failure_rate, a.seed), policy.config, gaze=a.gaze)
     demos = grpo.instruct(policy, env, world, a.demos, a.seed, a.wrong_gaze)
     total = -(-len(demos) // a.sft_batch)  # each is seen once
     opts = optimisers(((n, p) for n, p in policy.named_parameters() if p.requires_grad), a.sft_lr, a.sft_adam_lr)
@@ -111,7 +110,7 @@ def sft(a):
 def development(policy, env, world, a):
     """Greedy accuracy on the development split, asked as the suites ask, and the trajectories. What is tuned is tuned here."""
     asked, reliable = data.questions(world, gog.DEV_MIX, a.rl_dev, f"dev/{a.seed}", ("dev",)), Toolbox(env.toolbox.image_index, env.toolbox.text_index)  # tools that do not fail
-    tries = gog.evaluate(policy, Environment(env.v, reliable, policy.config), asked, progress="development")
+    tries = gog.evaluate(policy, Environment(env.v, reliable, policy.config, gaze=a.gaze), asked, progress="development")
     return gog.behaviour(tries)["accuracy"], tries
 
 
@@ -119,7 +118,7 @@ def rl(a):
     """Stage 2, complexity-adaptive reinforcement learning: GRPO on kinds of questions (or on questions, scored by the SFT model first) drawn by pass rate."""
     (policy, v), run = load(a.weights("sft"), a.device), Run(a, a.name)
     world = data.open_world(a.world, a.seed_world, a.towns)
-    env = Environment(v, make_toolbox(world, a.failure_rate, a.seed), policy.config)
+    env = Environment(v, make_toolbox(world, a.failure_rate, a.seed), policy.config, gaze=a.gaze)
     fresh = a.curriculum == "fresh"  # then the pool holds kinds of questions, and each is asked anew; else questions, scored once first
     askable = grpo.kinds(world) if fresh else data.questions(world, data.RL_MIX, a.rl_questions, f"rl/{a.seed}") + list(world.own[::2])
     reference = load(a.weights("sft"), a.device)[0].requires_grad_(False) if a.beta else None
@@ -200,7 +199,7 @@ def evaluate(a):
         # another policy than rl adds its row, and leaves those of others; and nobody knows where to look in a user's own picture
         for row in (r for r in (ROWS if named == "rl" else ("rl",)) if r != "oracle" or name != "own"):
             policy, v = policies.get(row, policies["rl"])
-            began, env = time.time(), Environment(v, toolbox, policy.config, withhold=row == "withheld")
+            began, env = time.time(), Environment(v, toolbox, policy.config, withhold=row == "withheld", gaze=a.gaze)
             tries = gog.evaluate(policy, env, qs, row, a.seed, a.turns, progress=f"{name}, {row}")
             table += measure(a, "main", named if row == "rl" else row, label, name, {k: (x, len(qs)) for k, x in gog.behaviour(tries).items()}, began)
             if row == named == "rl" and not a.seed:
@@ -220,7 +219,7 @@ def evaluate(a):
 
 def for_report(a, t, world, v, pictures, **who):
     """What a report tells of a trajectory: who did it, what it was rewarded with, and all that happened."""
-    return dict(**who, reward=grpo.reward(t.correct, t.well_formed, a.lam), **gog.record(t, world, v, pictures))
+    return dict(**who, reward=grpo.reward(grpo.accuracy_reward(t, a.search_penalty), t.well_formed, a.lam), **gog.record(t, world, v, pictures))
 
 
 # ------------------------------------------------------------------------------------------------------------- the grid
@@ -228,12 +227,13 @@ def for_report(a, t, world, v, pictures, **who):
 EVAL_FLAGS = ("tools_fail", "turns", "stale")  # flags of eval that ask another thing of the same policy
 GRID = {  # the flags of every row of the paper's tables, and of questions that it leaves open; a policy with a name of its own is trained first, by RL on as many rollouts (scale: by SFT only)
     "main": [{}],
+    "Selective Gaze": [dict(name="no-gaze-sft", gaze=False, rl_steps=0), dict(name="no-gaze-rl", gaze=False, search_penalty=0.1)],  # the second: as MMSearch-R1
     "robustness": [dict(tools_fail=0.05), dict(tools_fail=0.2), dict(stale=True), *(dict(turns=n) for n in (2, 4, 6, 10))],
     "curriculum": [dict(name=mode, curriculum=mode) for mode in ("level1", "level2", "all", "learnable", "adaptive")],
     "GRPO": [dict(name="group-4", group=4, rl_batch=64), dict(name="group-16", group=16, rl_batch=16), dict(name="mean-only", advantage="mean"), dict(name="lambda-0", lam=0.0),
              dict(name="lambda-0.2", lam=0.2), dict(name="kl-0.001", beta=0.001), dict(name="lr-0.01", rl_lr=0.01), dict(name="lr-0.1", rl_lr=0.1)],
     "scale": [dict(name=f"demos-{n}", demos=n, rl_steps=0) for n in (500, 2000, 20000)]}
-PAPER = {"direct": 20.3, "full-search": 44.4, "no-gaze": 36.9, "sft": 43.3, "rl": 53.2, "level1": 50.5, "level2": 53.2}  # means of Qwen2.5-VL-7B; no-gaze: MMSearch-R1; level1: the mean of its row (printed: 47.28)
+PAPER = {"direct": 20.3, "full-search": 44.4, "no-gaze-rl": 36.9, "sft": 43.3, "rl": 53.2, "no-gaze-sft": 41.8, "level1": 50.5, "level2": 53.2}  # means of Qwen2.5-VL-7B; no-gaze-rl: MMSearch-R1; no-gaze-sft: SFT without Selective Gaze; level1: the mean of its row (printed: 47.28)
 
 
 def reproduce(a):
@@ -242,7 +242,7 @@ def reproduce(a):
     if a.row() != "rl" or a.out or a.trained_on or PROCESSES > 1:
         raise CheckpointError("--stage reproduce chooses --name, --out, --trained-on and the flags of eval itself, row by row, and is one process. Leave them out; without torchrun")
     path, todo, failed = Path(a.results) / "results.csv", [replace(a, stage="eval", seed=seed, **flags) for seed in range(a.seeds) for rows in GRID.values() for flags in rows], []
-    tables = {name: [*(ROWS if name == "main" else ["sft"] if name == "scale" else ["rl"]), *(replace(a, **flags).row() for flags in rows if flags)] for name, rows in GRID.items()}
+    tables = {name: [*{"main": ROWS, "Selective Gaze": ["sft", "rl"], "scale": ["sft"]}.get(name, ["rl"]), *(replace(a, **flags).row() for flags in rows if flags)] for name, rows in GRID.items()}
     measured = lambda: [r for r in read_rows(path) if (r["world"], r["preset"]) == (a.examined_world(), a.preset)]
     for n, b in enumerate(todo, 1):
         skip = b.weights("rl").is_file() and {*gog.SUITES} <= {r["suite"] for r in measured() if (r["row"], r["seed"]) == (b.row(), str(b.seed)) and r["n"] in ("0", str(b.suite_size))}  # 0: left out
@@ -260,8 +260,8 @@ def reproduce(a):
 # ------------------------------------------------------------------------------------------------------------ run folder
 
 MATTERS = {  # flags that may not change when a stage goes on, or its second half would be of another experiment (learning rates may, and steps but those of the eyes)
-    "pretrain": "seed see_steps see_batch word_batch", "sft": "seed world seed_world towns demos wrong_gaze failure_rate sft_batch replay",
-    "rl": "seed world seed_world towns device failure_rate rl_questions rl_dev rl_batch group lam beta clip_low clip_high advantage curriculum temperature"}
+    "pretrain": "seed see_steps see_batch word_batch", "sft": "seed world seed_world towns gaze demos wrong_gaze failure_rate sft_batch replay",
+    "rl": "seed world seed_world towns gaze device failure_rate rl_questions rl_dev rl_batch group lam search_penalty beta clip_low clip_high advantage curriculum temperature"}
 
 
 class Run:
@@ -333,7 +333,7 @@ class Run:
 
 # ---------------------------------------------------------------------------------------------------------------- tables
 
-COLUMNS = "table row world suite seed metric value n preset device minutes".split()
+COLUMNS, STAGE_COLUMNS = "table row world suite seed metric value n preset device minutes".split(), "stage preset world device minutes peak_memory_mb seed".split()
 CURVES = ("development", "accuracy", "reward", "dead", "entropy", "gaze_correct", "reflection", "turns", "signal", "loss")  # of rl.csv, that are drawn
 ROWS = ("random", "base", "direct", "full-search", "no-gaze", "sft", "rl", "withheld", "oracle")
 
@@ -344,7 +344,7 @@ def measure(a, table, row, world, suite, metrics, began):
 
 
 def write_results(a, rows):
-    write_rows(Path(a.results) / "results.csv", rows, COLUMNS[:6] + ["preset"])
+    write_rows(Path(a.results) / "results.csv", rows, COLUMNS, COLUMNS[:6] + ["preset"])
 
 
 # ----------------------------------------------------------------------------------------------------------------- flags
@@ -371,6 +371,7 @@ class Args:
     see_lr: float = 0.004  # of the eyes' matrices
     see_adam_lr: float = 0.002  # of everything else while the eyes learn
     word_lr: float = 0.002  # of the decoder
+    gaze: bool = True  # may the policy gaze? --no-gaze: neither in demonstrations nor in rollouts (the whole picture and texts only, as MMSearch-R1)
     demos: int = 5750  # trajectories of GoG-Instruct
     wrong_gaze: float = 0.2  # chance, for every object looked for that the base model itself does not miss, that the expert also looks where it is not (and a quarter of that, that it first glances in vain)
     failure_rate: float = 0.03  # of tools while training
@@ -385,6 +386,7 @@ class Args:
     group: int = 8  # rollouts a question
     rl_lr: float = 0.04  # of SGD, at its highest; it falls to 0
     lam: float = 0.1  # weight of the format reward
+    search_penalty: float = 0.0  # share of r_acc that a trajectory loses if it used a tool
     beta: float = 0.0  # weight of the KL to the SFT policy
     clip_low: float = 0.2  # the ratio is clipped to 1 - clip_low
     clip_high: float = 0.28  # .. 1 + clip_high
@@ -409,7 +411,7 @@ class Args:
 
     def taught(self):
         """What sets an SFT policy apart from the usual one of its world."""
-        return f"-{self.demos}demos" if self.demos != Args.demos else ""
+        return f"-{self.demos}demos" * (self.demos != Args.demos) + "-no-gaze" * (not self.gaze)
 
     def label(self, world):
         """The name of a world (heraldry or a path) with what sets it apart from the usual one: runs and results of different worlds never mix."""
@@ -453,17 +455,15 @@ def work(a, stage):
 
 def expected(a, stages):
     """In words: how many minutes these stages took when they last ran with this preset on such a device (best: in this world)."""
-    rows = [r for r in read_rows(Path(a.results) / "stages.csv", "stage preset world device minutes peak_memory_mb seed".split()) if (r["preset"], r["device"]) == (a.preset, a.place())]
+    rows = [r for r in read_rows(Path(a.results) / "stages.csv", STAGE_COLUMNS) if (r["preset"], r["device"]) == (a.preset, a.place())]
     known = [sorted((r["world"] == work(a, stage), float(r["minutes"])) for r in rows if r["stage"] == stage) for stage in stages]
     return f": about {sum(k[-1][1] for k in known):.0f} minutes (as noted in {a.results}/stages.csv)" if all(known) else ": how long, nobody has measured yet"
 
 
 def timed(a, stage):
     """Run a stage; its minutes and the peak memory of the process so far go to results/stages.csv, where the next run finds what to expect."""
-    path, began = Path(a.results) / "stages.csv", time.time()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    read_rows(path.with_name("results.csv"), COLUMNS)
-    tempfile.TemporaryFile(dir=path.parent).close()  # can the tables be written? Else it is said now, not after the stage
+    began = time.time()
+    write_results(a, [])  # can the tables be read and written? Else it is said now, not after the stage
     print(f"{stage}: preset {a.preset}, world {a.world}, seed {a.seed}, on {a.place()}{expected(a, [stage])}", file=sys.stderr)
     try:
         STAGES[stage](a)
@@ -474,7 +474,7 @@ def timed(a, stage):
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # else Ctrl-C would still call the failed Run's `interrupt`, and that handler would keep the Run alive, and its lock
     row = dict(stage=stage, preset=a.preset, world=work(a, stage), device=a.place(), minutes=f"{(time.time() - began) / 60:.1f}", peak_memory_mb=peak_memory(), seed=a.seed)
-    write_rows(path, [row], ("stage", "preset", "world", "device", "seed"))
+    write_rows(Path(a.results) / "stages.csv", [row], STAGE_COLUMNS, ("stage", "preset", "world", "device", "seed"))
     print(f"{stage}: {row['minutes']} minutes, peak memory {row['peak_memory_mb']} MB", file=sys.stderr)
 
 

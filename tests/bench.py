@@ -267,7 +267,7 @@ def main():
         print(f"{part:<17}{mine:10.4f}{other:10.4f}{other / mine:8.2f}   {n / mine:,.0f} {unit} a second" + (f" (peer: {name})" if theirs else ""))
         rows.append(dict(part=part, preset=a.preset, unit=unit, n=n, ours_s=f"{mine:.5f}", peer_s=f"{other:.5f}", ratio=f"{other / mine:.3f}", peer=name if theirs else "", rounds=a.rounds,
                          threads=torch.get_num_threads()))
-    write_rows(Path(a.out), rows, ("part", "preset", "threads"))
+    write_rows(Path(a.out), rows, [*rows[0]], ("part", "preset", "threads"))
 
 
 if __name__ == "__main__":

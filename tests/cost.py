@@ -180,9 +180,9 @@ def main():
     told = cost(policy, env, data.questions(world, data.RL_MIX, 32, "cost"))
     for r in told:
         print("{part:<8}{amount:>8} {unit:<26}{mflop:>8} MFLOP{ms:>9} ms".format(**r), flush=True)
-    tools.write_rows(ROOT / "results" / "cost.csv", told, ("part",))
+    tools.write_rows(ROOT / "results" / "cost.csv", told, [*told[0]], ("part",))
     rows = growth(policy, v)
-    tools.write_rows(ROOT / "results" / "growth.csv", rows, ("what", "size"))
+    tools.write_rows(ROOT / "results" / "growth.csv", rows, [*rows[0]], ("what", "size"))
     tools.atomic(ROOT / "results" / "growth.png", lambda p: plot(rows).save(p, format="PNG"))
 
 

@@ -54,7 +54,7 @@ def main(each=16, path="out/heraldry-nano-0/sft.safetensors"):
         ratio = (own.sum() - own.trace()) / max(1, n * (n - 1)) / noise if n > 1 else float("nan")
         row.update(ratio=f"{ratio:.4f}", others=f"{dots[mine][:, ~mine].mean() / noise:.4f}" if n else "nan")
         print(*(f"{v:>10}" for v in row.values()))
-    tools.write_rows(Path("results/signal.csv"), told, ("kind", "setting"))
+    tools.write_rows(Path("results/signal.csv"), told, [*told[0]], ("kind", "setting"))
 
 
 if __name__ == "__main__":

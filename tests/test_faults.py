@@ -246,7 +246,7 @@ def test_tables_mended_by_hand_are_read_or_refused(tmp_path, text, says):
     """Prevents a traceback after an hour's stage, or a table made worse, because a spreadsheet has written it in its own way."""
     (tmp_path / "results.csv").write_bytes(text)
     with pytest.raises(data.WorldError, match=says):
-        tools.write_rows(tmp_path / "results.csv", [{"step": 1, "value": 5}], ["step"])
+        tools.write_rows(tmp_path / "results.csv", [{"step": 1, "value": 5}], ["step", "value"], ["step"])
     assert (tmp_path / "results.csv").read_bytes() == text
 
 

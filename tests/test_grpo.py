@@ -20,6 +20,17 @@ def test_reward_table(correct, formed, value):
     assert grpo.reward(correct, formed) == pytest.approx(value)
 
 
+def test_a_search_costs_its_penalty_and_tells_a_group_of_right_answers_apart():
+    """Prevents a penalty that wrong answers, answers without a tool, or malformed turns pay, too; and a group where all are right, but only some searched, that counts as dead."""
+    asked = data.Question("?", ("Ilm",), None, "hop1", "normal")
+    tried = [tools.Trajectory(asked, turns=[*(tools.Turn(kind, "x") for kind in kinds), tools.Turn("answer", said)])
+             for kinds, said in (((), "Ilm"), (("search",), "Ilm"), (("gaze", "search"), "Ilm"), (("glance",), "Ost"), (("malformed",), "Ilm"))]
+    assert [grpo.accuracy_reward(t, 0.1) for t in tried] == pytest.approx([1, 0.9, 0.9, 0, 1])
+    assert [grpo.accuracy_reward(t) for t in tried] == [1, 1, 1, 0, 1]
+    r_acc = torch.tensor([[grpo.accuracy_reward(t, penalty) for t in tried[:2]] for penalty in (0.0, 0.1)])
+    assert grpo.group_advantages(r_acc, r_acc)[1].tolist() == [False, True]
+
+
 @pytest.mark.parametrize("answer, right", [("Ilda Voss", True), ("  the ilda  VOSS.", True), ("Ílda Voss", True), ("", False), ("Ilda", False),
                                            ("Ilda Voss or Mirna", False), ("the", False)])
 def test_exact_match_is_no_substring(answer, right):
@@ -162,6 +173,18 @@ def test_fresh_questions_are_never_asked_twice(world):
     assert drawn.count(1) > 2 * drawn.count(0) and drawn.count(0) > drawn.count(2) > 0
     c.seen([2, 2], [1.0, 1.0])
     assert c.pass_rates[2] == pytest.approx(0.19)
+
+
+def test_a_policy_that_may_not_gaze_neither_sees_nor_samples_one(policy, env, world, questions, monkeypatch):
+    """Prevents a comparison without gazes whose demonstrations show some (a slip at a single shield is one, too), or whose rollouts take some."""
+    blind = tools.Environment(env.v, env.toolbox, policy.config, gaze=False)
+    demos = {may: grpo.instruct(policy, e, world, 12, wrong_gaze=1.0) for may, e in ((True, env), (False, blind))}
+    kinds = {may: {turn.kind for t in found for turn in t.turns} for may, found in demos.items()}
+    assert kinds == {True: {"answer", "search", "glance", "gaze"}, False: {"answer", "search", "glance"}}
+    assert all(t.correct for t in demos[False]) and sum(t.question.search_free for t in demos[False]) == 5
+    tag, logits = env.v.id["<gaze>"], policy.logits
+    monkeypatch.setattr(policy, "logits", lambda hidden: logits(hidden) + 9.0 * torch.nn.functional.one_hot(torch.tensor(tag), env.v.size))
+    assert [any(tag in t.ids for t in gog.rollout(policy, e, questions[:4], schedule=gog.FREE[:1])) for e in (env, blind)] == [True, False]
 
 
 def test_the_uncertainty_filter_drops_only_what_is_right_every_time(monkeypatch, policy, env):
