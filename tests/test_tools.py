@@ -188,3 +188,13 @@ def test_failures_are_seeded_counted_and_resumable():
     resumed = make(9)
     resumed.rng.setstate(a.rng.getstate())
     assert failures(a, 500) == failures(resumed, 500)
+
+
+@pytest.mark.parametrize("n", (0, 1, 5, 255, 257, 3000))
+@pytest.mark.parametrize("values", (3, 10**6))
+def test_the_best_are_those_of_a_full_sort(n, values):
+    """Prevents a bound that cuts off one of the best (they may all stand together), and ties told in another order than that of the index."""
+    scores = np.random.default_rng(n).integers(0, values, n).astype(np.float32)
+    scores[n // 2:n // 2 + 4] = values  # side by side
+    for k in (0, 1, 2, 5):
+        assert tools.best(scores, k) == sorted(range(n), key=lambda i: -scores[i])[:k]
