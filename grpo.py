@@ -628,9 +628,9 @@ def exam(policy, env, n, seed="exam"):
     return {k: (sum(v) / len(v), len(v)) for k, v in sorted(scores.items())}
 
 
-def replay(env, seed, n):
-    """n lessons of what SFT would unlearn: demonstrations know no crowded walls, no long plans and no strange words."""
-    return taught(env, dict.fromkeys((wall_lesson, errand_lesson, plan_lesson, text_lesson), 1), f"replay/{seed}", n)
+def replay(env, seed, size, i):
+    """Lessons beside batch i of SFT, of what it would unlearn: demonstrations know no crowded walls, no long plans and no strange words."""
+    return taught(env, dict.fromkeys((wall_lesson, errand_lesson, plan_lesson, text_lesson), 1), f"replay/{seed}/{i}", size)
 
 
 def lessons(env, seed, size, i):

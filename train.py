@@ -91,9 +91,8 @@ def sft(a):
     opts = optimisers(((n, p) for n, p in policy.named_parameters() if p.requires_grad), a.sft_lr, a.sft_adam_lr)
     start = run.resume([policy], opts).get("step", 0) if a.resume else 0
     bar = tqdm(total=total, initial=start, desc="sft", unit="step")
-    for step in range(start, total):
+    for step, again in enumerate(stream(partial(grpo.replay, env, a.seed, round(a.replay * a.sft_batch)), start, total), start):
         lr = set_lr(opts, lr_factor(step, total))
-        again = grpo.replay(env, f"{a.seed}/{step}", round(a.replay * a.sft_batch))
         with autocast(a.device):
             loss, norm = grpo.supervised_step(policy, env, share(demos[step * a.sft_batch:(step + 1) * a.sft_batch]) + again, opts, a.token_budget)
         run.log(step=step, loss=loss, grad_norm=norm, lr=lr, seconds=bar.format_dict["elapsed"])

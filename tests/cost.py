@@ -1,12 +1,15 @@
-"""What a question costs, and how that grows. Run by hand: python tests/cost.py    -> results/cost.csv, results/growth.csv, results/growth.png
+"""What a question costs, how that grows, and how well training is fed. Run by hand: python tests/cost.py [PART ...]    -> results/cost.csv, growth.csv, growth.png, feeding.csv
 
 cost: a batch of RL rollouts by the policy that comes with the code: multiplications and additions by part (counted by PyTorch), and the seconds that each part took.
 growth: seconds, and memory where it can be told, as one thing at a time grows (batch, group, slots of the cache, pictures, entities and passages in the index, preset).
+feeding: of a training step, the share that waits for its batch to be made, and the share of the computed tokens that are no padding.
 """
 import contextlib
 import sys
 import time
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -17,9 +20,11 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 import gog  # noqa: E402
+import grpo  # noqa: E402
 import tools  # noqa: E402
+import train  # noqa: E402
 from bench import clock  # noqa: E402
-from model import PRESETS, Cache, ModelConfig, Policy, load  # noqa: E402
+from model import PRESETS, Cache, ModelConfig, Policy, autocast, load, optimisers, packed  # noqa: E402
 
 
 def median(work, rounds=3):
@@ -147,6 +152,43 @@ def growth(shipped, v):
     return rows
 
 
+def feeding(env, world, steps=60, warm=20):
+    """Rows {stage, steps, seconds_a_step, waits, real}: the three stages that learn from batches, with the flags that they have by default (RL makes its own: `data_generation` in bench.csv)."""
+    a, policy, rows = train.Args(), load(ROOT / "policies" / "base.safetensors")[0], []
+    heads = torch.nn.ModuleList(torch.nn.Linear(w, 4 + sum(map(len, grpo.PARTS.values()))) for w in (policy.config.vit_width, policy.config.width))
+    word_ids = {part: [env.v.word(w) for w in told] for part, told in grpo.TIED.items()}
+    eyes = [*optimisers(policy.vision.named_parameters(), a.see_lr, a.see_adam_lr), torch.optim.AdamW([*heads.parameters(), policy.embed_tokens.weight], a.see_adam_lr)]
+    words = optimisers(((n, p) for n, p in policy.named_parameters() if "vision" not in n or "projector" in n), a.word_lr, a.word_lr)
+    asked = data.questions(world, data.SFT_MIX, a.sft_batch * steps, "feeding")
+    demos = gog.play(env, asked, [gog.expert(q, data.random.Random(0), a.wrong_gaze) for q in asked])
+
+    def learn(batch):
+        with autocast("cpu"):
+            grpo.supervised_step(policy, env, batch, words, a.token_budget)
+
+    stages = {"see": (train.stream(partial(grpo.labelled_pictures, policy.config, 0, a.see_batch), 0, steps), lambda batch: grpo.see_step(policy, heads, [torch.from_numpy(x) for x in batch], word_ids, eyes)),
+              "words": (train.stream(partial(grpo.lessons, env, 0, a.word_batch), 0, steps), learn),
+              "sft": ((demos[a.sft_batch * i:a.sft_batch * (i + 1)] + again for i, again in enumerate(train.stream(partial(grpo.replay, env, 0, round(a.replay * a.sft_batch)), 0, steps))), learn)}
+    for stage, (batches, step) in stages.items():
+        policy.freeze_eyes(stage != "see")
+        at, waited, worked, real, computed = iter(batches), [], [], [1], [1]
+
+        def counted(batch, pad):
+            out = packed(batch, pad)
+            real.append(sum(len(t.ids) for t in batch)), computed.append(out[0].shape[1])
+            return out
+
+        with mock.patch.object(grpo, "packed", counted):
+            for _ in range(steps):
+                got = []
+                waited.append(clock(lambda: got.append(next(at))))
+                worked.append(clock(lambda: step(*got)))
+        wait, work = sum(waited[warm:]), sum(worked[warm:])
+        rows.append(dict(stage=stage, steps=steps - warm, seconds_a_step=f"{(wait + work) / (steps - warm):.3f}", waits=f"{wait / (wait + work):.3f}", real=f"{sum(real) / sum(computed):.3f}"))
+        print("{stage:<8}{seconds_a_step:>8} s a step, waits {waits}, real tokens {real}".format(**rows[-1]), flush=True)
+    return rows
+
+
 def plot(rows, across=3, w=330, h=230):
     """Every sweep as a panel, both axes logarithmic: a straight line at 45 degrees is proportional growth."""
     sweeps = {}
@@ -173,17 +215,23 @@ def plot(rows, across=3, w=330, h=230):
 
 
 def main():
+    wanted = sys.argv[1:] or ["cost", "growth", "feeding"]
     torch.set_flush_denormal(True)
     policy, v = load(ROOT / "policies" / "rl.safetensors")
     world = data.open_world("heraldry")
     env = tools.Environment(v, tools.make_toolbox(world), policy.config)
-    told = cost(policy, env, data.questions(world, data.RL_MIX, 32, "cost"))
-    for r in told:
-        print("{part:<8}{amount:>8} {unit:<26}{mflop:>8} MFLOP{ms:>9} ms".format(**r), flush=True)
-    tools.write_rows(ROOT / "results" / "cost.csv", told, [*told[0]], ("part",))
-    rows = growth(policy, v)
-    tools.write_rows(ROOT / "results" / "growth.csv", rows, [*rows[0]], ("what", "size"))
-    tools.atomic(ROOT / "results" / "growth.png", lambda p: plot(rows).save(p, format="PNG"))
+    if "cost" in wanted:
+        told = cost(policy, env, data.questions(world, data.RL_MIX, 32, "cost"))
+        for r in told:
+            print("{part:<8}{amount:>8} {unit:<26}{mflop:>8} MFLOP{ms:>9} ms".format(**r), flush=True)
+        tools.write_rows(ROOT / "results" / "cost.csv", told, [*told[0]], ("part",))
+    if "growth" in wanted:
+        rows = growth(policy, v)
+        tools.write_rows(ROOT / "results" / "growth.csv", rows, [*rows[0]], ("what", "size"))
+        tools.atomic(ROOT / "results" / "growth.png", lambda p: plot(rows).save(p, format="PNG"))
+    if "feeding" in wanted:
+        fed = feeding(env, world)
+        tools.write_rows(ROOT / "results" / "feeding.csv", fed, [*fed[0]], ("stage",))
 
 
 if __name__ == "__main__":

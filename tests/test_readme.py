@@ -187,6 +187,12 @@ def test_costs_are_those_of_the_csv():
     assert bench == [[r["part"].replace("_", " "), *(f"{float(r[c]):.{n}f}" for c, n in (("ours_s", 3), ("peer_s", 3), ("ratio", 2))), r["peer"]] for r in measured]
 
 
+def test_training_is_fed_as_the_csv_says():
+    """Prevents a step that waits for its batch, or computes padding, while the README says that none does."""
+    (rows,) = [rows for head, rows in tables(README) if head[0] == "training"]
+    assert rows == [[r["stage"], r["seconds_a_step"], *(f"{100 * float(r[c]):.1f} %" for c in ("waits", "real"))] for r in published("feeding.csv")]
+
+
 def test_presets_take_as_long_as_the_csv_says():
     """Prevents hours that nobody has reckoned: of `nano` those of stages.csv; of `small` the same times how much longer its steps (eyes, words, updates) and its rollouts take."""
     timed = {(r["part"], r["preset"]): float(r["ours_s"]) for r in published("bench.csv")}
