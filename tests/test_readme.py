@@ -170,6 +170,17 @@ def test_three_seeds_are_those_of_the_csv():
         assert told in README
 
 
+def test_behaviour_is_that_of_the_csv():
+    """Prevents a claim about what RL teaches that rests on one seed, or on the suites where it holds."""
+    (rows,) = [rows for head, rows in tables(README) if head[1:] == ["the paper, SFT -> RL", "SFT", "SFT + RL"]]
+    for metric, _, *told in rows:
+        suites = [s for s in gog.SUITES if s != "plain" or metric not in ("gaze_correct", "target_found", "reflection")]
+        scale, digits = (1, 2) if metric in ("turns", "tool_calls") else (100, 1)
+        for row, text in zip(("sft", "rl"), told):
+            seeds = np.array([scale * np.mean([results["heraldry", row, s, metric] for s in suites]) for results in (RESULTS, *OTHERS)])
+            assert text == f"{seeds.mean():.{digits}f} ± {gog.STUDENT[3] * seeds.std(ddof=1) / 3**0.5:.{digits}f}", (metric, row)
+
+
 def test_minutes_are_those_of_the_csv():
     """Prevents a promise about time or memory that nobody has measured."""
     measured = {r["stage"]: r for r in published("stages.csv") if (r["world"], r["preset"], r["device"], r["seed"]) == ("heraldry", "nano", "cpu", "1")}
