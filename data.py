@@ -333,7 +333,7 @@ def beside(looks, place):
 @dataclass(frozen=True)
 class Question:
     """`targets`: indices of the scene's objects that must be found; `phrases`: what to look for, in the words of a blazon;
-    `chain`: relations from the picture outwards. These and `expressions` are the expert's knowledge; the policy sees scene and text only."""
+    `chain`: relations from the picture outwards. These and `pointed_by` are the expert's knowledge; the policy sees scene and text only."""
     text: str
     answers: tuple
     scene: Scene
@@ -342,7 +342,7 @@ class Question:
     targets: tuple = ()
     phrases: tuple = ()
     chain: tuple = ()
-    expressions: tuple = ()  # kinds of the referring expressions, one a target
+    pointed_by: tuple = ()  # the kind of referring expression, one a target
 
     @property
     def search_free(self):
@@ -384,12 +384,12 @@ def ask(world, kind, setting, split, rng):
     pick = [rng.choice(sorted((k, t) for k, t in ways[i].items() if (k == "detail") == bool(twins)) or [None]) for i in targets]
     if None in pick or kind == "compare" and len(targets) < 2:
         return None
-    by, expressions = zip(*pick)  # kinds of expressions, and their words
+    pointed_by, expressions = zip(*pick)  # kinds of expressions, and their words
     found = [scene.entities[i] for i in targets]
-    phrases = tuple(f"{e.look}, {e.detail}" if k == "detail" else e.look for e, k in zip(found, by))
-    made = lambda text, answer, chain=(): Question(text, (answer,), scene, kind, setting, tuple(targets), phrases, chain, by)
+    phrases = tuple(f"{e.look}, {e.detail}" if k == "detail" else e.look for e, k in zip(found, pointed_by))
+    made = lambda text, answer, chain=(): Question(text, (answer,), scene, kind, setting, tuple(targets), phrases, chain, pointed_by)
     if kind in VISUAL:
-        useless = by[0] in ("look", "detail", kind) or kind == "shape" and world.noun != "shield"  # it would contain its answer; and nearly all flags have one shape
+        useless = pointed_by[0] in ("look", "detail", kind) or kind == "shape" and world.noun != "shield"  # it would contain its answer; and nearly all flags have one shape
         return None if useless else made(f"What is the {kind} of the {expressions[0]}?", target.look.split()[VISUAL.index(kind)])
     if kind == "name":
         return made(f"What is the name of the {expressions[0]}?", target.name)

@@ -61,15 +61,15 @@ def rollout(policy, env, questions, group=1, temperature=1.0, schedule=FREE, gen
 def _rollout_batch(policy, env, questions, group, temperature, schedule, generator, room):
     """Read the prompts once, copy the cache for every rollout of a group, then turn by turn: sample, run the tools, read what they answer. A trajectory leaves the batch at an answer,
     at a turn of TURN_TOKENS tokens without <stop>, or where another turn would not fit into `room`."""
-    scenes = [q.scene.picture() for q in questions]
-    shrunk = [to_array(s, env.side) for s in scenes]
+    walls = [q.scene.picture() for q in questions]
+    shrunk = [to_array(w, env.side) for w in walls]
     room = min(room, policy.config.context)
     cache = Cache(policy.config, len(questions), room, policy.device, policy.embed_tokens.weight.dtype)
     trajectories = [env.prompt(q, g) for q, g in zip(questions, shrunk) for _ in range(group)]
     hidden = _feed(policy, env, cache, [t.ids for t in trajectories[::group]], shrunk)
     repeat = torch.arange(len(questions), device=policy.device).repeat_interleave(group)  # the prompt is read once for the whole group
-    cache, hidden = cache.take(repeat) if group > 1 else cache, hidden[repeat]
-    live, scenes = list(trajectories), [s for s in scenes for _ in range(group)]
+    cache, hidden = (cache.take(repeat) if group > 1 else cache), hidden[repeat]
+    live, walls = list(trajectories), [w for w in walls for _ in range(group)]
     for turn, actions in enumerate(schedule, 1):
         allowed = _allowed(env.v, {*actions} & {*env.actions}, policy.device)
         sampled = _sample_turn(policy, env.v, cache, hidden, temperature, allowed, generator)
@@ -77,14 +77,14 @@ def _rollout_batch(policy, env, questions, group, temperature, schedule, generat
             t.act(ids, logprobs)
         stop, unread = env.v.id["<stop>"], [len(t.ids) - 1 for t in live]  # <stop> has been sampled, but not yet read into the cache: the next chunk begins with it
         turns = [parse(env.v.decode(ids[:-1])) if ids[-1] == stop else Turn("malformed", "the turn is too long") for ids, _ in sampled]
-        goes_on = env.step(live, turns, scenes)
+        goes_on = env.step(live, turns, walls)
         keep = [i for i, (t, (ids, _), go) in enumerate(zip(live, sampled, goes_on)) if go and ids[-1] == stop and len(t.ids) + TURN_TOKENS < room]
         if not keep or turn == len(schedule):
             break
         if len(keep) < len(live):
             cache = cache.take(torch.tensor(keep, device=policy.device))
         new = [live[i].ids[unread[i]:] for i in keep]
-        live, scenes = [live[i] for i in keep], [scenes[i] for i in keep]
+        live, walls = [live[i] for i in keep], [walls[i] for i in keep]
         hidden = _feed(policy, env, cache, new, [t.pictures[-1] for t, ids in zip(live, new) if env.image[0] in ids])  # crops of gazes
     return trajectories
 
@@ -156,10 +156,10 @@ def expert(q, rng, wrong_gaze=0.0, missed=None):
     """
     if q.search_free:
         yield (count_aloud(q.scene, q.text.split()[-1].strip("?")) if q.kind == "count" else
-               f"<think> {look_thought(q.scene, q.targets[0], q.expressions[0], q.phrases[0])}</think><answer> {q.answers[0]}</answer>")
+               f"<think> {look_thought(q.scene, q.targets[0], q.pointed_by[0], q.phrases[0])}</think><answer> {q.answers[0]}</answer>")
         return
     names, values, thought, memory = [], [], "", ""
-    for target, phrase, kind in zip(q.targets, q.phrases, q.expressions):
+    for target, phrase, kind in zip(q.targets, q.phrases, q.pointed_by):
         name, thought = yield from _find(q, target, phrase, kind, rng, (missed or {}).get(target), wrong_gaze, thought, memory)
         if not name:
             return  # the tools did not find it, or found a wrong one that fits: grpo.instruct drops this demonstration
@@ -317,15 +317,15 @@ def play(env, questions, scripts, rows=256, progress=None):
     """Run scripts (generators of turn texts) through the same environment as a policy: one trajectory a question."""
     out = []
     for start in tqdm(range(0, len(questions), rows), desc=progress, leave=False, disable=progress is None):
-        scenes = [q.scene.picture() for q in questions[start:start + rows]]
-        batch = [env.prompt(q, to_array(s, env.side)) for q, s in zip(questions[start:start + rows], scenes)]
+        walls = [q.scene.picture() for q in questions[start:start + rows]]
+        batch = [env.prompt(q, to_array(w, env.side)) for q, w in zip(questions[start:start + rows], walls)]
         out += batch
-        live = [(t, script, scene, next(script)) for t, script, scene in zip(batch, scripts[start:start + rows], scenes)]
+        live = [(t, script, wall, next(script)) for t, script, wall in zip(batch, scripts[start:start + rows], walls)]
         for _ in range(MAX_TURNS):
             for t, _, _, text in live:
                 (t.observe if isinstance(text, Slip) else t.act)(env.v.encode_turn(text) + [env.v.id["<stop>"]])
-            goes_on = env.step([t for t, *_ in live], [parse(text) for *_, text in live], [scene for *_, scene, _ in live])
-            live = [(t, script, scene, text) for (t, script, scene, _), go in zip(live, goes_on)
+            goes_on = env.step([t for t, *_ in live], [parse(text) for *_, text in live], [wall for *_, wall, _ in live])
+            live = [(t, script, wall, text) for (t, script, wall, _), go in zip(live, goes_on)
                     if go and (text := send(script, t.turns[-1].observation))]
     return out
 

@@ -4,8 +4,8 @@ From the paper: GRPO with r = (1 - lambda) r_acc + lambda r_fmt; the SFT model's
     50 %, Level 2 below 50 %; the final model trains on Level 2 only.
 Here instead, numbered:
   1. Exact match for r_acc (the paper: LLM judge). lambda = 0.1, as its peers use; the paper prints no value.
-  2. A group whose answers are all right or all wrong has no advantage and leaves loss and denominator; it is counted as dead.
-     Groups are judged on accuracy, not reward: with division by the standard deviation a group that differs only in format would
+  2. A group whose r_acc are all equal (all right, or all wrong) has no advantage and leaves loss and denominator; it is counted as dead.
+     Groups are judged on r_acc, not reward: with division by the standard deviation a group that differs only in format would
      turn lambda = 0.1 into a full +-1.
   3. One update a batch, so the ratio is 1 (up to the rounding of bfloat16, where that is used) and the clip hardly ever binds (the loss is the
      general one).
@@ -44,7 +44,7 @@ from tools import PROCESSES, Trajectory, crop, parse, to_array
 
 
 def accuracy_reward(t, search_penalty=0.0):
-    """r_acc of a trajectory, in [0, 1]: exact match; of one that used a tool less a share of it (none in the paper; 0.1 in MMSearch-R1)."""
+    """r_acc of a trajectory, in [0, 1]: exact match, 0 or 1, times 1 - search_penalty if it used a tool (no penalty in the paper; 0.1 in MMSearch-R1)."""
     return t.correct * (1 - search_penalty * any(turn.kind in ("search", "glance", "gaze") for turn in t.turns))
 
 
@@ -86,7 +86,7 @@ def token_logprobs(policy, env, trajectories, temperature=1.0):
     ids, trained, pictures = ids.to(policy.device), trained.to(policy.device), pictures.to(policy.device) if pictures is not None else None
     hidden = policy(ids, pictures, env.image[0], lengths=lengths)
     wanted = trained[:, 1:]  # token t is predicted at position t - 1; a trajectory's first is <bos>, never trained, so none is predicted from its neighbour
-    logits = policy.logits(hidden[:, :-1][wanted]).masked_fill(~torch.tensor(env.v.sampleable, device=policy.device), float("-inf"))
+    logits = policy.logits(hidden[:, :-1][wanted]).masked_fill(~torch.tensor(env.sampleable, device=policy.device), float("-inf"))
     all_logp = F.log_softmax(logits.float() / temperature, -1)
     return all_logp.gather(1, ids[:, 1:][wanted][:, None])[:, 0], all_logp
 
@@ -103,7 +103,7 @@ def supervised_step(policy, env, batch, opts, budget=4000):
 
 
 def grpo_step(policy, reference, env, batch, advantages, opts, a):
-    """One update from rollouts (list of Q*G) and their advantages (Q*G,). Those without any are left out; the loss is divided by the trained tokens of
+    """One update from rollouts (list of Q*G) and their advantages (Q*G,). Rollouts whose advantage is 0 are left out; the loss is divided by the trained tokens of
     the rest. `signal`: the cosine of the gradient of the even questions and that of the odd ones. What they share is signal, all else luck."""
     alive = advantages.nonzero()[:, 0].tolist()
     tokens = max(1, sum(sum(batch[i].trained) for i in alive))
@@ -188,13 +188,14 @@ def instruct(policy, env, world, n=5750, seed=0, wrong_gaze=0.2):
         asked, dropped, part = asked + len(pool), dropped + len(pool) - len(kept), part + 1
         demos = gog.play(env, kept, [gog.expert(q, rng, wrong_gaze, m) for q, m in zip(kept, gathered(misses(policy, env, share(kept))))], progress="expert")
         for t in demos:
-            if t.correct and (not gog.gazes(t) or "gaze" in env.actions and gog.gazes(t)[-1][1] > 0.9):
+            if t.correct and (not gog.gazes(t) or gog.gazes(t)[-1][1] > 0.9):
                 chosen[t.question.search_free].append(t)
         bar.update(sum(min(len(chosen[free]), quota[free]) for free in quota) - bar.n)
         if part > 80 + n // 100:
             raise data.WorldError("the base model answers nearly every question of one kind without tools: no demonstrations are left. Ask for fewer --demos")
     bar.close()
-    demos = random.Random(f"shuffle/{seed}").sample(chosen[True][:quota[True]] + chosen[False][:quota[False]], n)
+    demos = chosen[True][:quota[True]] + chosen[False][:quota[False]]
+    random.Random(f"shuffle/{seed}").shuffle(demos)
     print(f"GoG-Instruct: {len(demos)} trajectories of {asked} questions asked, {dropped} dropped by the uncertainty filter; "
           f"{sum(any(gog.looked_elsewhere(t)) for t in demos)} reflective", file=sys.stderr)
     return demos
@@ -205,7 +206,7 @@ def misses(policy, env, questions, rows=256):
     mistakes the expert begins, to show how to recover."""
     out = [{} for _ in questions]
     asked = [(i, target, data.references(q.scene)[target][kind]) for i, q in enumerate(questions) if len(q.scene.boxes) > 1 and not q.search_free
-             for target, kind in zip(q.targets, q.expressions) if kind != "detail"]  # look-alikes must all be looked at, anyway
+             for target, kind in zip(q.targets, q.pointed_by) if kind != "detail"]  # look-alikes must all be looked at, anyway
     for start in range(0, len(asked), rows):
         batch = asked[start:start + rows]
         prompts = [[env.v.id["<bos>"], *env.image, *env.v.encode(f"point to the {expression}"), env.v.id["<sep>"]] for *_, expression in batch]
@@ -245,7 +246,7 @@ class Curriculum:
 
 def kinds(world):
     """What `fresh` draws from: every kind of RL_MIX that can be asked of this world, as (kind, setting, weight), and the user's own questions."""
-    can_be_asked = lambda kind, setting: any(data.ask(world, kind, setting, ("train",), random.Random(i)) for i in range(1000))
+    can_be_asked = lambda kind, setting: any(data.ask(world, kind, setting, ("train",), random.Random(i)) for i in range(200))
     return [*world.own[::2], *((kind, setting, weight) for kind, setting, weight in data.RL_MIX if can_be_asked(kind, setting))]
 
 
@@ -542,7 +543,7 @@ def errand(world, rng):
     """A question that names what it asks about by its look, so that it can be planned with closed eyes."""
     while True:
         q = data.ask(world, rng.choice(("hop1", "hop2", "hop3", "hop4", "hop5", "compare", "compare")), rng.choice(("normal", "normal", "single")), ("train",), rng)
-        if q and set(q.expressions) == {"look"}:
+        if q and set(q.pointed_by) == {"look"}:
             return q
 
 
@@ -629,8 +630,8 @@ def exam(policy, env, n, seed="exam"):
 
 
 def replay(env, seed, size, i):
-    """Lessons beside batch i of SFT, of what it would unlearn: demonstrations know no crowded walls, no long plans and no strange words."""
-    return taught(env, dict.fromkeys((wall_lesson, errand_lesson, plan_lesson, text_lesson), 1), f"replay/{seed}/{i}", size)
+    """Lessons beside batch i of SFT, of what it would unlearn: demonstrations know no crowded walls (where gazes are learnt: not by who may not gaze), no long plans and no strange words."""
+    return taught(env, dict.fromkeys((wall_lesson, errand_lesson, plan_lesson, text_lesson)["gaze" not in env.actions:], 1), f"replay/{seed}/{i}", size)
 
 
 def lessons(env, seed, size, i):

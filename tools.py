@@ -67,12 +67,10 @@ def crop(picture, box):
         raise ToolError("outside 0 to 99")
     if x1 <= x0 or y1 <= y0:
         raise ToolError("empty or inverted")
-    if min(x1 - x0, y1 - y0) < 3:
+    left, top, right, bottom = pixels = to_pixels(box, picture.size)
+    if min(x1 - x0, y1 - y0) < 3 or right <= left or bottom <= top:  # a few percent of a tiny picture may be less than one pixel
         raise ToolError("too small")
-    x0, y0, x1, y1 = to_pixels(box, picture.size)
-    if x1 <= x0 or y1 <= y0:
-        raise ToolError("too small")  # a few percent of a tiny picture may be less than one pixel
-    return picture.crop((x0, y0, x1, y1)).convert("RGB")
+    return picture.crop(pixels).convert("RGB")
 
 
 # ----------------------------------------------------------------------------------------------------------- descriptor
@@ -213,8 +211,8 @@ class ImageIndex:
 
 def best(scores, k):
     """Positions of the k largest of (n,) scores, largest first; the earlier one first where they tie."""
-    peaks = np.maximum.reduceat(scores, np.arange(0, len(scores), 256)) if len(scores) else scores
-    some = np.flatnonzero(scores >= (np.partition(peaks, -k)[-k] if len(peaks) > k else -np.inf))  # k of the peaks are at least so large
+    peaks = np.maximum.reduceat(scores, np.arange(0, len(scores), 256)) if len(scores) else scores  # the largest of every 256: the k-th largest peak is no more than the k-th best
+    some = np.flatnonzero(scores >= (np.partition(peaks, -k)[-k] if len(peaks) > k else -np.inf))  # all that may be among the best
     return some[np.argsort(-scores[some], kind="stable")[:k]].tolist()
 
 
@@ -337,7 +335,7 @@ class Toolbox:
             out[i] = Observation(text or "nothing found", views[i] if calls[i][0] == "gaze" else None)
         for i, found in zip(queries, self._ask(self.text_index, queries)):
             out[i] = Observation(" | ".join(passage for _, passage in found) or "nothing found")
-        return [o or Observation("search failed", None, False) for o in out]
+        return [o or Observation("search failed", None, False) for o in out]  # None: its index could not be reached
 
     def _ask(self, index, wanted):
         """The hits for every value of a dict; none at all where the index cannot be reached (OSError, as a net or a disk gives)."""
@@ -464,6 +462,7 @@ class Environment:
     def __init__(self, vocabulary, toolbox, config, withhold=False, gaze=True):
         self.v, self.toolbox, self.side, self.withhold, self.actions = vocabulary, toolbox, config.picture, withhold, ACTIONS if gaze else ACTIONS[:-1]
         self.image = [vocabulary.id["<image>"]] * config.image_tokens
+        self.sampleable = [may and (gaze or i != vocabulary.id["<gaze>"]) for i, may in enumerate(vocabulary.sampleable)]  # of every id: may the policy say it?
 
     def prompt(self, question, picture):
         """A new trajectory: <bos> picture question <sep>."""
@@ -471,10 +470,10 @@ class Environment:
         t.observe([self.v.id["<bos>"], *self.image, *self.v.encode(question.text), self.v.id["<sep>"]], picture)
         return t
 
-    def step(self, trajectories, turns, scenes):
+    def step(self, trajectories, turns, walls):
         """Append each parsed turn and its observation (tools are called in one batch). True where the trajectory goes on."""
         wanted = [i for i, turn in enumerate(turns) if turn.kind in ("search", "glance", "gaze")]
-        found = dict(zip(wanted, self.toolbox.run([(turns[i].kind, turns[i].argument, scenes[i]) for i in wanted])))
+        found = dict(zip(wanted, self.toolbox.run([(turns[i].kind, turns[i].argument, walls[i]) for i in wanted])))
         for i, (t, turn) in enumerate(zip(trajectories, turns)):
             t.turns.append(turn)
             if turn.kind == "answer":

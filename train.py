@@ -91,7 +91,7 @@ def sft(a):
     opts = optimisers(((n, p) for n, p in policy.named_parameters() if p.requires_grad), a.sft_lr, a.sft_adam_lr)
     start = run.resume([policy], opts).get("step", 0) if a.resume else 0
     bar = tqdm(total=total, initial=start, desc="sft", unit="step")
-    for step, again in enumerate(stream(partial(grpo.replay, env, a.seed, round(a.replay * a.sft_batch)), start, total), start):
+    for step, again in enumerate(stream(partial(grpo.replay, Environment(v, None, policy.config, gaze=a.gaze), a.seed, round(a.replay * a.sft_batch)), start, total), start):
         lr = set_lr(opts, lr_factor(step, total))
         with autocast(a.device):
             loss, norm = grpo.supervised_step(policy, env, share(demos[step * a.sft_batch:(step + 1) * a.sft_batch]) + again, opts, a.token_budget)
@@ -129,7 +129,7 @@ def rl(a):
     shown, pictures, alarmed = [], {}, set()  # for the report, and what has been said: since the run was last started
     best, champion = saved.get("best", [-1.0, 0]), run.weights.with_suffix(".best.safetensors")  # becomes the result only when the stage is done
     bar = tqdm(total=a.rl_steps, initial=saved.get("step", 0), desc="rl", unit="step")
-    for step in range(saved.get("step", 0), a.rl_steps + 1):  # one turn more than updates: the last only validates
+    for step in range(saved.get("step", 0), a.rl_steps + 1):  # one pass more than updates: the last only validates
         score = ""
         if step % a.eval_every == 0 or step == a.rl_steps:  # keep the best by validation, not the last
             score, _ = development(policy, env, world, a)
@@ -218,13 +218,13 @@ def evaluate(a):
 
 def for_report(a, t, world, v, pictures, **who):
     """What a report tells of a trajectory: who did it, what it was rewarded with, and all that happened."""
-    return dict(**who, reward=grpo.reward(grpo.accuracy_reward(t, a.search_penalty), t.well_formed, a.lam), **gog.record(t, world, v, pictures))
+    return dict(**who, reward=grpo.reward(grpo.accuracy_reward(t, a.search_penalty), t.well_formed, a.lam), **gog.record(t, world, v, pictures)) | dict(r_acc=grpo.accuracy_reward(t, a.search_penalty))
 
 
 # ------------------------------------------------------------------------------------------------------------- the grid
 
 EVAL_FLAGS = ("tools_fail", "turns", "stale")  # flags of eval that ask another thing of the same policy
-GRID = {  # the flags of every row of the paper's tables, and of questions that it leaves open; a policy with a name of its own is trained first, by RL on as many rollouts (scale: by SFT only)
+GRID = {  # the flags of every row of the paper's tables, and of questions that it leaves open; a policy with a name of its own is trained first, by RL on as many rollouts (where rl_steps is 0: by SFT only)
     "main": [{}],
     "Selective Gaze": [dict(name="no-gaze-sft", gaze=False, rl_steps=0), dict(name="no-gaze-rl", gaze=False, search_penalty=0.1)],  # the second: as MMSearch-R1
     "robustness": [dict(tools_fail=0.05), dict(tools_fail=0.2), dict(stale=True), *(dict(turns=n) for n in (2, 4, 6, 10))],
@@ -426,7 +426,7 @@ class Args:
 
     def row(self):
         """The row of the results: the policy's name, and what sets this examination apart from the usual one."""
-        return "-".join([self.name, *(f"{k.replace('_', '-')}-{getattr(self, k)}".removesuffix("-True") for k in EVAL_FLAGS if getattr(self, k) != getattr(Args, k))])
+        return "-".join([self.name + "-no-gaze" * (self.name == "rl" and not self.gaze), *(f"{k.replace('_', '-')}-{getattr(self, k)}".removesuffix("-True") for k in EVAL_FLAGS if getattr(self, k) != getattr(Args, k))])
 
     def weights(self, stage):
         """What a stage leaves behind."""
@@ -449,7 +449,7 @@ def arguments(argv=None):
 def work(a, stage):
     """What stages.csv calls the world: with what sets this row of the grid apart, as its minutes leave those of the main job alone."""
     which = {"rl": a.name, "eval": a.row()}.get(stage, "rl")
-    return a.label(a.world) + a.taught() * (stage == "sft") + (f", {which}" if which != "rl" else "")
+    return a.label(a.world) + a.taught() * (stage in ("sft", "rl")) + (f", {which}" if which != "rl" else "")
 
 
 def expected(a, stages):
@@ -462,7 +462,8 @@ def expected(a, stages):
 def timed(a, stage):
     """Run a stage; its minutes and the peak memory of the process so far go to results/stages.csv, where the next run finds what to expect."""
     began = time.time()
-    write_results(a, [])  # can the tables be read and written? Else it is said now, not after the stage
+    read_rows(Path(a.results) / "results.csv", COLUMNS)
+    write_rows(Path(a.results) / "stages.csv", [], STAGE_COLUMNS, ())  # can the tables be read and written? Else it is said now, not after the stage
     print(f"{stage}: preset {a.preset}, world {a.world}, seed {a.seed}, on {a.place()}{expected(a, [stage])}", file=sys.stderr)
     try:
         STAGES[stage](a)

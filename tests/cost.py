@@ -168,10 +168,10 @@ def feeding(env, world, steps=60, warm=20):
 
     stages = {"see": (train.stream(partial(grpo.labelled_pictures, policy.config, 0, a.see_batch), 0, steps), lambda batch: grpo.see_step(policy, heads, [torch.from_numpy(x) for x in batch], word_ids, eyes)),
               "words": (train.stream(partial(grpo.lessons, env, 0, a.word_batch), 0, steps), learn),
-              "sft": ((demos[a.sft_batch * i:a.sft_batch * (i + 1)] + again for i, again in enumerate(train.stream(partial(grpo.replay, env, 0, round(a.replay * a.sft_batch)), 0, steps))), learn)}
+              "sft": ((demos[a.sft_batch * i:a.sft_batch * (i + 1)] + again for i, again in enumerate(train.stream(partial(grpo.replay, tools.Environment(env.v, None, policy.config), 0, round(a.replay * a.sft_batch)), 0, steps))), learn)}
     for stage, (batches, step) in stages.items():
         policy.freeze_eyes(stage != "see")
-        at, waited, worked, real, computed = iter(batches), [], [], [1], [1]
+        at, waited, worked, real, computed = iter(batches), [], [], [], []
 
         def counted(batch, pad):
             out = packed(batch, pad)
@@ -184,7 +184,7 @@ def feeding(env, world, steps=60, warm=20):
                 waited.append(clock(lambda: got.append(next(at))))
                 worked.append(clock(lambda: step(*got)))
         wait, work = sum(waited[warm:]), sum(worked[warm:])
-        rows.append(dict(stage=stage, steps=steps - warm, seconds_a_step=f"{(wait + work) / (steps - warm):.3f}", waits=f"{wait / (wait + work):.3f}", real=f"{sum(real) / sum(computed):.3f}"))
+        rows.append(dict(stage=stage, steps=steps - warm, seconds_a_step=f"{(wait + work) / (steps - warm):.3f}", waits=f"{wait / (wait + work):.3f}", real=f"{sum(real) / sum(computed):.3f}" if real else ""))  # the eyes have no tokens
         print("{stage:<8}{seconds_a_step:>8} s a step, waits {waits}, real tokens {real}".format(**rows[-1]), flush=True)
     return rows
 

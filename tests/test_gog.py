@@ -209,7 +209,7 @@ def test_slips_begin_where_the_policy_looked_in_vain(env, world, policy, monkeyp
         lies_on_target = data.iou((3, 36, 30, 63), q.scene.boxes[q.targets[0]]) >= 0.5
         assert (m == {}) == lies_on_target and (t.turns[0].argument == (3, 36, 30, 63)) != lies_on_target
         if m and len(t.turns) > 1:
-            assert re.search("(look at|it) red round, for the ", t.turns[0].thought) and t.turns[1].thought.startswith(f"want {gog.stated(q.expressions[0], q.phrases[0]) if q.expressions[0] in ('colour', 'shape') else 'red round'}, see ")
+            assert re.search("(look at|it) red round, for the ", t.turns[0].thought) and t.turns[1].thought.startswith(f"want {gog.stated(q.pointed_by[0], q.phrases[0]) if q.pointed_by[0] in ('colour', 'shape') else 'red round'}, see ")
             assert t.turns[1].thought.split(", for the ")[0].endswith(q.phrases[0])
             reread += q.phrases[0] != "red round"
     assert 0 < sum(map(len, missed)) < len(qs) and reread > 5
@@ -230,10 +230,10 @@ def test_left_to_right_is_column_by_column():
 def test_a_hit_is_held_to_what_the_question_says(env, world):
     """Prevents giving up the right shield for a wrong guess: asked for "the round shield", the colour is the policy's own guess, so the thought names
     the shape before it, and what was found is compared by shape only; likewise by colour."""
-    qs, seen = [q for q in data.questions(world, [("hop1", "normal", 1)], 150, "stated") if q.expressions[0] in ("colour", "shape")], set()
+    qs, seen = [q for q in data.questions(world, [("hop1", "normal", 1)], 150, "stated") if q.pointed_by[0] in ("colour", "shape")], set()
     for q, t in zip(qs, gog.play(env, qs, [gog.expert(q, random.Random(0)) for q in qs])):
         colour, shape = q.phrases[0].split()
-        word = colour if q.expressions == ("colour",) else shape
+        word = colour if q.pointed_by == ("colour",) else shape
         assert f"the {word} shield" in q.text and t.turns[1].thought.startswith(f"want {word}, see {word}: yes, ") and t.correct
         assert t.turns[0].kind != "gaze" or t.turns[0].thought.startswith((f"{shape}, " if word == shape else "") + f"look at {colour} {shape}, for the ")
         seen.add(word == shape)
@@ -248,7 +248,7 @@ def test_a_flag_fits_by_any_of_its_colours(env, policy):
     qs = data.questions(world, [("hop1", "normal", 2), ("hop1", "twins", 1)], 90, "flags")
     by_others = 0
     for q, t in zip(qs, gog.play(flags, qs, [gog.expert(q, random.Random(i)) for i, q in enumerate(qs)])):
-        target, kind = q.scene.entities[q.targets[0]], q.expressions[0]
+        target, kind = q.scene.entities[q.targets[0]], q.pointed_by[0]
         wanted = re.search(r"(?:look at|it) (\w+ \w+)", t.turns[0].thought)[1]
         assert wanted in [target.look, *gog.also_looks(target)] and t.correct
         assert wanted == target.look or kind not in ("look", "colour", "detail")

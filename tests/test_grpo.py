@@ -176,15 +176,20 @@ def test_fresh_questions_are_never_asked_twice(world):
 
 
 def test_a_policy_that_may_not_gaze_neither_sees_nor_samples_one(policy, env, world, questions, monkeypatch):
-    """Prevents a comparison without gazes whose demonstrations show some (a slip at a single shield is one, too), or whose rollouts take some."""
+    """Prevents a comparison without gazes whose demonstrations or lessons show some, or whose rollouts take some."""
     blind = tools.Environment(env.v, env.toolbox, policy.config, gaze=False)
     demos = {may: grpo.instruct(policy, e, world, 12, wrong_gaze=1.0) for may, e in ((True, env), (False, blind))}
     kinds = {may: {turn.kind for t in found for turn in t.turns} for may, found in demos.items()}
     assert kinds == {True: {"answer", "search", "glance", "gaze"}, False: {"answer", "search", "glance"}}
     assert all(t.correct for t in demos[False]) and sum(t.question.search_free for t in demos[False]) == 5
+    lessons = [grpo.replay(e, 0, 12, 0) for e in (env, blind)]
     tag, logits = env.v.id["<gaze>"], policy.logits
     monkeypatch.setattr(policy, "logits", lambda hidden: logits(hidden) + 9.0 * torch.nn.functional.one_hot(torch.tensor(tag), env.v.size))
-    assert [any(tag in t.ids for t in gog.rollout(policy, e, questions[:4], schedule=gog.FREE[:1])) for e in (env, blind)] == [True, False]
+    assert [any(i == tag and own for t in part for i, own in zip(t.ids, t.trained)) for part in lessons] == [True, False]
+    may, never = (gog.rollout(policy, e, questions[:4], schedule=gog.FREE[:1]) for e in (env, blind))
+    assert any(tag in t.ids for t in may) and not any(tag in t.ids for t in never)
+    with torch.no_grad():  # what could not be sampled has no share in the probabilities: the ratio is 1
+        assert grpo.token_logprobs(policy, blind, never)[0].tolist() == pytest.approx([p for t in never for p, own in zip(t.logprobs, t.trained) if own], abs=1e-4)
 
 
 def test_the_uncertainty_filter_drops_only_what_is_right_every_time(monkeypatch, policy, env):
