@@ -99,7 +99,7 @@ PLACES = {1: [(.5, .5, .28)], 2: [(.28, .5, .18), (.72, .5, .18)], 3: [(.29, .32
 
 @dataclass(frozen=True)
 class Arms:
-    """A coat of arms: outline and tincture can be told at a glance, the rest takes a closer look."""
+    """A coat of arms: outline and tincture can be told from afar, the rest takes a closer look."""
     outline: str
     tincture: str
     ordinary: str
@@ -198,7 +198,7 @@ def heraldry(seed=0, towns=3000):
     facts = lambda keys, more: {k: VALUES[k](rng) for k in (*keys, *rng.sample([k for k in VALUES if k not in keys], more))}
     entities = {n: Entity.with_arms(n, {**facts(ALL_TOWNS, 4), "region": rng.choice(regions)}, a) for n, a in zip(names, shields)}
     splits = split_names(names, rng)
-    for group in splits.values():  # links stay within a split; a region's capital may be of any but `late`: its name and facts may be read in training, its arms are never seen
+    for group in splits.values():  # links stay within a split; a region's capital may be of any but `late`: so a name and facts of another split may be read in training, but its arms are never asked about there
         for n in group:
             entities[n].facts.update({link: rng.choice([t for t in group if t != n] or [n]) for link in rng.sample(TOWN_LINKS, 2)})
     for r in regions:
@@ -267,7 +267,7 @@ def hang(entities, noun, rng, cells=3, sizes=(0.62, 0.95)):
 
 # ------------------------------------------------------------------------------------------------- referring expressions
 
-# "row": where in its row, from left to right; "column": where in its column, from the top. The first word of each: nothing clear to say
+# "row": where among all objects from left to right; "column": where from the top. The first word of each: nothing clear to say
 ROW, COLUMN, SIZE = ("", "leftmost", "rightmost"), ("", "topmost", "lowest"), ("", "largest", "smallest")
 ZONES = ("top left", "top middle", "top right", "middle left", "centre", "middle right", "bottom left", "bottom middle", "bottom right")
 SIDES = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
@@ -424,7 +424,7 @@ def questions(world, mix, n, seed, split=("train",)):
 def folder_world(path, seed=0):
     """A world of the user's own: `entities.jsonl`, one {"name", "image", "facts": {relation: value}} a line, and the images.
 
-    A value that is another entity's name leads on (a hop). What a glance tells (main colour and shape) is read off the picture.
+    A value that is another entity's name leads on (a hop). Its look (main colour and shape) is read off the picture.
     """
     root, entities = Path(path), {}
     for where, line in lines(root / "entities.jsonl"):

@@ -40,7 +40,7 @@ from model import Cache, CheckpointError, gathered, load, pick, share
 from tools import ACTIONS, PASSAGES, Environment, Turn, atomic, flat, make_toolbox, normalise, parse, to_array, to_pixels, unaccented
 
 MAX_TURNS, TURN_TOKENS = 8, 90
-KNOWN = 75  # where no hit scores more, the picture probably shows nothing that the index knows. Look-alikes score more, too (careful crops of what the index knows: 82 or more in 99 of 100; of flags that it lacks: below 75 in half)
+KNOWN = 75  # where no hit scores so much, the picture probably shows nothing that the index knows. Look-alikes score more, too (careful crops of what the index knows: 82 or more in 99 of 100; of flags that it lacks: below 75 in half)
 FREE = [ACTIONS] * MAX_TURNS  # the schedule of a policy that may do what it wants
 
 # -------------------------------------------------------------------------------------------------------------- rollout
@@ -146,13 +146,13 @@ class Slip(str):
 
 
 def expert(q, rng, wrong_gaze=0.0, missed=None):
-    """The demonstrator, a generator: yields the text of a turn, is sent the observation. It knows boxes and plan, but reads every
-    name and value from the tools. Its thoughts are its memory: what is still to be looked up (in the question's own order, the
+    """The demonstrator, a generator: yields the text of a turn, is sent the observation. It knows boxes, looks and plan, but reads every
+    name and fact from the tools. Its thoughts are its memory: what is still to be looked up (in the question's own order, the
     next step last), and what was found of the first of two. After each look it states what it wants and what it sees, and goes on where they differ.
 
     missed: {target: (look, box)}, where the base model itself points in vain and what it takes that for (grpo.misses): the expert begins with this mistake,
-    then recovers. wrong_gaze: where nothing is missed so, the chance of a look at an object that does not fit, or at bare wall, and a quarter of that of a useless glance
-    at a crowded wall. All three are slips.
+    then recovers. wrong_gaze: where nothing is missed so, the chance of a look at an object that does not fit, or at bare wall; and a quarter of that is the chance that a useless glance
+    comes first where several hang. All three are slips.
     """
     if q.search_free:
         yield (count_aloud(q.scene, q.text.split()[-1].strip("?")) if q.kind == "count" else
@@ -162,7 +162,7 @@ def expert(q, rng, wrong_gaze=0.0, missed=None):
     for target, phrase, kind in zip(q.targets, q.phrases, q.pointed_by):
         name, thought = yield from _find(q, target, phrase, kind, rng, (missed or {}).get(target), wrong_gaze, thought, memory)
         if not name:
-            return  # the tools did not find it, or found a wrong one that fits: grpo.instruct drops this demonstration
+            return  # the tools did not find it, or found what the base model's mistake looks like: grpo.instruct drops this demonstration
         value = name
         for k, relation in enumerate(q.chain):
             query = f"<search> {value} {relation}</search>"  # the name first: it is copied from its first token on, and that is found more surely right behind <search> (results/trials.md)

@@ -17,7 +17,8 @@ Here instead, numbered:
      scored first. `level2` is the paper's curriculum, `adaptive` draws as `fresh` does, from questions that were scored first.
   6. A pass rate cannot tell what is half learnt from what is half luck: look-alikes and comparisons succeed half of the time, too, and their
      gradients have nothing in common (`signal`, grpo_step). So data.RL_MIX has few look-alikes (two parts of 18, against forgetting) and no
-     comparisons: two batches of 256 rollouts of chains and counting had a cosine of 0.16, with many look-alikes among them 0.03.
+     comparisons: two batches of 256 rollouts of chains and counting had a cosine of 0.16, with many look-alikes among them 0.03. (`signal` compares
+     the two halves of one batch, of a policy that has begun to learn: 0.03 on average in the published run.)
   7. A base model of our own, where the paper takes one from the shelf: labels for the eyes, lessons in words, an exam.
 
 Reading order: reward and advantage -> policy loss -> one step of each stage -> what they learn from: GoG-Instruct (SFT), levels and curriculum
@@ -269,7 +270,7 @@ def corpus(seed=0):
 
 
 # Label k of a part is its k-th value here (None: there is nothing of the kind); label -1 is left out of the loss.
-PARTS = {  # (tincture and outline first: `spread`) what can be told about the shield that a cell shows (None: bare wall), how it hangs, and what is beside it
+PARTS = {  # (tincture and outline first: `spread`) what can be told about the shield that a cell shows (None: bare wall, or nobody on that side), how it hangs, and what is beside it
     "tincture": [None, *data.TINCTURES], "outline": [None, *data.OUTLINES], "ordinary": list(data.ORDINARIES), "ordinary_tincture": list(data.TINCTURES),
     "charge": [None, *data.CHARGES], "charge_tincture": list(data.TINCTURES), "count": [1, 2, 3], "row": range(3), "column": range(3), "size": range(3),
     **{(side, k): [None, *kinds] for side in data.SIDES for k, kinds in enumerate((data.TINCTURES, data.OUTLINES))}}

@@ -80,7 +80,7 @@ class Vocabulary:
         """`text`: what `to_text` gave, as a checkpoint keeps it."""
         self.tokenizer = Tokenizer.from_str(text)
         self.size, self.id = self.tokenizer.get_vocab_size(), {t: self.tokenizer.token_to_id(t) for t in TAGS}
-        assert self.id["<pad>"] != self.id["<stop>"]  # a turn must be able to end in an id that is never padding
+        assert self.id["<pad>"] != self.id["<stop>"]  # both None: a tokenizer without our tags
         # tags have the first ids, in the order of TAGS; those before <stop> are the environment's
         self.sampleable = [i not in range(TAGS.index("<stop>")) for i in range(self.size)]
 
@@ -185,23 +185,23 @@ class Cache:
 class Attention(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.heads, self.kv_heads, self.c = c.heads, c.kv_heads, c.width // c.heads
-        self.q_proj = nn.Linear(c.width, c.heads * self.c, bias=False)
-        self.k_proj = nn.Linear(c.width, c.kv_heads * self.c, bias=False)
-        self.v_proj = nn.Linear(c.width, c.kv_heads * self.c, bias=False)
-        self.o_proj = nn.Linear(c.heads * self.c, c.width, bias=False)
+        self.heads, self.kv_heads, self.head = c.heads, c.kv_heads, c.width // c.heads
+        self.q_proj = nn.Linear(c.width, c.heads * self.head, bias=False)
+        self.k_proj = nn.Linear(c.width, c.kv_heads * self.head, bias=False)
+        self.v_proj = nn.Linear(c.width, c.kv_heads * self.head, bias=False)
+        self.o_proj = nn.Linear(c.heads * self.head, c.width, bias=False)
 
     def forward(self, x, rope, mask, cache=None, layer=0, positions=None, lengths=None):
-        """x (B, T, D) -> (B, T, D). Three ways. mask None: causal. `lengths` (a list): packed, causal within each sequence. `cache`: the keys of earlier calls, too, as `mask`
+        """x (B, T, D) -> (B, T, D). Three ways. Neither `lengths` nor `cache`: causal. `lengths` (a list): packed, causal within each sequence. `cache`: the keys of earlier calls, too, as `mask`
         (B, 1, H/K*T, slots) allows, which is added to the scores."""
         B, T, _ = x.shape
-        split = lambda y, n: y.view(B, T, n, self.c).transpose(1, 2)  # (B, T, n*C) -> (B, n, T, C)
+        split = lambda y, n: y.view(B, T, n, self.head).transpose(1, 2)  # (B, T, n*C) -> (B, n, T, C)
         q = rotate(split(self.q_proj(x), self.heads), rope)
         k = rotate(split(self.k_proj(x), self.kv_heads), rope)
         v = split(self.v_proj(x), self.kv_heads)
         if cache is not None:
             k, v = cache.append(layer, k, v, positions, mask.shape[-1])
-            q = q.reshape(B, self.kv_heads, -1, self.c)  # (B, H, T, C) -> (B, K, H/K*T, C): heads that share keys read them once
+            q = q.reshape(B, self.kv_heads, -1, self.head)  # (B, H, T, C) -> (B, K, H/K*T, C): heads that share keys read them once
         if x.device.type == "cpu":  # there the backward pass of attention is half as fast in bfloat16 as in float32
             q, k, v = q.float(), k.float(), v.float()
         with torch.autocast(x.device.type, enabled=False):
@@ -211,7 +211,7 @@ class Attention(nn.Module):
                 out = torch.cat([attend(*part) for part in zip(*(y.split(lengths, 2) for y in (q, k, v)))], 2)
             else:
                 out = attend(q, k, v)
-        out = out.reshape(B, self.heads, T, self.c)
+        out = out.reshape(B, self.heads, T, self.head)
         return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))  # (B, H, T, C) -> (B, T, D)
 
 
@@ -392,7 +392,7 @@ def number_line(embedding, ids, waves=12):
 # -------------------------------------------------------------------------------------------------- batches to train on
 
 def micro_batches(items, lengths, budget):
-    """Items so many tokens long, cut into lists of about `budget` tokens: list k holds all that end within tokens k * budget .. (k + 1) * budget."""
+    """Items so many tokens long, cut into lists of about `budget` tokens: those that end between the same two multiples of `budget` go together."""
     ends = list(itertools.accumulate(lengths))
     return [[items[i] for i in part] for _, part in itertools.groupby(range(len(ends)), lambda i: ends[i] // budget)]
 

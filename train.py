@@ -1,4 +1,4 @@
-"""The command line: python train.py --stage pretrain | sft | rl | eval | reproduce. Each of the four stages is one loop, top to bottom; reproduce is a grid of them.
+"""The command line: python train.py --stage pretrain | sft | rl | eval | reproduce. Each of the four stages is one loop (of eval: suites and rows), top to bottom; reproduce is a grid of them.
 
 From the paper: SFT on reflective trajectories, then GRPO on the questions that the SFT model mostly fails.
 Here instead: one stage more. `pretrain` makes the base model that the paper takes from the shelf: first the eyes alone, with labels on
@@ -144,7 +144,8 @@ def rl(a):
         lr = set_lr(opts, lr_factor(step, a.rl_steps, warmup=3, decay=1.0))
         chosen = curriculum.draw(a.rl_batch, step)
         env.toolbox.rng.seed(f"tools/{a.seed}/{step}/{RANK}")  # all that falls by lot depends on the step: that is why --resume is exact
-        batch, advantages, solved, stats = grpo.iteration(policy, reference, env, grpo.ask_each(world, [askable[i] for i in chosen], f"rl/{a.seed}/{step}"), opts, a, torch_rng(policy.device, "rl", a.seed, step))
+        asked = grpo.ask_each(world, [askable[i] for i in chosen], f"rl/{a.seed}/{step}")
+        batch, advantages, solved, stats = grpo.iteration(policy, reference, env, asked, opts, a, torch_rng(policy.device, "rl", a.seed, step))
         curriculum.seen(chosen, solved)
         run.log(step=step, **stats, lr=lr, development=score)  # that of the policy before this update
         bar.update()
@@ -186,7 +187,7 @@ def evaluate(a):
     policies = {row: load(a.weights(stage), a.device) for row, stage in (("base", "pretrain"), ("sft", "sft"), ("rl", "rl"))}
     # label: the world in the tables; known: tools that know what was known at training time; named: the row of the policy under examination, "rl", or --name and what sets
     # this examination apart from the usual one. Only "rl" brings all baselines with it
-    label, known, named = a.examined_world(), make_toolbox(world, a.tools_fail, a.seed), a.row()
+    label, known, named = a.label(a.world) + "-zero-shot" * bool(a.trained_on), make_toolbox(world, a.tools_fail, a.seed), a.row()
     for name in (*(["own"] if world.own[1:] else []), *gog.SUITES):
         try:
             searched, qs = (world, world.own[1::2]) if name == "own" else gog.suite(world, name, a.suite_size)
@@ -242,7 +243,7 @@ def reproduce(a):
         raise CheckpointError("--stage reproduce chooses --name, --out, --trained-on and the flags of eval itself, row by row, and is one process. Leave them out; without torchrun")
     path, todo, failed = Path(a.results) / "results.csv", [replace(a, stage="eval", seed=seed, **flags) for seed in range(a.seeds) for rows in GRID.values() for flags in rows], []
     tables = {name: [*{"main": ROWS, "Selective Gaze": ["sft", "rl"], "scale": ["sft"]}.get(name, ["rl"]), *(replace(a, **flags).row() for flags in rows if flags)] for name, rows in GRID.items()}
-    measured = lambda: [r for r in read_rows(path) if (r["world"], r["preset"]) == (a.examined_world(), a.preset)]
+    measured = lambda: [r for r in read_rows(path) if (r["world"], r["preset"]) == (a.label(a.world), a.preset)]
     for n, b in enumerate(todo, 1):
         skip = b.weights("rl").is_file() and {*gog.SUITES} <= {r["suite"] for r in measured() if (r["row"], r["seed"]) == (b.row(), str(b.seed)) and r["n"] in ("0", str(b.suite_size))}  # 0: left out
         print(f"grid, {n} of {len(todo)}: {b.row()}, seed {b.seed}{', is there' if skip else ''}", file=sys.stderr)
@@ -355,7 +356,7 @@ class Args:
     preset: str = "nano"  # tiny, nano or small
     device: str = "auto"  # auto, cuda, mps or cpu
     world: str = "heraldry"  # heraldry, or the path of a folder world
-    seed: int = 0  # of weights, questions and sampling (the base model too)
+    seed: int = 0  # of weights, of training's questions and of sampling (the base model too); the suites are the same for all
     seed_world: int = 0  # of the invented world; of a folder world: which entities are trained on, and how facts are worded
     towns: int = 3000  # of the invented world
     results: str = "results"  # folder of the tables
@@ -372,7 +373,7 @@ class Args:
     word_lr: float = 0.002  # of the decoder
     gaze: bool = True  # may the policy gaze? --no-gaze: neither in demonstrations nor in rollouts (the whole picture and texts only, as MMSearch-R1)
     demos: int = 5750  # trajectories of GoG-Instruct
-    wrong_gaze: float = 0.2  # chance, for every object looked for that the base model itself does not miss, that the expert also looks where it is not (and a quarter of that, that it first glances in vain)
+    wrong_gaze: float = 0.2  # chance, for every object looked for that the base model itself does not miss, that the expert also looks where it is not (and a quarter of that, for every object among others, that it first glances in vain)
     failure_rate: float = 0.03  # of tools while training
     sft_batch: int = 32  # trajectories a step
     replay: float = 0.6  # lessons of the base model on top, for each demonstration, so that pointing and long plans are not forgotten
@@ -419,10 +420,6 @@ class Args:
     def place(self):
         """On what it runs: the device, and by how many processes."""
         return f"{PROCESSES} x {self.device}" if PROCESSES > 1 else self.device
-
-    def examined_world(self):
-        """The world of the results, and if the policy had never seen it."""
-        return self.label(self.world) + ("-zero-shot" if self.trained_on else "")
 
     def row(self):
         """The row of the results: the policy's name, and what sets this examination apart from the usual one."""
@@ -480,7 +477,8 @@ def timed(a, stage):
 
 def through(a):
     """The stage that is asked for, and before it those that it needs and that are not done."""
-    done = lambda stage: a.weights(stage).is_file() and (stage != a.stage or a.resume and not a.weights(stage).with_suffix(".state.safetensors").is_file())
+    finished = lambda stage: a.weights(stage).is_file() and not a.weights(stage).with_suffix(".state.safetensors").is_file()
+    done = lambda stage: a.weights(stage).is_file() if stage != a.stage else a.resume and finished(stage)  # the stage that is asked for is done anew, unless --resume finds it finished
     todo = [stage for stage in list(STAGES)[:list(STAGES).index(a.stage) + 1] if not done(stage)]
     if a.trained_on and todo not in ([], ["eval"]):
         raise CheckpointError(f"{a.weights(todo[0])} is missing. Run python train.py --stage rl --world {a.trained_on} first, then --stage eval --trained-on")
