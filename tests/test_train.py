@@ -86,10 +86,10 @@ def press_ctrl_c(monkeypatch, when):
 
 
 def test_ctrl_c_saves_and_resume_is_exact(tmp_path, monkeypatch, capsys):
-    """Prevents a resume that loads weights only: 3 steps + Ctrl-C + resume + the rest = the unbroken run, bit for bit, for every stage (of RL with a policy that acts, tools that fail and
+    """Prevents a resume that loads weights only: 2 steps + Ctrl-C + resume + the rest = the unbroken run, bit for bit, for every stage (of RL with a policy that acts, tools that fail and
     all that falls by lot; the training state at the end, too); and lost work: the step during which Ctrl-C is pressed is finished and saved, though no checkpoint was due."""
     monkeypatch.chdir(tmp_path)
-    args = lambda *more: train.arguments([*TINY, "--sft-batch", "3", "--rl-steps", "4", "--failure-rate", "0.3", "--group", "4", "--rl-lr", "0.3", "--show-every", "9", "--rl-batch", "3", "--demos", "12", *more])
+    args = lambda *more: train.arguments([*TINY, "--sft-batch", "3", "--rl-steps", "3", "--failure-rate", "0.3", "--group", "4", "--rl-lr", "0.3", "--show-every", "9", "--rl-batch", "3", "--demos", "12", *more])
     whole, broken = args("--out", "whole"), args("--out", "broken")
     torch.set_flush_denormal(True)
     states, keep = {}, train.Run.close
@@ -111,11 +111,11 @@ def test_ctrl_c_saves_and_resume_is_exact(tmp_path, monkeypatch, capsys):
             liven(monkeypatch.setattr)
         stage(whole)
 
-        real = press_ctrl_c(monkeypatch, lambda _, row: row["step"] == 2)
+        real = press_ctrl_c(monkeypatch, lambda _, row: row["step"] == 1)
         with pytest.raises(KeyboardInterrupt):
             stage(broken)
         monkeypatch.setattr(train.Run, "log", real)
-        assert "Ctrl-C: saving after this step" in capsys.readouterr().err and len(list(csv.DictReader(open(f"broken/{steps}.csv")))) == 3
+        assert "Ctrl-C: saving after this step" in capsys.readouterr().err and len(list(csv.DictReader(open(f"broken/{steps}.csv")))) == 2
         broken.resume = True
         stage(broken)
         broken.resume = False
@@ -123,7 +123,7 @@ def test_ctrl_c_saves_and_resume_is_exact(tmp_path, monkeypatch, capsys):
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), steps
         rows = [[{k: v for k, v in r.items() if "seconds" not in k} for r in csv.DictReader(open(tmp_path / d / f"{steps}.csv"))] for d in ("whole", "broken")]
         assert rows[0] == rows[1], steps
-        assert not curriculum or all(float(r["dead"]) < 1 and float(r["grad_norm"]) > 0 and float(r["gaze_share"]) > 0 for r in rows[0][:4])  # or it would have proved nothing
+        assert not curriculum or all(float(r["dead"]) < 1 and float(r["grad_norm"]) > 0 and float(r["gaze_share"]) > 0 for r in rows[0][:3])  # or it would have proved nothing
     with pytest.raises(train.CheckpointError, match="begun with --group 4"):
         run = train.Run(replace(whole, out="other"), "rl")
         train.save_state(run.state, [], [], extra=json.dumps({"step": 1, "flags": run.flags}), rows="[]")
