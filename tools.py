@@ -483,7 +483,8 @@ class Environment:
             shown_crop = to_array(seen.picture, self.side) if seen and seen.picture is not None else None
             if self.withhold:  # control: the action happens, but nothing of what it finds is shown
                 turn.observation, shown_crop = "", None
-            t.observe([self.v.id["<obs>"], *(self.image if shown_crop is not None else []), *self.v.encode(turn.observation), self.v.id["</obs>"]], shown_crop)
+            image = self.image if shown_crop is not None else []
+            t.observe([self.v.id["<obs>"], *image, *self.v.encode(turn.observation), self.v.id["</obs>"]], shown_crop)
         return [turn.kind != "answer" for turn in turns]
 
 

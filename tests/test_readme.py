@@ -164,6 +164,8 @@ def test_three_seeds_are_those_of_the_csv():
     n, gains = len(after["level2"]), np.array(after["rl"]) - after["sft"]
     ahead = np.array(after["rl"][:n]) - after["level2"]
     half = lambda x: gog.STUDENT[len(x)] * x.std(ddof=1) / len(x)**0.5
+    whole = [mean("heraldry", "all", r) for r in seeds if ("heraldry", "all", "facts", "accuracy") in r]
+    assert f"{' and '.join(f'{x:.1f}' for x in whole)} % (seeds 0 and 1)" in README or len(whole) == 3 and three(whole) in README
     for told in (f"get {three(after['sft'])} % right after SFT, and {three(after['rl'])} after RL, chains", f"adds {np.mean(after['level2']) - np.mean(after['sft'][:n]):.1f} to the {'first two' if n == 2 else 'same three'}; `fresh` is ahead by {ahead.mean():.1f} +- {half(ahead):.1f}",
                  f"RL adds {gains.mean():.1f} points (95 % interval over three seeds: +- {half(gains):.1f})", "chains {}, and {}".format(*(three([100 * r["heraldry", row, "hops", "accuracy"] for r in seeds]) for row in ("sft", "rl"))),
                  f"with an IoU of {three([r['lessons', 'base', 'held-out', 'iou neighbour'] for r in seeds], 2)}"):
