@@ -172,6 +172,14 @@ def test_three_seeds_are_those_of_the_csv():
         assert told in README
 
 
+def test_dead_groups_are_those_of_the_runs():
+    """Prevents a curriculum that is praised for groups that it did not have."""
+    (rows,) = [rows for head, rows in tables(README) if head[0].startswith("share of dead groups")]
+    for (_, *told, n), end in zip(rows, ("", "-level2", "-all")):
+        runs = [[r for r in published(f"runs/heraldry-nano-{seed}-rl{end}.csv") if r["dead"]] for seed in range(int(n))]
+        assert told == [f"{np.mean([float(r[c]) for rows in runs for r in rows[part]]):.2f}" for c in ("dead", "accuracy") for part in (slice(10), slice(-10, None))], end
+
+
 def test_behaviour_is_that_of_the_csv():
     """Prevents a claim about what RL teaches that rests on one seed, or on the suites where it holds."""
     (rows,) = [rows for head, rows in tables(README) if head[1:] == ["the paper, SFT -> RL", "SFT", "SFT + RL"]]
