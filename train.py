@@ -240,7 +240,7 @@ def reproduce(a):
     """Every row of GRID for seeds 0 .. a.seeds - 1 that results.csv or the run folder lacks, training what must be; after each, all that is known goes to grid.md beside it. Stopped at
     any time, it goes on where it was. A row that cannot be (no question of level 1, say) is left out, and said at the end."""
     if a.row() != "rl" or a.out or a.trained_on or PROCESSES > 1:
-        raise CheckpointError("--stage reproduce chooses --name, --out, --trained-on and the flags of eval itself, row by row, and is one process. Leave them out; without torchrun")
+        raise CheckpointError("--stage reproduce chooses --name, --no-gaze, --out, --trained-on and the flags of eval itself, row by row, and is one process. Leave them out; without torchrun")
     path, todo, failed = Path(a.results) / "results.csv", [replace(a, stage="eval", seed=seed, **flags) for seed in range(a.seeds) for rows in GRID.values() for flags in rows], []
     tables = {name: [*{"main": ROWS, "Selective Gaze": ["sft", "rl"], "scale": ["sft"]}.get(name, ["rl"]), *(replace(a, **flags).row() for flags in rows if flags)] for name, rows in GRID.items()}
     measured = lambda: [r for r in read_rows(path) if (r["world"], r["preset"]) == (a.label(a.world), a.preset)]
