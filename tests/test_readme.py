@@ -172,6 +172,16 @@ def test_three_seeds_are_those_of_the_csv():
         assert told in README
 
 
+def test_what_gazes_are_worth_is_that_of_the_csv():
+    """Prevents a gap between the policies with and without gazes that no table shows."""
+    with_, without = ([[mean("heraldry", prefix + row, r) for r in (RESULTS, OTHERS[0])] for row in ("sft", "rl")] for prefix in ("", "no-gaze-"))
+    behind = [[a - b for a, b in zip(*rows)] for rows in zip(with_, without)]
+    two = lambda pair: "{:.1f} and {:.1f}".format(*pair)
+    for told in (f"{two(without[0])} % are right after SFT, {two(without[1])} after RL: {two(behind[0])} points behind with gazes after SFT, {two(behind[1])} after RL",
+                 f"{two([100 * r['heraldry', 'no-gaze-rl', 'plain', 'accuracy'] for r in (RESULTS, OTHERS[0])])} % are right without a gaze"):
+        assert told in README, told
+
+
 def test_dead_groups_are_those_of_the_runs():
     """Prevents a curriculum that is praised for groups that it did not have."""
     (rows,) = [rows for head, rows in tables(README) if head[0].startswith("share of dead groups")]
