@@ -21,10 +21,15 @@ def acts(text):
 
 def liven(put=setattr):
     """`put`: setattr, or that of pytest's monkeypatch, which takes it back."""
-    logits = model.Policy.logits
     put(tools.Trajectory, "correct", property(lambda t: zlib.crc32(str(t.ids).encode()) % 2 == 0))
     put(gog, "parse", acts)
-    put(model.Policy, "logits", lambda self, hidden: logits(self, hidden) + 4.0 * (torch.arange(self.config.vocab) == model.TAGS.index("<stop>")))  # turns end
+    be_brief(put)
+
+
+def be_brief(put=setattr):
+    """Turns end soon, which one who has learnt nothing hardly ever does."""
+    logits = model.Policy.logits
+    put(model.Policy, "logits", lambda self, hidden: logits(self, hidden) + 4.0 * (torch.arange(self.config.vocab) == model.TAGS.index("<stop>")))
 
 
 if __name__ == "__main__":

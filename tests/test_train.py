@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from alive import liven
+from alive import be_brief, liven
 from safetensors.torch import load_file
 
 import data
@@ -160,6 +160,7 @@ def test_the_grid_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys, be
     monkeypatch.setattr(train, "GRID", {"main": [{}], "GRPO": rows, "robustness": [dict(turns=2)]})
     monkeypatch.setattr(train, "ROWS", ("sft", "rl")), monkeypatch.setattr(gog, "SUITES", {name: gog.SUITES[name] for name in ("facts", "live")})
     monkeypatch.setattr(grpo, "pass_rates", lambda policy, env, pool, *_: [0.0] * len(pool))  # so there is no level 1
+    be_brief(monkeypatch.setattr)
     told = {}
 
     def grid(folder, code):
