@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from alive import be_brief
 from conftest import still
 
 import data
@@ -177,6 +178,7 @@ def test_fresh_questions_are_never_asked_twice(world):
 
 def test_a_policy_that_may_not_gaze_neither_sees_nor_samples_one(policy, env, world, questions, monkeypatch):
     """Prevents a comparison without gazes whose demonstrations or lessons show some, or whose rollouts take some."""
+    be_brief(monkeypatch.setattr)
     blind = tools.Environment(env.v, env.toolbox, policy.config, gaze=False)
     demos = {may: grpo.instruct(policy, e, world, 12, wrong_gaze=1.0) for may, e in ((True, env), (False, blind))}
     kinds = {may: {turn.kind for t in found for turn in t.turns} for may, found in demos.items()}
