@@ -71,7 +71,7 @@ def _rollout_batch(policy, env, questions, group, temperature, schedule, generat
     cache, hidden = (cache.take(repeat) if group > 1 else cache), hidden[repeat]
     live, walls = list(trajectories), [w for w in walls for _ in range(group)]
     for turn, actions in enumerate(schedule, 1):
-        allowed = _allowed(env.v, {*actions} & {*env.actions}, policy.device)
+        allowed = _allowed(env, actions, policy.device)
         sampled = _sample_turn(policy, env.v, cache, hidden, temperature, allowed, generator)
         for t, (ids, logprobs) in zip(live, sampled):
             t.act(ids, logprobs)
@@ -98,10 +98,10 @@ def _feed(policy, env, cache, chunks, pictures):
     return hidden[torch.arange(len(chunks), device=policy.device), lengths - 1]
 
 
-def _allowed(v, actions, device):
+def _allowed(env, actions, device):
     """(1, vocab) mask of what may be sampled: never observation, image or padding ids; only these actions' tags."""
-    mask = torch.tensor(v.sampleable, device=device)
-    mask[[v.id[f"<{a}>"] for a in ACTIONS if a not in actions]] = False
+    mask = torch.tensor(env.sampleable, device=device)
+    mask[[env.v.id[f"<{a}>"] for a in ACTIONS if a not in actions]] = False
     return mask[None]
 
 
@@ -135,7 +135,7 @@ def _sample_turn(policy, v, cache, hidden, temperature, allowed, generator, long
 def respond(policy, env, prompts, pictures):
     """One greedy turn to each prompt (list of ids), all at once: parsed turns. `pictures`: of all prompts, in order."""
     cache = Cache(policy.config, len(prompts), max(map(len, prompts)) + TURN_TOKENS, policy.device, policy.embed_tokens.weight.dtype)
-    sampled = _sample_turn(policy, env.v, cache, _feed(policy, env, cache, prompts, pictures), 0.0, _allowed(env.v, ACTIONS, policy.device), None)
+    sampled = _sample_turn(policy, env.v, cache, _feed(policy, env, cache, prompts, pictures), 0.0, _allowed(env, ACTIONS, policy.device), None)
     return [parse(env.v.decode(ids[:-1])) for ids, _ in sampled]
 
 

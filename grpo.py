@@ -141,9 +141,9 @@ def iteration(policy, reference, env, questions, opts, a, generator):
     batch = gog.rollout(policy, env, questions, a.group, a.temperature, generator=generator)
     rollout_seconds = time.time() - began
     by_group = lambda values: torch.tensor(values).view(len(questions), a.group)  # (Q*G,) -> (Q, G)
-    r_acc = by_group([accuracy_reward(t, a.search_penalty) for t in batch])
-    rewards = by_group([reward(r, t.well_formed, a.lam) for r, t in zip(r_acc.flatten().tolist(), batch)])
-    advantages, alive = group_advantages(rewards, r_acc, a.advantage)
+    r_acc = [accuracy_reward(t, a.search_penalty) for t in batch]
+    rewards = by_group([reward(r, t.well_formed, a.lam) for r, t in zip(r_acc, batch)])
+    advantages, alive = group_advantages(rewards, by_group(r_acc), a.advantage)
     with autocast(policy.device.type):
         stats = grpo_step(policy, reference, env, batch, advantages.flatten(), opts, a)
     did = gog.behaviour(batch)
@@ -180,7 +180,7 @@ def instruct(policy, env, world, n=5750, seed=0, wrong_gaze=0.2):
     """GoG-Instruct: `n` expert trajectories, 43.5 % of them search-free, of questions that survive the filter; every one is
     checked: the answer is right, and the last gaze lies on a target."""
     quota = {True: round(0.435 * n), False: n - round(0.435 * n)}
-    mix = [(kind, setting, w) for kind, setting, w in data.SFT_MIX if "gaze" in env.actions or setting == "single" or kind in (*data.VISUAL, "count")]  # what can be told without a gaze
+    mix = [(kind, setting, w) for kind, setting, w in data.SFT_MIX if env.gaze or setting == "single" or kind in (*data.VISUAL, "count")]  # what can be told without a gaze
     chosen, asked, dropped, rng, part = {True: [], False: []}, 0, 0, random.Random(f"expert/{seed}"), 0
     bar = tqdm(total=n, desc="demonstrations")
     while any(len(chosen[free]) < quota[free] for free in quota):
@@ -632,7 +632,7 @@ def exam(policy, env, n, seed="exam"):
 
 def replay(env, seed, size, i):
     """Lessons beside batch i of SFT, of what it would unlearn: demonstrations know no crowded walls (where gazes are learnt: not by who may not gaze), no long plans and no strange words."""
-    return taught(env, dict.fromkeys((wall_lesson, errand_lesson, plan_lesson, text_lesson)["gaze" not in env.actions:], 1), f"replay/{seed}/{i}", size)
+    return taught(env, dict.fromkeys((wall_lesson, errand_lesson, plan_lesson, text_lesson)[not env.gaze:], 1), f"replay/{seed}/{i}", size)
 
 
 def lessons(env, seed, size, i):

@@ -457,10 +457,10 @@ def to_array(picture, side):
 
 
 class Environment:
-    """What stands around the policy: prompt, tools, observations. Holds the vocabulary, the picture format, and the actions that a policy may take (gaze=False: never a gaze)."""
+    """What stands around the policy: prompt, tools, observations. Holds the vocabulary, the picture format, and what a policy may say (gaze=False: never a gaze)."""
 
     def __init__(self, vocabulary, toolbox, config, withhold=False, gaze=True):
-        self.v, self.toolbox, self.side, self.withhold, self.actions = vocabulary, toolbox, config.picture, withhold, ACTIONS if gaze else ACTIONS[:-1]
+        self.v, self.toolbox, self.side, self.withhold, self.gaze = vocabulary, toolbox, config.picture, withhold, gaze
         self.image = [vocabulary.id["<image>"]] * config.image_tokens
         self.sampleable = [may and (gaze or i != vocabulary.id["<gaze>"]) for i, may in enumerate(vocabulary.sampleable)]  # of every id: may the policy say it?
 

@@ -458,9 +458,9 @@ def expected(a, stages):
 
 def timed(a, stage):
     """Run a stage; its minutes and the peak memory of the process so far go to results/stages.csv, where the next run finds what to expect."""
-    began = time.time()
-    read_rows(Path(a.results) / "results.csv", COLUMNS)
-    write_rows(Path(a.results) / "stages.csv", [], STAGE_COLUMNS, ())  # can the tables be read and written? Else it is said now, not after the stage
+    path, began = Path(a.results) / "stages.csv", time.time()
+    read_rows(path.with_name("results.csv"), COLUMNS)
+    write_rows(path, [], STAGE_COLUMNS, ())  # can the tables be read and written? Else it is said now, not after the stage
     print(f"{stage}: preset {a.preset}, world {a.world}, seed {a.seed}, on {a.place()}{expected(a, [stage])}", file=sys.stderr)
     try:
         STAGES[stage](a)
@@ -471,7 +471,7 @@ def timed(a, stage):
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # else Ctrl-C would still call the failed Run's `interrupt`, and that handler would keep the Run alive, and its lock
     row = dict(stage=stage, preset=a.preset, world=work(a, stage), device=a.place(), minutes=f"{(time.time() - began) / 60:.1f}", peak_memory_mb=peak_memory(), seed=a.seed)
-    write_rows(Path(a.results) / "stages.csv", [row], STAGE_COLUMNS, ("stage", "preset", "world", "device", "seed"))
+    write_rows(path, [row], STAGE_COLUMNS, ("stage", "preset", "world", "device", "seed"))
     print(f"{stage}: {row['minutes']} minutes, peak memory {row['peak_memory_mb']} MB", file=sys.stderr)
 
 

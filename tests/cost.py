@@ -155,6 +155,7 @@ def growth(shipped, v):
 def feeding(env, world, steps=60, warm=20):
     """Rows {stage, steps, seconds_a_step, waits, real}: the three stages that learn from batches, with the flags that they have by default (RL makes its own: `data_generation` in bench.csv)."""
     a, policy, rows = train.Args(), load(ROOT / "policies" / "base.safetensors")[0], []
+    school = tools.Environment(env.v, None, policy.config)  # lessons need no tools, and a worker is handed all that it has
     heads = torch.nn.ModuleList(torch.nn.Linear(w, 4 + sum(map(len, grpo.PARTS.values()))) for w in (policy.config.vit_width, policy.config.width))
     word_ids = {part: [env.v.word(w) for w in told] for part, told in grpo.TIED.items()}
     eyes = [*optimisers(policy.vision.named_parameters(), a.see_lr, a.see_adam_lr), torch.optim.AdamW([*heads.parameters(), policy.embed_tokens.weight], a.see_adam_lr)]
@@ -167,8 +168,8 @@ def feeding(env, world, steps=60, warm=20):
             grpo.supervised_step(policy, env, batch, words, a.token_budget)
 
     stages = {"see": (train.stream(partial(grpo.labelled_pictures, policy.config, 0, a.see_batch), 0, steps), lambda batch: grpo.see_step(policy, heads, [torch.from_numpy(x) for x in batch], word_ids, eyes)),
-              "words": (train.stream(partial(grpo.lessons, env, 0, a.word_batch), 0, steps), learn),
-              "sft": ((demos[a.sft_batch * i:a.sft_batch * (i + 1)] + again for i, again in enumerate(train.stream(partial(grpo.replay, tools.Environment(env.v, None, policy.config), 0, round(a.replay * a.sft_batch)), 0, steps))), learn)}
+              "words": (train.stream(partial(grpo.lessons, school, 0, a.word_batch), 0, steps), learn),
+              "sft": ((demos[a.sft_batch * i:a.sft_batch * (i + 1)] + again for i, again in enumerate(train.stream(partial(grpo.replay, school, 0, round(a.replay * a.sft_batch)), 0, steps))), learn)}
     for stage, (batches, step) in stages.items():
         policy.freeze_eyes(stage != "see")
         at, waited, worked, real, computed = iter(batches), [], [], [], []

@@ -47,9 +47,9 @@ def test_fuzz_the_turns(env, questions, vocabulary):
         assert sum(i == vocabulary.id["<image>"] for i, m in zip(t.ids, t.trained) if not m) == len(t.pictures) * len(env.image)
 
 
-def test_observation_ids_cannot_be_sampled(vocabulary):
+def test_observation_ids_cannot_be_sampled(vocabulary, env):
     """Prevents a policy that writes its own observations."""
-    allowed = gog._allowed(vocabulary, tools.ACTIONS, "cpu")
+    allowed = gog._allowed(env, tools.ACTIONS, "cpu")
     ids, _ = pick(torch.zeros(5000, vocabulary.size), 1.0, allowed, torch.Generator().manual_seed(0))
     forbidden = {vocabulary.id[t] for t in ("<pad>", "<bos>", "<image>", "<sep>", "<obs>", "</obs>")}
     assert not forbidden & set(ids.tolist()) and vocabulary.id["<stop>"] in range(vocabulary.size)

@@ -80,8 +80,7 @@ def rollouts(policy, env, questions, seed=0):
 def test_ratio_is_one_before_the_first_update(policy, env, questions, monkeypatch):
     """Prevents training on log-probabilities that are not the sampler's: cached, batched, ragged sampling = the uncached forward, also where
     turns end early (a stop is made likelier here) and the longer ones go on without them."""
-    bias, logits = 4.0 * torch.nn.functional.one_hot(torch.tensor(env.v.id["<stop>"]), env.v.size), policy.logits
-    monkeypatch.setattr(policy, "logits", lambda hidden: logits(hidden) + bias)
+    be_brief(monkeypatch.setattr)
     batch = rollouts(policy, env, questions[:6])
     assert len({len(t.ids) for t in batch}) > 12 and sum(len(t.turns) > 2 for t in batch) > 6
     worst = 0.0

@@ -90,6 +90,11 @@ def mean(world, row, results=RESULTS):
     return sum(100 * results[world, row, s, "accuracy"] for s in gog.SUITES) / len(gog.SUITES)
 
 
+def half(x):
+    """Half of the 95 % interval of the mean over seeds."""
+    return gog.STUDENT[len(x)] * x.std(ddof=1) / len(x)**0.5
+
+
 def signal(world):
     """Mean cosine of the two halves of RL's batches."""
     told = [float(r["signal"]) for r in published(f"runs/{world}-nano-0-rl.csv") if r["signal"]]
@@ -163,7 +168,6 @@ def test_three_seeds_are_those_of_the_csv():
     after = {row: [mean("heraldry", row, r) for r in seeds if ("heraldry", row, "facts", "accuracy") in r] for row in ("sft", "rl", "level2")}
     n, gains = len(after["level2"]), np.array(after["rl"]) - after["sft"]
     ahead = np.array(after["rl"][:n]) - after["level2"]
-    half = lambda x: gog.STUDENT[len(x)] * x.std(ddof=1) / len(x)**0.5
     whole = [mean("heraldry", "all", r) for r in seeds if ("heraldry", "all", "facts", "accuracy") in r]
     assert f"{' and '.join(f'{x:.1f}' for x in whole)} % (seeds 0 and 1)" in README or len(whole) == 3 and three(whole) in README
     for told in (f"get {three(after['sft'])} % right after SFT, and {three(after['rl'])} after RL, chains", f"adds {np.mean(after['level2']) - np.mean(after['sft'][:n]):.1f} to the {'first two' if n == 2 else 'same three'}; `fresh` is ahead by {ahead.mean():.1f} +- {half(ahead):.1f}",
@@ -198,7 +202,7 @@ def test_behaviour_is_that_of_the_csv():
         scale, digits = (1, 2) if metric in ("turns", "tool_calls") else (100, 1)
         for row, text in zip(("sft", "rl"), told):
             seeds = np.array([scale * np.mean([results["heraldry", row, s, metric] for s in suites]) for results in (RESULTS, *OTHERS)])
-            assert text == f"{seeds.mean():.{digits}f} ± {gog.STUDENT[3] * seeds.std(ddof=1) / 3**0.5:.{digits}f}", (metric, row)
+            assert text == f"{seeds.mean():.{digits}f} ± {half(seeds):.{digits}f}", (metric, row)
 
 
 def test_minutes_are_those_of_the_csv():
