@@ -5,7 +5,7 @@ Here instead: an invented world of *heraldry* (towns with coats of arms drawn by
     construction, offline, and because every box, fact and search need is known exactly; or any *folder world* (real pictures
     and facts). What can be known about a question (its targets, phrases and chain) is kept with it: the expert in gog.py lives on that.
 
-Words: look: what can be told from afar ("red round"); detail: what cannot ("2 gold crowns"); blazon: both, and the ordinary, the caption of a hit. kind: of a question (hop2), of an expression that
+Words: look: what can be told from afar ("red round"); detail: what cannot ("2 gold crowns"); tincture: a colour; charge: the figures on a shield; ordinary: a stripe across it; blazon: look, ordinary and detail in words, the caption of a hit. kind: of a question (hop2), of an expression that
 points at something (order), of a turn (gaze). setting: which sort of wall (SETTINGS). mix: a list of (kind, setting, weight). target: what must be found. slip: a mistake that the expert makes on purpose.
 
 Reading order: names -> arms -> entities and worlds -> scenes -> referring expressions -> questions -> folder worlds (skip at first). From tools.py
@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 
-from tools import WorldError, as_row, atomic, describe, flat, image_path, lines, normalise, to_pixels, unaccented
+from tools import WorldError, as_row, atomic, describe, on_grey, image_path, lines, normalise, to_pixels, unaccented
 
 ALIKE = 0.98  # two pictures whose descriptors have such a cosine are one to a search
 LONGEST_SIDE = 1024  # of a user's picture, in pixels: a larger one is shrunk when it is read
@@ -119,7 +119,7 @@ class Arms:
                      ordinary_tincture=other if ordinary else tincture, charge_tincture=charge_tincture)
         return cls(**{**parts, **fixed})
 
-    def told(self):
+    def in_words(self):
         """In words: (look, ordinary or "", detail), e.g. ("red round", "white bend", "2 gold crowns")."""
         return (f"{self.tincture} {self.outline}", f"{self.ordinary_tincture} {self.ordinary}" if self.ordinary else "",
                 f"{self.count} {self.charge_tincture} {self.charge}" + {"fish": "", "cross": "es"}.get(self.charge, "s") * (self.count > 1))
@@ -160,7 +160,7 @@ class Entity:
 
     @classmethod
     def with_arms(cls, name, facts, arms):
-        look, ordinary, detail = arms.told()
+        look, ordinary, detail = arms.in_words()
         return cls(name, facts, arms, None, look, detail, ", ".join(filter(None, (look, ordinary, detail))), ASPECT.get(arms.outline, 1.0))
 
     def picture(self, height):
@@ -222,7 +222,7 @@ class Scene:
 
     def picture(self, px=SCENE_PX):
         """RGB, px square (a photo keeps its own size, up to LONGEST_SIDE). Shared: draw on a copy."""
-        return flat(_load(self.photo)) if self.photo else _drawn(self, px)
+        return on_grey(_load(self.photo)) if self.photo else _drawn(self, px)
 
 
 @lru_cache(maxsize=512)  # demonstrations and suites come back to a wall again and again
@@ -267,18 +267,18 @@ def hang(entities, noun, rng, cells=3, sizes=(0.62, 0.95)):
 
 # ------------------------------------------------------------------------------------------------- referring expressions
 
-# "row": where among all objects from left to right; "column": where from the top. The first word of each: nothing clear to say
-ROW, COLUMN, SIZE = ("", "leftmost", "rightmost"), ("", "topmost", "lowest"), ("", "largest", "smallest")
+# Where an object hangs among all, from left to right ("across") and from the top ("down"), and how large it is. The first word of each: nothing clear to say
+ACROSS, DOWN, SIZE = ("", "leftmost", "rightmost"), ("", "topmost", "lowest"), ("", "largest", "smallest")
 ZONES = ("top left", "top middle", "top right", "middle left", "centre", "middle right", "bottom left", "bottom middle", "bottom right")
 SIDES = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 
 
 def layout(scene):
-    """How each object hangs among the others, list over objects of {"row", "column", "size": index into the words above, 0 where there is
+    """How each object hangs among the others, list over objects of {"across", "down", "size": index into the words above, 0 where there is
     nothing clear to say; "zone": index into ZONES; a key of SIDES: the object that it stands left of, right of, ...}."""
     n, boxes = len(scene.boxes), scene.boxes
     centre = [((b[0] + b[2]) / 2, (b[1] + b[3]) / 2) for b in boxes]
-    out = [dict(row=0, column=0, size=0, zone=min(2, int(y / 33.4)) * 3 + min(2, int(x / 33.4))) for x, y in centre]
+    out = [dict(across=0, down=0, size=0, zone=min(2, int(y / 33.4)) * 3 + min(2, int(x / 33.4))) for x, y in centre]
 
     def rank(relation, values, places, gap):
         order = sorted(range(n), key=values.__getitem__)
@@ -287,13 +287,13 @@ def layout(scene):
                 out[order[k]][relation] = word
 
     if n > 1:
-        rank("row", [x for x, _ in centre], (0, n - 1), 7)
-        rank("column", [y for _, y in centre], (0, n - 1), 7)
+        rank("across", [x for x, _ in centre], (0, n - 1), 7)
+        rank("down", [y for _, y in centre], (0, n - 1), 7)
         rank("size", [math.log((b[2] - b[0]) * (b[3] - b[1])) for b in boxes], (n - 1, 0), 0.4)
     for j in range(n):  # who stands beside j? The only one within 45 on that side, if it is more than 18 away and at most 14 out of line (percent, between middles)
-        for side, (across, down) in SIDES.items():
+        for side, (dx, dy) in SIDES.items():
             # of every object: how far it is on that side, and how far out of line
-            away = [((c[0] - centre[j][0]) * across + (c[1] - centre[j][1]) * down, abs((c[0] - centre[j][0]) * down) + abs((c[1] - centre[j][1]) * across)) for c in centre]
+            away = [((c[0] - centre[j][0]) * dx + (c[1] - centre[j][1]) * dy, abs((c[0] - centre[j][0]) * dy) + abs((c[1] - centre[j][1]) * dx)) for c in centre]
             near = [i for i, (far, aside) in enumerate(away) if 0 < far <= 45 and aside <= 45]
             if len(near) == 1 and away[near[0]][0] > 18 and away[near[0]][1] <= 14:
                 out[near[0]][side] = j
@@ -301,7 +301,7 @@ def layout(scene):
 
 
 def references(scene):
-    """Every unambiguous way to point at each object: list over objects of {kind: expression without 'the'}."""
+    """Unambiguous ways to point at each object, at most one of a kind: list over objects of {kind: expression without 'the'}."""
     noun, looks, places = scene.noun, [e.look for e in scene.entities], layout(scene)
     seen = [set((e.look if e.arms else e.blazon.replace(",", "")).split()) for e in scene.entities]  # a flag is of all its colours, a shield of one
     out, tells = [{} for _ in looks], lambda words: sum(set(words.split()) <= s for s in seen) == 1
@@ -313,7 +313,7 @@ def references(scene):
         for k, part in enumerate(look.split()):
             if tells(part):
                 out[i]["colour" if k == 0 else "shape"] = f"{part} {noun}"
-        for kind, words, index in (("order", COLUMN, place["column"]), ("order", ROW, place["row"]), ("size", SIZE, place["size"])):
+        for kind, words, index in (("order", DOWN, place["down"]), ("order", ACROSS, place["across"]), ("size", SIZE, place["size"])):
             if index:
                 out[i][kind] = f"{words[index]} {noun}"
         if len(looks) > 1 and sum(p["zone"] == place["zone"] for p in places) == 1:
@@ -352,12 +352,12 @@ class Question:
 VISUAL = ("colour", "shape", "count")
 # What is trained on is mixed here; what is examined, in gog.py (SUITES, DEV_MIX)
 SETTINGS = {  # name: (least, most objects, cells, sizes, look-alikes of the target)
-    "single": (1, 1, 1, (0.45, 0.8), 0), "normal": (2, 6, 3, (0.66, 0.98), 0), "twins": (3, 6, 3, (0.66, 0.98), 2),
+    "single": (1, 1, 1, (0.45, 0.8), 0), "normal": (2, 6, 3, (0.66, 0.98), 0), "alike": (3, 6, 3, (0.66, 0.98), 2),
     "small": (4, 6, 3, (0.52, 0.72), 2), "crowd": (7, 10, 4, (0.7, 0.98), 0)}
-LESSONS_ON = {"single": 2, "normal": 4, "twins": 3, "small": 4, "crowd": 2}  # how often the base model's lessons draw each: where shields hang freely (one alone, small ones) takes more practice than a full wall
+LESSON_WALLS = {"single": 2, "normal": 4, "alike": 3, "small": 4, "crowd": 2}  # how often the base model's lessons draw each: where shields hang freely (one alone, small ones) takes more practice than a full wall
 SFT_MIX = [("colour", "normal", 3), ("shape", "normal", 2), ("count", "normal", 6), ("colour", "single", 1), ("shape", "single", 1), ("name", "single", 1), ("hop1", "single", 1),
-           ("name", "normal", 2), ("hop1", "normal", 4), ("name", "twins", 1), ("hop1", "twins", 2), ("hop2", "normal", 0.9), ("hop3", "normal", 0.3), ("hop2", "single", 0.3), ("hop3", "single", 0.2), ("compare", "normal", 1)]
-# Of RL: mostly long chains (why: grpo.py, 6). The last three keep up gazing: chains about a single shield are solved by a glance, and who only glances finds nothing on a crowded wall
+           ("name", "normal", 2), ("hop1", "normal", 4), ("name", "alike", 1), ("hop1", "alike", 2), ("hop2", "normal", 0.9), ("hop3", "normal", 0.3), ("hop2", "single", 0.3), ("hop3", "single", 0.2), ("compare", "normal", 1)]
+# Of RL: mostly long chains (why: grpo.py, 6). The last three keep up gazing: chains about a single shield are solved by a glance, and a policy that only glances finds nothing on a crowded wall
 RL_MIX = [("count", "normal", 1), ("hop2", "normal", 1), ("hop3", "single", 1), ("hop3", "normal", 2), ("hop4", "single", 3), ("hop4", "normal", 4), ("hop5", "single", 2),
           ("hop1", "crowd", 1), ("hop2", "crowd", 1), ("hop1", "small", 2)]
 
@@ -365,12 +365,12 @@ RL_MIX = [("count", "normal", 1), ("hop2", "normal", 1), ("hop3", "single", 1), 
 def ask(world, kind, setting, split, rng):
     """One question of this kind, or None if the draw fails (no unambiguous expression, no chain that long)."""
     pool = world.pictured(*split)
-    least, most, cells, sizes, twins = SETTINGS[setting]
+    least, most, cells, sizes, look_alikes = SETTINGS[setting]
     target = rng.choice(pool)
     alike = [e for e in pool if e.look == target.look and e.detail != target.detail]
-    chosen = {e.name: e for e in [target, *rng.sample(alike, min(twins, len(alike))), *rng.sample(pool, min(most, len(pool)))]}
+    chosen = {e.name: e for e in [target, *rng.sample(alike, min(look_alikes, len(alike))), *rng.sample(pool, min(most, len(pool)))]}
     # the target first, then its look-alikes: this cut never drops them
-    shown = list(chosen.values())[:max(rng.randint(least, most), min(len(chosen), twins + 1))]
+    shown = list(chosen.values())[:max(rng.randint(least, most), min(len(chosen), look_alikes + 1))]
     scene = hang(rng.sample(shown, len(shown)), world.noun, rng, cells, sizes)
     ways, targets = references(scene), [scene.entities.index(target)]  # ways: of each object {kind: expression}
     if kind == "count":
@@ -381,7 +381,7 @@ def ask(world, kind, setting, split, rng):
         other = [i for i in range(len(shown)) if i != targets[0] and scene.entities[i].facts.get(relation, "").isdecimal()]
         targets += rng.sample(other, min(1, len(other)))
     # pick: of every target a (kind, expression) by lot, None where nothing is unambiguous. Where look-alikes hang, always by the detail (though "the leftmost" would do, too), so that a closer look is needed; elsewhere never
-    pick = [rng.choice(sorted((k, t) for k, t in ways[i].items() if (k == "detail") == bool(twins)) or [None]) for i in targets]
+    pick = [rng.choice(sorted((k, t) for k, t in ways[i].items() if (k == "detail") == bool(look_alikes)) or [None]) for i in targets]
     if None in pick or kind == "compare" and len(targets) < 2:
         return None
     pointed_by, expressions = zip(*pick)  # kinds of expressions, and their words
@@ -518,7 +518,7 @@ def check(path):
                 wrong.append(str(e))
     if bare := [name for name, e in known.items() if not e.facts]:
         poor.append(f"{len(bare)} of {len(known)} entities have no facts, {bare[0]!r} for one: there is nothing to search for. Is \"facts\" spelt so?")
-    seen, names = describe([flat(e.picture(96)) for e in known.values()]), list(known)
+    seen, names = describe([on_grey(e.picture(96)) for e in known.values()]), list(known)
     for i, name in enumerate(names):
         if len(alike := np.flatnonzero(seen[:i] @ seen[i] > ALIKE)):
             poor.append(f"{name!r} looks nearly like {names[alike[0]]!r}: a search takes one for the other. Leave one out")
@@ -530,7 +530,7 @@ def check(path):
 
 def preview(world, n=9, side=384):
     """`n` questions about a world with their pictures and answers, the first of the user's own among them, as one picture."""
-    mix = [(kind, setting, 1) for kind in ("colour", "count", "name", "hop1", "hop2", "compare") for setting in ("single", "normal", "twins", "crowd")]
+    mix = [(kind, setting, 1) for kind in ("colour", "count", "name", "hop1", "hop2", "compare") for setting in ("single", "normal", "alike", "crowd")]
     sheet = Image.new("RGB", (3 * (side + 16), -(-n // 3) * (side + 70)), "white")
     for i, q in enumerate([*world.own[:3], *questions(world, mix, n, "preview", ("train", "dev", "test"))][:n]):
         x, y = i % 3 * (side + 16) + 8, i // 3 * (side + 70) + 8

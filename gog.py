@@ -37,9 +37,9 @@ from tqdm import tqdm
 import data
 from data import iou
 from model import Cache, CheckpointError, gathered, load, pick, share
-from tools import ACTIONS, PASSAGES, Environment, Turn, atomic, flat, make_toolbox, normalise, parse, to_array, to_pixels, unaccented
+from tools import ACTIONS, PASSAGES, Environment, Turn, atomic, on_grey, make_toolbox, normalise, parse, to_array, to_pixels, unaccented
 
-MAX_TURNS, TURN_TOKENS = 8, 90
+MAX_TURNS, TURN_TOKENS = 8, 90  # a gaze, five searches and the answer are seven turns: one is left for a look in vain
 KNOWN = 75  # where no hit scores so much, the picture probably shows nothing that the index knows. Look-alikes score more, too (careful crops of what the index knows: 82 or more in 99 of 100; of flags that it lacks: below 75 in half)
 FREE = [ACTIONS] * MAX_TURNS  # the schedule of a policy that may do what it wants
 
@@ -75,7 +75,7 @@ def _rollout_batch(policy, env, questions, group, temperature, schedule, generat
         sampled = _sample_turn(policy, env.v, cache, hidden, temperature, allowed, generator)
         for t, (ids, logprobs) in zip(live, sampled):
             t.act(ids, logprobs)
-        stop, unread = env.v.id["<stop>"], [len(t.ids) - 1 for t in live]  # <stop> has been sampled, but not yet read into the cache: the next chunk begins with it
+        stop, unread = env.v.id["<stop>"], [len(t.ids) - 1 for t in live]  # where the next chunk begins: <stop> has been sampled, but not yet read into the cache
         turns = [parse(env.v.decode(ids[:-1])) if ids[-1] == stop else Turn("malformed", "the turn is too long") for ids, _ in sampled]
         goes_on = env.step(live, turns, walls)
         keep = [i for i, (t, (ids, _), go) in enumerate(zip(live, sampled, goes_on)) if go and ids[-1] == stop and len(t.ids) + TURN_TOKENS < room]
@@ -85,7 +85,7 @@ def _rollout_batch(policy, env, questions, group, temperature, schedule, generat
             cache = cache.take(torch.tensor(keep, device=policy.device))
         new = [live[i].ids[unread[i]:] for i in keep]
         live, walls = [live[i] for i in keep], [walls[i] for i in keep]
-        hidden = _feed(policy, env, cache, new, [t.pictures[-1] for t, ids in zip(live, new) if env.image[0] in ids])  # crops of gazes
+        hidden = _feed(policy, env, cache, new, [t.pictures[-1] for t, ids in zip(live, new) if env.image_ids[0] in ids])  # crops of gazes
     return trajectories
 
 
@@ -94,7 +94,7 @@ def _feed(policy, env, cache, chunks, pictures):
     lengths = torch.tensor([len(c) for c in chunks], device=policy.device)
     ids = torch.nn.utils.rnn.pad_sequence(list(map(torch.tensor, chunks)), batch_first=True, padding_value=env.v.id["<pad>"]).to(policy.device)
     pictures = torch.from_numpy(np.stack(pictures)).to(policy.device) if pictures else None
-    hidden = policy(ids, pictures, env.image[0], cache, valid=lengths)  # so many of each row are real, the rest is padding
+    hidden = policy(ids, pictures, env.image_ids[0], cache, valid=lengths)  # so many of each row are real, the rest is padding
     return hidden[torch.arange(len(chunks), device=policy.device), lengths - 1]
 
 
@@ -109,7 +109,7 @@ def _sample_turn(policy, v, cache, hidden, temperature, allowed, generator, long
     """Sample one turn for every row: list of (ids, logprobs), stop token included. A row that has stopped is still fed, but its length stays, so its
     next real token overwrites that slot; when more than half have stopped, the others go on in a smaller cache."""
     stop, live = v.id["<stop>"], torch.ones(len(hidden), dtype=torch.bool, device=hidden.device)
-    ids, logprobs, lengths, rest = [], [], torch.zeros(len(hidden), dtype=torch.long, device=hidden.device), []
+    ids, logprobs, lengths, continued = [], [], torch.zeros(len(hidden), dtype=torch.long, device=hidden.device), []
     for step in range(longest):
         token, logp = pick(policy.logits(hidden), temperature, allowed, generator)
         ids.append(token), logprobs.append(logp)
@@ -120,13 +120,13 @@ def _sample_turn(policy, v, cache, hidden, temperature, allowed, generator, long
             break
         hidden = policy(token[:, None], cache=cache, valid=live.long())[:, 0]
         if 2 * len(talking) < len(live):  # in a smaller cache, which is written back when they are done
-            part = cache.take(talking)
-            rest = _sample_turn(policy, v, part, hidden[talking], temperature, allowed, generator, longest - step - 1)
-            cache.put(talking, part)
+            smaller = cache.take(talking)
+            continued = _sample_turn(policy, v, smaller, hidden[talking], temperature, allowed, generator, longest - step - 1)
+            cache.put(talking, smaller)
             break
     ids, logprobs = torch.stack(ids, 1).tolist(), torch.stack(logprobs, 1).tolist()
     out = [(i[:n], p[:n]) for i, p, n in zip(ids, logprobs, lengths.tolist())]
-    for row, (i, p) in zip(talking.tolist(), rest):
+    for row, (i, p) in zip(talking.tolist(), continued):  # what these went on to say in the smaller cache
         out[row] = out[row][0] + i, out[row][1] + p
     return out
 
@@ -150,9 +150,8 @@ def expert(q, rng, wrong_gaze=0.0, missed=None):
     name and fact from the tools. Its thoughts are its memory: what is still to be looked up (in the question's own order, the
     next step last), and what was found of the first of two. After each look it states what it wants and what it sees, and goes on where they differ.
 
-    missed: {target: (look, box)}, where the base model itself points in vain and what it takes that for (grpo.misses): the expert begins with this mistake,
-    then recovers. wrong_gaze: where nothing is missed so, the chance of a look at an object that does not fit, or at bare wall; and a quarter of that is the chance that a useless glance
-    comes first where several hang. All three are slips.
+    missed: {target: (look that the base model named, box that it chose)}, where its own gaze missed (grpo.misses): the expert begins with this very mistake, then recovers. wrong_gaze: if there
+    is none, the chance of an invented one, at another object or at bare wall. Where several hang, a useless glance comes first with a quarter of that chance. All three are slips.
     """
     if q.search_free:
         yield (count_aloud(q.scene, q.text.split()[-1].strip("?")) if q.kind == "count" else
@@ -170,12 +169,12 @@ def expert(q, rng, wrong_gaze=0.0, missed=None):
             value = _read(obs, value, relation)
             if not value:
                 return
-            thought = joined(f"{relation} is {value}", plan(q.chain[k + 1:]), memory)
+            thought = with_commas(f"{relation} is {value}", plan(q.chain[k + 1:]), memory)
         names.append(name), values.append(value)
         memory = f"{names[0]} {values[0]}"
     if q.kind == "compare":
         first = int(values[0]) > int(values[1])
-        thought = joined(thought, f"{values[0]} more than {values[1]}: {'yes' if first else 'no'}")
+        thought = with_commas(thought, f"{values[0]} more than {values[1]}: {'yes' if first else 'no'}")
         values = [names[not first]]
     yield f"<think> {thought}</think><answer> {values[-1]}</answer>"
 
@@ -197,19 +196,19 @@ def _find(q, target, phrase, kind, rng, missed_here, wrong_gaze, thought, memory
         tries.insert(rng.randrange(len(tries)), (phrase, rng.choice(elsewhere), True))
     if len(looks) > 1 and rng.random() < wrong_gaze / 4:
         tries = [(phrase, "glance", True), *tries]
-    for k, (wanted, place, slipped) in enumerate(tries):
-        look, action = look_thought(q.scene, target, kind, wanted), "<glance></glance>" if place == "glance" else gaze(place)
+    for k, (named, place, slipped) in enumerate(tries):
+        sentence, action = look_thought(q.scene, target, kind, named), "<glance></glance>" if place == "glance" else gaze(place)
         left = [place] + [p for _, p, slip in tries[k + 1:] if not slip] if kind == "detail" and place != "glance" else []
-        turn = f"<think> {joined(thought, look, plan(q.chain), memory)}{spots(left)}</think>{action}"
+        turn = f"<think> {with_commas(thought, sentence, plan(q.chain), memory)}{spots(left)}</think>{action}"
         obs = yield from _try(Slip(turn) if slipped else turn, action)
         # a hit is compared with one word where the question gives only that ("the round shield"), else with the look that was named
-        held_to = stated(kind, phrase) if kind in ("colour", "shape") else wanted
-        name, seen = _best_hit(obs, held_to, kind)
-        thought = compare_aloud(held_to, seen)
+        wanted = must_match(kind, phrase) if kind in ("colour", "shape") else named
+        name, seen = _best_hit(obs, wanted, kind)
+        thought = compare_aloud(wanted, seen)
         if name:
             break
-    # `wanted` differs from `phrase` only in the base model's mistake: what fits that is a stranger, so None. A stranger that fits `phrase` itself leads to a wrong answer. grpo.instruct drops both
-    return (name if wanted == phrase else None), joined(thought, name, plan(q.chain), memory)
+    # `named` is not `phrase` only in the base model's own mistake: a hit that fits it is a stranger, so no name. (A stranger that fits `phrase` leads to a wrong answer. grpo.instruct drops both.)
+    return (name if named == phrase else None), with_commas(thought, name, plan(q.chain), memory)
 
 
 def _bare_wall(boxes, rng):
@@ -224,7 +223,7 @@ def plan(chain):
     return f"for the {' of the '.join(reversed(chain))}" if chain else ""
 
 
-def joined(*parts):
+def with_commas(*parts):
     """Parts of a thought, those that there are, with commas between."""
     return ", ".join(filter(None, parts))
 
@@ -245,7 +244,7 @@ def spots(boxes):
     return " at " + ", ".join(f"{(x0 + x1) // 2} {(y0 + y1) // 2}" for x0, y0, x1, y1 in reversed(boxes)) if boxes else ""
 
 
-def stated(kind, phrase):
+def must_match(kind, phrase):
     """The words that a hit must match: asked for "the round shield" only "round", as the colour in the thought is a guess; asked for "the red shield" only "red"; else the whole phrase."""
     return phrase.split()[0] if kind == "colour" else phrase.split()[-1] if kind == "shape" else phrase
 
@@ -289,13 +288,13 @@ def _try(turn, action, patience=3):
 
 
 def _best_hit(obs, phrase, kind):
-    """(name, what the best hit shows): name is None if that does not fit the phrase. What it shows is cut to what the phrase tells: colour, shape, look (of a flag: by any of
+    """(name, what the best hit shows): name is None if the hit does not fit the phrase. What it shows is cut to what the phrase tells: colour, shape, look (of a flag: by any of
     its colours), or look and detail."""
     name, _, blazon = (obs or "").split(" | ")[0].partition(": ")
     look, *_, detail = blazon.split(", ") if ", " in blazon else (blazon, "")
     if phrase.split()[0] in detail.split(" and ") and "," not in phrase:  # "gold banner, red and green" is a red banner, too
         look = " ".join([phrase.split()[0], *look.split()[1:]])
-    seen = f"{look}, {detail}" if "," in phrase else stated(kind, look) if look else ""
+    seen = f"{look}, {detail}" if "," in phrase else must_match(kind, look) if look else ""
     return (name.split(" ", 1)[-1] if seen == phrase else None), seen
 
 
@@ -313,7 +312,7 @@ def chance(q, rng, words):
         yield f"<{action}> {argument}</{action}>"
 
 
-def play(env, questions, scripts, rows=256, progress=None):
+def play_scripts(env, questions, scripts, rows=256, progress=None):
     """Run scripts (generators of turn texts) through the same environment as a policy: one trajectory a question."""
     out = []
     for start in tqdm(range(0, len(questions), rows), desc=progress, leave=False, disable=progress is None):
@@ -326,11 +325,11 @@ def play(env, questions, scripts, rows=256, progress=None):
                 (t.observe if isinstance(text, Slip) else t.act)(env.v.encode_turn(text) + [env.v.id["<stop>"]])
             goes_on = env.step([t for t, *_ in live], [parse(text) for *_, text in live], [wall for *_, wall, _ in live])
             live = [(t, script, wall, text) for (t, script, wall, _), go in zip(live, goes_on)
-                    if go and (text := send(script, t.turns[-1].observation))]
+                    if go and (text := next_turn(script, t.turns[-1].observation))]
     return out
 
 
-def send(script, observation):
+def next_turn(script, observation):
     """The script's next turn, or None when it has no more."""
     try:
         return script.send(observation)
@@ -407,11 +406,11 @@ def behaviour(trajectories):
 
 
 def evaluate(policy, env, questions, row="", seed=0, turns=MAX_TURNS, progress=None):
-    """Greedy trajectories of one row of the main table (default: no baseline), at most so many turns; `policy` may be None for oracle and random."""
+    """Greedy trajectories of one row of the main table (default: no baseline), at most so many turns (of a row without a schedule); `policy` may be None for oracle and random."""
     rng = random.Random(f"{row}/{seed}")
     if row in ("oracle", "random"):
         words = sorted({a for q in questions for a in q.answers})  # possible answers
-        return play(env, questions, [expert(q, rng) if row == "oracle" else chance(q, rng, words) for q in questions], progress=progress)
+        return play_scripts(env, questions, [expert(q, rng) if row == "oracle" else chance(q, rng, words) for q in questions], progress=progress)
     return rollout(policy, env, questions, 1, 0.0, schedule=SCHEDULES.get(row, [ACTIONS] * turns), rows=320, progress=progress)  # a whole suite at once
 
 
@@ -455,7 +454,7 @@ def curve_values(rows, columns):
 
 
 def curve_sheet(title, curves, across=3, w=330, h=190):
-    """One panel a curve ({name: values}, `curve_values`), step by step (grey) and as a running mean (red): a picture."""
+    """One panel a curve ({name: values}, `curve_values`), value by value (grey) and as a running mean (red): a picture."""
     sheet = Image.new("RGB", (across * w, -(-len(curves) // across) * h), "white")
     pen = ImageDraw.Draw(sheet)
     for i, (name, values) in enumerate(curves.items()):
@@ -472,7 +471,7 @@ def curve_sheet(title, curves, across=3, w=330, h=190):
         pen.line(at(smooth), fill=(200, 30, 50), width=2)
         for value, y in ((high, top - 4), (low, top + h - 62)):
             pen.text((left - 44, y), f"{value:.3g}", fill=(90, 90, 90), font_size=11)
-        pen.text((left + w - 100, top + h - 48), f"{len(values)} steps", fill=(90, 90, 90), font_size=11)
+        pen.text((left + w - 100, top + h - 48), f"{len(values)} values", fill=(90, 90, 90), font_size=11)
     return sheet
 
 
@@ -505,13 +504,13 @@ def poster(t, width=760, line=19):
 
 
 def record(t, world, v, pictures):
-    """A trajectory as report.html shows it and report.jsonl keeps it: all of it but who did it, its reward and advantage (train.for_report adds those). `pictures`: {scene or name: (its number, its size,
+    """A trajectory as report.html shows it and report.jsonl keeps it: all of it but who did it, its reward and advantage (train.report_entry adds those). `pictures`: {scene or name: (its number, its size,
     data URI)}, to which those of the scene and of the hits are added; each is drawn once."""
     overlap = iter(gazes(t))
 
     def add(key, what, px):  # what: a scene or an entity, px: how large
         if key not in pictures:
-            picture = flat(what.picture(px)).copy()
+            picture = on_grey(what.picture(px)).copy()
             picture.thumbnail((640, 640))
             picture.save(file := io.BytesIO(), "WEBP", quality=60)
             pictures[key] = len(pictures), picture.size, "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
@@ -534,9 +533,9 @@ def record(t, world, v, pictures):
 def write_report(path, title, about, tries, pictures, table=None, curves=None):
     """One page that needs nothing else (viewer.html, filled), and beside it the tries as jsonl. tries: `record` and what sets each apart; table: {columns, rows};
     curves: {name: values}."""
-    told = dict(title=title, about=about, table=table or dict(columns=[], rows=[]), curves=[dict(name=c, values=y) for c, y in (curves or {}).items() if y],
+    content = dict(title=title, about=about, table=table or dict(columns=[], rows=[]), curves=[dict(name=c, values=y) for c, y in (curves or {}).items() if y],
                 pictures=[uri for *_, uri in pictures.values()], trajectories=tries)
-    page, text = (data.Path(__file__).parent / "viewer.html").read_text(encoding="utf-8"), json.dumps(told, allow_nan=False).replace("<", "\\u003c")  # no text can end the script that it stands in
+    page, text = (data.Path(__file__).parent / "viewer.html").read_text(encoding="utf-8"), json.dumps(content, allow_nan=False).replace("<", "\\u003c")  # no text can end the script that it stands in
     atomic(path, lambda p: p.write_text(page.replace(">DATA<", f">{text}<"), encoding="utf-8"))
     atomic(data.Path(path).with_suffix(".jsonl"), lambda p: p.write_text("".join(json.dumps(t) + "\n" for t in tries), encoding="utf-8"))
     print(f"to look at: {path}", file=sys.stderr)

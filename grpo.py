@@ -82,10 +82,10 @@ def policy_loss(logp, old_logp, advantage, low=0.2, high=0.2, reference=None, be
 # ------------------------------------------------------------------------------------------------ one step of each stage
 
 def token_logprobs(policy, env, trajectories, temperature=1.0):
-    """Log-probability of every trained token, flat (M,), and of every id that could stand there, (M, vocab). The one mask rule of SFT and RL."""
+    """Log-probability of every trained token, flat (M,), and of every id that could stand there, (M, vocab). Only tokens with `trained` count, and only ids that may be sampled compete: the same for SFT and RL."""
     ids, trained, lengths, pictures = packed(trajectories, env.v.id["<pad>"])
     ids, trained, pictures = ids.to(policy.device), trained.to(policy.device), pictures.to(policy.device) if pictures is not None else None
-    hidden = policy(ids, pictures, env.image[0], lengths=lengths)
+    hidden = policy(ids, pictures, env.image_ids[0], lengths=lengths)
     wanted = trained[:, 1:]  # token t is predicted at position t - 1; a trajectory's first is <bos>, never trained, so none is predicted from its neighbour
     logits = policy.logits(hidden[:, :-1][wanted]).masked_fill(~torch.tensor(env.sampleable, device=policy.device), float("-inf"))
     all_logp = F.log_softmax(logits.float() / temperature, -1)
@@ -105,12 +105,12 @@ def supervised_step(policy, env, batch, opts, budget=4000):
 
 def grpo_step(policy, reference, env, batch, advantages, opts, a):
     """One update from rollouts (list of Q*G) and their advantages (Q*G,). Rollouts whose advantage is 0 are left out; the loss is divided by the trained tokens of
-    the rest. `signal`: the cosine of the gradient of the even questions and that of the odd ones. What they share is signal, all else luck."""
+    the rest. `signal`: cosine of the gradients of the even and of the odd questions; 1: both halves ask for the same change, 0: they have nothing in common, all is luck."""
     alive = advantages.nonzero()[:, 0].tolist()
     tokens = max(1, sum(sum(batch[i].trained) for i in alive))
     totals, grads, gap = dict(loss=0.0, kl=0.0, clipped=0.0, entropy=0.0), [], 0.0
     for half in (0, 1):
-        mine = share([i for i in alive if i // a.group % 2 == half])  # i // group is the question
+        mine = share([i for i in alive if i // a.group % 2 == half])  # question i // group: the even, then the odd ones
         for part in micro_batches(mine, [len(batch[i].ids) for i in mine], a.token_budget):
             trajectories = [batch[i] for i in part]
             logp, all_logp = token_logprobs(policy, env, trajectories, a.temperature)
@@ -180,14 +180,14 @@ def instruct(policy, env, world, n=5750, seed=0, wrong_gaze=0.2):
     """GoG-Instruct: `n` expert trajectories, 43.5 % of them search-free, of questions that survive the filter; every one is
     checked: the answer is right, and the last gaze lies on a target."""
     quota = {True: round(0.435 * n), False: n - round(0.435 * n)}
-    mix = [(kind, setting, w) for kind, setting, w in data.SFT_MIX if env.gaze or setting == "single" or kind in (*data.VISUAL, "count")]  # what can be told without a gaze
+    mix = [(kind, setting, w) for kind, setting, w in data.SFT_MIX if env.may_gaze or setting == "single" or kind in (*data.VISUAL, "count")]  # what can be told without a gaze
     chosen, asked, dropped, rng, part = {True: [], False: []}, 0, 0, random.Random(f"expert/{seed}"), 0
     bar = tqdm(total=n, desc="demonstrations")
     while any(len(chosen[free]) < quota[free] for free in quota):
         pool = [q for q in data.questions(world, mix, min(512, n // 2 + 8), f"sft/{seed}/{part}") if len(chosen[q.search_free]) < quota[q.search_free]]
         kept = uncertain(policy, env, pool, seed=seed)
         asked, dropped, part = asked + len(pool), dropped + len(pool) - len(kept), part + 1
-        demos = gog.play(env, kept, [gog.expert(q, rng, wrong_gaze, m) for q, m in zip(kept, gathered(misses(policy, env, share(kept))))], progress="expert")
+        demos = gog.play_scripts(env, kept, [gog.expert(q, rng, wrong_gaze, m) for q, m in zip(kept, gathered(misses(policy, env, share(kept))))], progress="expert")
         for t in demos:
             if t.correct and (not gog.gazes(t) or gog.gazes(t)[-1][1] > 0.9):
                 chosen[t.question.search_free].append(t)
@@ -210,7 +210,7 @@ def misses(policy, env, questions, rows=256):
              for target, kind in zip(q.targets, q.pointed_by) if kind != "detail"]  # look-alikes must all be looked at, anyway
     for start in range(0, len(asked), rows):
         batch = asked[start:start + rows]
-        prompts = [[env.v.id["<bos>"], *env.image, *env.v.encode(f"point to the {expression}"), env.v.id["<sep>"]] for *_, expression in batch]
+        prompts = [[env.v.id["<bos>"], *env.image_ids, *env.v.encode(f"point to the {expression}"), env.v.id["<sep>"]] for *_, expression in batch]
         pictures = [to_array(questions[i].scene.picture(), env.side) for i, *_ in batch]
         for (i, target, _), turn in zip(batch, gog.respond(policy, env, prompts, pictures)):
             x0, y0, x1, y1 = box = turn.argument if turn.kind == "gaze" else (0, 0, 0, 0)
@@ -262,21 +262,21 @@ def ask_each(world, wanted, seed):
 def corpus(seed=0):
     """Texts that the tokenizer learns to spell from: invented names, questions, passages and numbers. No world's own names are in it."""
     toy, rng = data.heraldry(f"{seed}/vocabulary", 300), random.Random(f"vocabulary/{seed}")
-    asked = [(kind, setting, 1) for kind in (*data.VISUAL, "name", "hop1", "hop2", "compare") for setting in ("normal", "twins")]
+    asked = [(kind, setting, 1) for kind in (*data.VISUAL, "name", "hop1", "hop2", "compare") for setting in ("normal", "alike")]
     texts = [text for _, text in tools.passages(toy, late=True)] + [e.blazon for e in toy.pictured()] + [q.text for q in data.questions(toy, asked, 1500, "vocabulary")]
     texts += [" " + " ".join(str(rng.randint(0, 99)) for _ in range(8)) for _ in range(3000)]
-    texts += [f" {w}" for w in (*data.TINCTURES, *data.OUTLINES, *data.ORDINARIES, *data.CHARGES, *data.ROW, *data.COLUMN, *data.SIZE)] * 50 + ["point to the each see look at all want : no not is for yes what this list repeat shows nothing found search failed again bad box more"] * 50
+    texts += [f" {w}" for w in (*data.TINCTURES, *data.OUTLINES, *data.ORDINARIES, *data.CHARGES, *data.ACROSS, *data.DOWN, *data.SIZE)] * 50 + ["point to the each see look at all want : no not is for yes what this list repeat shows nothing found search failed again bad box more"] * 50
     return texts
 
 
 # Label k of a part is its k-th value here (None: there is nothing of the kind); label -1 is left out of the loss.
-PARTS = {  # (tincture and outline first: `spread`) what can be told about the shield that a cell shows (None: bare wall, or nobody on that side), how it hangs, and what is beside it
+PARTS = {  # (tincture and outline first: `lay_on_grid`) what can be told about the shield that a cell shows (None: bare wall, or nobody on that side), how it hangs, and what is beside it
     "tincture": [None, *data.TINCTURES], "outline": [None, *data.OUTLINES], "ordinary": list(data.ORDINARIES), "ordinary_tincture": list(data.TINCTURES),
-    "charge": [None, *data.CHARGES], "charge_tincture": list(data.TINCTURES), "count": [1, 2, 3], "row": range(3), "column": range(3), "size": range(3),
+    "charge": [None, *data.CHARGES], "charge_tincture": list(data.TINCTURES), "count": [1, 2, 3], "across": range(3), "down": range(3), "size": range(3),
     **{(side, k): [None, *kinds] for side in data.SIDES for k, kinds in enumerate((data.TINCTURES, data.OUTLINES))}}
 FINE = ("ordinary", "ordinary_tincture", "charge", "charge_tincture", "count")  # not to be told from afar
 TIED = {  # part: the words for its labels 1, 2, ..; image tokens are drawn towards the embeddings of these words (see_step)
-    "tincture": list(data.TINCTURES), "outline": list(data.OUTLINES), "row": data.ROW[1:], "column": data.COLUMN[1:], "size": data.SIZE[1:], "charge": list(data.CHARGES)}
+    "tincture": list(data.TINCTURES), "outline": list(data.OUTLINES), "across": data.ACROSS[1:], "down": data.DOWN[1:], "size": data.SIZE[1:], "charge": list(data.CHARGES)}
 
 
 def labelled_pictures(config, seed, size, i):
@@ -288,23 +288,23 @@ def labelled_pictures(config, seed, size, i):
 
 def labelled_picture(config, rng):
     """One picture and its labels."""
-    least, most, cells, sizes, _ = data.SETTINGS[rng.choices(list(data.LESSONS_ON), data.LESSONS_ON.values())[0]]
+    least, most, cells, sizes, _ = data.SETTINGS[rng.choices(list(data.LESSON_WALLS), data.LESSON_WALLS.values())[0]]
     px = 2 * config.picture  # shrunk to half, edges lie between pixels, too
     if rng.random() < 0.35:  # as a crop shows it: one shield, nearly as large as the picture, and more or less blurred
         least, most, cells, sizes, px = 1, 1, 1, (0.8, 1.0), rng.randint(config.picture // 3, config.picture)
     towns = [fresh_town(rng) for _ in range(rng.randint(least, most))]
     scene = data.hang(towns, "shield", rng, cells, sizes)
     labels = np.array([part_labels(town, place, towns, box) for town, place, box in zip(towns, data.layout(scene), scene.boxes)])
-    return to_array(scene.picture(px), config.picture), *map(np.concatenate, zip(*(spread(scene.boxes, labels, config.picture // config.patch // shuffle) for shuffle in (1, config.shuffle))))
+    return to_array(scene.picture(px), config.picture), *map(np.concatenate, zip(*(lay_on_grid(scene.boxes, labels, config.picture // config.patch // shuffle) for shuffle in (1, config.shuffle))))
 
 
 def part_labels(town, place, towns, box):
     """The label of every part of one shield."""
     shown = {**vars(town.arms), **place, **{(side, k): towns[place[side]].look.split()[k] if side in place else None for side in data.SIDES for k in (0, 1)}}
-    return [-1 if part in FINE and box[3] - box[1] < 35 else told.index(shown[part]) for part, told in PARTS.items()]  # 35 % of the wall's height
+    return [-1 if part in FINE and box[3] - box[1] < 35 else values.index(shown[part]) for part, values in PARTS.items()]  # 35 % of the wall's height
 
 
-def spread(boxes, labels, grid):
+def lay_on_grid(boxes, labels, grid):
     """Lay boxes (n, 4) in percent and labels (n, parts) on a grid: every cell gets those of the box that covers most of it, cells without
     any are bare wall. Returns (grid^2, 4) in 0..1 and (grid^2, parts)."""
     edge, b = np.arange(grid + 1) / grid, np.array(boxes, np.float32) / 100
@@ -316,17 +316,17 @@ def spread(boxes, labels, grid):
 
 
 def fresh_town(rng, relations=0, pieces=()):
-    """A town that exists for one lesson only, so that nothing about it can be learnt by heart. `pieces`: see `strange`."""
-    facts = {fresh_relation(rng, r, pieces): strange(rng, pieces) or data.VALUES[r](rng) for r in rng.sample(list(data.VALUES), relations)}
-    return data.Entity.with_arms(strange(rng, pieces) or data.town_name(rng), facts, data.Arms.draw(rng))
+    """A town that exists for one lesson only, so that nothing about it can be learnt by heart. `pieces`: see `strange_text`."""
+    facts = {fresh_relation(rng, r, pieces): strange_text(rng, pieces) or data.VALUES[r](rng) for r in rng.sample(list(data.VALUES), relations)}
+    return data.Entity.with_arms(strange_text(rng, pieces) or data.town_name(rng), facts, data.Arms.draw(rng))
 
 
 def fresh_relation(rng, known, pieces):
     """The name of a relation: a known, an invented, or a strange one."""
-    return strange(rng, pieces) or (known if rng.random() < 0.5 else data.word(rng).lower())
+    return strange_text(rng, pieces) or (known if rng.random() < 0.5 else data.word(rng).lower())
 
 
-def strange(rng, pieces, share=0.5):
+def strange_text(rng, pieces, share=0.5):
     """In a `share` of cases a string of any tokens at all (Vocabulary.pieces), else "". A token that no lesson shows can never be copied: names of real countries
     are full of letters that no town of heraldry has. Without pieces always ""."""
     return "".join(rng.choices(pieces, k=rng.randint(1, 5))).strip() if pieces and rng.random() < share else ""
@@ -355,7 +355,7 @@ def see_step(policy, heads, batch, word_ids, opts):
         alike = torch.cat([torch.zeros_like(alike[:, :1]), alike], 1)  # label 0, none of the words (bare wall, in the middle), scores 0
         loss = loss + (1 + (part == "charge")) * cell_loss(alike, shown[:, list(PARTS).index(part)])
     loss.backward()
-    return (told := summed(loss.detach()).item()), update(policy.vision, opts, loss=told)
+    return (total := summed(loss.detach()).item()), update(policy.vision, opts, loss=total)
 
 
 def cell_loss(logits, label):
@@ -388,12 +388,12 @@ def say(env, t, question, response, topic=""):
 
 def wall(env, rng):
     """A wall to look at, some of its arms look-alikes: (trajectory that shows it, scene)."""
-    least, most, cells, sizes, twins = data.SETTINGS[rng.choices(list(data.LESSONS_ON), data.LESSONS_ON.values())[0]]
+    least, most, cells, sizes, look_alikes = data.SETTINGS[rng.choices(list(data.LESSON_WALLS), data.LESSON_WALLS.values())[0]]
     towns = [fresh_town(rng) for _ in range(rng.randint(least, most))]
-    for i in range(1, min(len(towns), 1 + rng.randint(0, twins))):
+    for i in range(1, min(len(towns), 1 + rng.randint(0, look_alikes))):
         towns[i] = data.Entity.with_arms(data.town_name(rng), {}, data.Arms.draw(rng, outline=towns[0].arms.outline, tincture=towns[0].arms.tincture))
     scene, t = data.hang(rng.sample(towns, len(towns)), rng.choice(("shield", "shield", "flag", "badge")), rng, cells, sizes), begin(env)
-    t.observe(env.image, to_array(scene.picture(2 * env.side), env.side))
+    t.observe(env.image_ids, to_array(scene.picture(2 * env.side), env.side))
     return t, scene
 
 
@@ -441,8 +441,8 @@ def ask_about(env, rng, t, scene, i, kind, names, left):
         left[:] = [x for x in left if x != j]  # its box is shown now
         t.observe([*env.v.encode(f"point to the {names[kind]}"), env.v.id["<sep>"], *env.v.encode_turn(thought + gog.gaze(scene.boxes[j])), env.v.id["<stop>"]])
         show(env, t, "", hit_list(rng, (other, fresh_town(rng))))
-        told = gog.compare_aloud(gog.stated(kind, look), gog.stated(kind, other.look))
-        say(env, t, "", thought.replace("<think>", f"<think> {told},") + gog.gaze(scene.boxes[i]), "iou after a miss")
+        verdict = gog.compare_aloud(gog.must_match(kind, look), gog.must_match(kind, other.look))
+        say(env, t, "", thought.replace("<think>", f"<think> {verdict},") + gog.gaze(scene.boxes[i]), "iou after a miss")
     elif lot < 0.8 or kind in ("look", ("colour", "shape")[k]):
         say(env, t, f"point to the {names[kind]}", thought + gog.gaze(scene.boxes[i]), f"iou {kind}")
     else:
@@ -454,7 +454,7 @@ def crop_lesson(env, rng, crops=3):
     t = begin(env)
     for _ in range(crops):
         town = fresh_town(rng)
-        t.observe(env.image, to_array(crop(*framed(town, rng)), env.side))
+        t.observe(env.image_ids, to_array(crop(*framed(town, rng)), env.side))
         if rng.random() < 0.5:
             say(env, t, "what is this", f"<answer> {town.blazon}</answer>", "caption")
         else:
@@ -567,7 +567,7 @@ def errand_lesson(env, rng):
         (t.act if turn.kind in ("search", "answer") else t.observe)(env.v.encode_turn(action) + [env.v.id["<stop>"]])
         if observation := tools_answer(world, q.scene, turn, rng):
             show(env, t, "", observation)
-        text = gog.send(script, observation)
+        text = gog.next_turn(script, observation)
     return t
 
 
@@ -578,7 +578,7 @@ def little_world(rng, pieces=(), towns=8, links=5):
     world = {e.name: e for e in (fresh_town(rng, 0, pieces) for _ in range(towns))}
     for e in world.values():
         leads = {r: rng.choice([n for n in world if n != e.name]) for r in relations[:links]}
-        e.facts.update(leads | {r: strange(rng, pieces) or rng.choice(list(data.VALUES.values()))(rng) for r in relations[links:]} | {"towers": data.VALUES["towers"](rng)})
+        e.facts.update(leads | {r: strange_text(rng, pieces) or rng.choice(list(data.VALUES.values()))(rng) for r in relations[links:]} | {"towers": data.VALUES["towers"](rng)})
     return data.World("little", "shield", world, {"train": list(world)})
 
 
@@ -601,10 +601,10 @@ def decide_lesson(env, rng, decisions=9):
     for _ in range(decisions):
         if rng.random() < 0.3:
             a, b = rng.sample(range(100), 2)
-            told = f"{a} more than {b}: {'yes' if a > b else 'no'}"
+            said = f"{a} more than {b}: {'yes' if a > b else 'no'}"
         else:
-            told = gog.compare_aloud(*(words.split(", ")[-1] for words in compared(rng, fresh_town(rng), rng.choice(list(COMPARED)))[:2]))
-        question, _, verdict = told.rpartition(" ")
+            said = gog.compare_aloud(*(words.split(", ")[-1] for words in compared(rng, fresh_town(rng), rng.choice(list(COMPARED)))[:2]))
+        question, _, verdict = said.rpartition(" ")
         t.observe(env.v.encode(question))
         t.act(env.v.encode_turn(f" {verdict}"))
     return t
@@ -621,8 +621,8 @@ def exam(policy, env, n, seed="exam"):
     """The base model on about n walls, crops and names never seen (what asks nothing is left out), one question each, greedy: {topic: (score,
     count)}. `iou KIND` is the mean IoU of pointing by that kind of expression; every other topic is the share of exact answers."""
     rng, scores = random.Random(seed), {}
-    for _ in tqdm(range(0, n, 256), desc="exam", leave=False):
-        drawn = (make(env, rng, 1) for make in rng.choices((wall_lesson, crop_lesson, text_lesson), (6, 2, 3), k=min(n, 256)))
+    for done in tqdm(range(0, n, 256), desc="exam", leave=False):
+        drawn = (make(env, rng, 1) for make in rng.choices((wall_lesson, crop_lesson, text_lesson), (6, 2, 3), k=min(n - done, 256)))
         sheet = [t for t in drawn if t.lesson and t.lesson[0][0]]
         for t, turn in zip(sheet, gog.respond(policy, env, [t.ids[:t.trained.index(True)] for t in sheet], [p for t in sheet for p in t.pictures])):
             topic, wanted = t.lesson[0][0], parse(t.lesson[0][1]).argument
@@ -632,15 +632,15 @@ def exam(policy, env, n, seed="exam"):
 
 def replay(env, seed, size, i):
     """Lessons beside batch i of SFT, of what it would unlearn: demonstrations know no crowded walls (where gazes are learnt: not by who may not gaze), no long plans and no strange words."""
-    return taught(env, dict.fromkeys((wall_lesson, errand_lesson, plan_lesson, text_lesson)[not env.gaze:], 1), f"replay/{seed}/{i}", size)
+    return draw_lessons(env, dict.fromkeys((wall_lesson, errand_lesson, plan_lesson, text_lesson)[not env.may_gaze:], 1), f"replay/{seed}/{i}", size)
 
 
 def lessons(env, seed, size, i):
     """Batch i of the pretraining stream. Depends on (seed, i) only, so a resumed run sees what the unbroken one would have seen; of several processes this one's share."""
-    return taught(env, LESSONS, f"lessons/{seed}/{i}", size)
+    return draw_lessons(env, LESSONS, f"lessons/{seed}/{i}", size)
 
 
-def taught(env, weights, seed, n):
+def draw_lessons(env, weights, seed, n):
     """n lessons by lot, each with random numbers of its own: every process makes just its share."""
     makers = random.Random(seed).choices(list(weights), weights.values(), k=n)
     return [make(env, random.Random(f"{seed}/{k}")) for k, make in share([*enumerate(makers)])]

@@ -350,7 +350,7 @@ class Policy(nn.Module):
             x = x.masked_scatter((ids == image_id)[..., None], self.vision(pictures).to(x.dtype))
         mask = None
         if cache is not None:  # a query at position p sees slots 0..p: this alone hides every garbage slot
-            positions = positions.clamp(max=cache.room - 1)  # padding of a shorter row, or a row that has stopped, may point past the room; no real token does
+            positions = positions.clamp(max=cache.room - 1)  # padding of a shorter row, or a row that has stopped, may point past the room; no real token does (prompts are short: data.fits; turns: gog.rollout)
             upto = int(positions.max()) + 1
             cache.grow(upto)
             unseen = torch.arange(upto, device=ids.device) > positions[..., None]
@@ -392,7 +392,7 @@ def number_line(embedding, ids, waves=12):
 # -------------------------------------------------------------------------------------------------- batches to train on
 
 def micro_batches(items, lengths, budget):
-    """Items so many tokens long, cut into lists of about `budget` tokens: those that end between the same two multiples of `budget` go together."""
+    """Items (`lengths`: tokens of each), cut into lists of about `budget` tokens: those that end between the same two multiples of `budget` go together."""
     ends = list(itertools.accumulate(lengths))
     return [[items[i] for i in part] for _, part in itertools.groupby(range(len(ends)), lambda i: ends[i] // budget)]
 
@@ -546,7 +546,7 @@ def update(module, opts, batch=(), loss=0.0, clip=1.0):
     Of several processes each has the gradient of its share of a batch: their sum is that of the batch, and all take the same step."""
     if PROCESSES > 1:
         for p, g in zip(parameters(opts), flat_gradient(opts).split([p.numel() for p in parameters(opts)])):
-            p.grad = g.view_as(p) if g.any() else None  # None: nothing asked anything of it, so momentum must not move it
+            p.grad = g.view_as(p) if g.any() else None  # None: no loss depends on it, so momentum must not move it
     norm = torch.nn.utils.clip_grad_norm_(module.parameters(), clip).item()
     if not math.isfinite(norm + loss):
         raise NotFinite(gathered(batch))

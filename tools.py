@@ -81,7 +81,7 @@ OPPONENT = np.array([[1 / 3, 1 / 3, 1 / 3], [1, -1, 0], [.5, .5, -1]], np.float3
 WIDTH = 3 * COLOUR_CELLS ** 2 + ANGLES * EDGE_CELLS ** 2  # D = 531
 
 
-def flat(picture, margin=0.0):
+def on_grey(picture, margin=0.0):
     """RGB version of a picture, transparent parts grey, with a grey margin (share of each side) around it."""
     if picture.mode == "RGB" and not margin:
         return picture
@@ -101,7 +101,7 @@ def shrink(picture, box=None):
 
 def describe(pictures):
     """List of N pictures (RGB or RGBA) -> float32 (N, D), rows of length 1: their dot product is the similarity."""
-    return describe_small([shrink(flat(p)) for p in pictures])
+    return describe_small([shrink(on_grey(p)) for p in pictures])
 
 
 def describe_small(small):
@@ -179,7 +179,7 @@ class ImageIndex:
         for name, caption, picture in progress(items):
             self.names.append(name)
             self.captions.append(caption)
-            (w, h), wide = picture.size, flat(picture, 0.15)
+            (w, h), wide = picture.size, on_grey(picture, 0.15)
             x, y = (wide.width - w) / 2, (wide.height - h) / 2
             small += [shrink(wide, (x - a * w, y - b * h, x + w + c * w, y + h + d * h)) for a, b, c, d in FRAMINGS]
             if len(self.names) % BLOCK == 0:
@@ -197,7 +197,7 @@ class ImageIndex:
 
         A picture is compared as it is and, where its border is plain wall, as its salient part; the better score counts.
         """
-        return [hits for at in range(0, len(pictures), 256) for hits in self._search([flat(p) for p in pictures[at:at + 256]], k)]
+        return [hits for at in range(0, len(pictures), 256) for hits in self._search([on_grey(p) for p in pictures[at:at + 256]], k)]
 
     def _search(self, pictures, k):
         parts = {i: part for i, p in enumerate(pictures) if (part := salient(p))}
@@ -206,10 +206,10 @@ class ImageIndex:
             scores[:, at:at + BLOCK] = (seen @ rows.T).reshape(len(seen), len(FRAMINGS), -1).max(1)  # (views, 9 * entities of the block) -> (views, entities)
         for i, of_part in zip(parts, scores[len(pictures):]):
             np.maximum(scores[i], of_part, out=scores[i])
-        return [[(min(1.0, max(0.0, float(s[j]))), self.names[j], self.captions[j]) for j in best(s, k)] for s in scores[:len(pictures)]]
+        return [[(min(1.0, max(0.0, float(s[j]))), self.names[j], self.captions[j]) for j in top(s, k)] for s in scores[:len(pictures)]]
 
 
-def best(scores, k):
+def top(scores, k):
     """Positions of the k largest of (n,) scores, largest first; the earlier one first where they tie."""
     peaks = np.maximum.reduceat(scores, np.arange(0, len(scores), 256)) if len(scores) else scores  # the largest of every 256: the k-th largest peak is no more than the k-th best
     some = np.flatnonzero(scores >= (np.partition(peaks, -k)[-k] if len(peaks) > k else -np.inf))  # all that may be among the best
@@ -273,7 +273,7 @@ class TextIndex:
         part = [self.weight[place] * w for place, w in zip(places, weights * rarity)]
         scores = np.bincount(np.concatenate([self.where[place] for place in places]), np.concatenate(part), len(self.passages))
         scores /= (weights * weights * rarity).sum()
-        return [(min(1.0, float(scores[j])), self.passages[j]) for j in best(scores, k) if scores[j] > 0]
+        return [(min(1.0, float(scores[j])), self.passages[j]) for j in top(scores, k) if scores[j] > 0]
 
 
 @lru_cache(maxsize=1 << 15)
@@ -359,8 +359,8 @@ def passages(world, late=False):
     hidden, out = set() if late else set(world.splits["late"]), []
     for e in (e for name, e in world.entities.items() if name not in hidden):
         rng = random.Random(f"{world.seed}/{e.name}")
-        told = [rng.choice(PASSAGES).format(n=e.name, r=r, v=v) for r, v in e.facts.items()] + [rng.choice(CHATTER).format(n=e.name)]
-        out += [(e.name, sentence) for sentence in told]
+        sentences = [rng.choice(PASSAGES).format(n=e.name, r=r, v=v) for r, v in e.facts.items()] + [rng.choice(CHATTER).format(n=e.name)]
+        out += [(e.name, sentence) for sentence in sentences]
     return out
 
 
@@ -391,7 +391,7 @@ TURN = re.compile(r"(?:<think>([^<>]*)</think>)?\s*<(answer|search|glance|gaze)>
 
 
 def parse(text):
-    """Text of one turn, without its stop token -> Turn. Never raises: whatever is no action is a malformed one, with the reason."""
+    """Text of one turn, without its stop token -> Turn. Never raises: whatever is no action is a malformed one, with the reason. (What stands between the tags of a glance does not matter.)"""
     if not (match := TURN.fullmatch(text)):
         return Turn("malformed", "one optional thought, then exactly one action")
     thought, kind, argument = (part.strip() if part else "" for part in match.groups())
@@ -460,14 +460,14 @@ class Environment:
     """What stands around the policy: prompt, tools, observations. Holds the vocabulary, the picture format, and what a policy may say (gaze=False: never a gaze)."""
 
     def __init__(self, vocabulary, toolbox, config, withhold=False, gaze=True):
-        self.v, self.toolbox, self.side, self.withhold, self.gaze = vocabulary, toolbox, config.picture, withhold, gaze
-        self.image = [vocabulary.id["<image>"]] * config.image_tokens
+        self.v, self.toolbox, self.side, self.withhold, self.may_gaze = vocabulary, toolbox, config.picture, withhold, gaze
+        self.image_ids = [vocabulary.id["<image>"]] * config.image_tokens
         self.sampleable = [may and (gaze or i != vocabulary.id["<gaze>"]) for i, may in enumerate(vocabulary.sampleable)]  # of every id: may the policy say it?
 
     def prompt(self, question, picture):
         """A new trajectory: <bos> picture question <sep>."""
         t = Trajectory(question)
-        t.observe([self.v.id["<bos>"], *self.image, *self.v.encode(question.text), self.v.id["<sep>"]], picture)
+        t.observe([self.v.id["<bos>"], *self.image_ids, *self.v.encode(question.text), self.v.id["<sep>"]], picture)
         return t
 
     def step(self, trajectories, turns, walls):
@@ -483,7 +483,7 @@ class Environment:
             shown_crop = to_array(seen.picture, self.side) if seen and seen.picture is not None else None
             if self.withhold:  # control: the action happens, but nothing of what it finds is shown
                 turn.observation, shown_crop = "", None
-            image = self.image if shown_crop is not None else []
+            image = self.image_ids if shown_crop is not None else []
             t.observe([self.v.id["<obs>"], *image, *self.v.encode(turn.observation), self.v.id["</obs>"]], shown_crop)
         return [turn.kind != "answer" for turn in turns]
 
@@ -594,9 +594,9 @@ def flags(kind, choices, ranges, about, argv=None):
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(kind), re.M))
     for f in fields(kind):
-        flag, told = "--" + f.name.replace("_", "-"), dict(default=f.default, help=comments.get(f.name, " "))
+        flag, common = "--" + f.name.replace("_", "-"), dict(default=f.default, help=comments.get(f.name, " "))
         how = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type, choices=choices.get(f.name))
-        parser.add_argument(flag, **how, **told)
+        parser.add_argument(flag, **how, **common)
     known, unknown = parser.parse_known_args(argv)
     if unknown:
         near = difflib.get_close_matches(unknown[0].split("=")[0], ["--" + f.name.replace("_", "-") for f in fields(kind)], 1)

@@ -30,7 +30,7 @@ from tools import PROCESSES, RANK, Environment, Toolbox, atomic, flags, make_too
 
 # --------------------------------------------------------------------------------------------------------------- stages
 
-def deaf(_):
+def ignore_ctrl_c(_):
     """Ctrl-C reaches the drawing process, too: not its business."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
@@ -38,7 +38,7 @@ def deaf(_):
 def stream(make, start, steps):
     """Batches make(start) .. make(steps - 1), made by one background process while the model trains. The data set is the range of step numbers; `collate_fn`
     makes each into its batch."""
-    return torch.utils.data.DataLoader(range(start, steps), batch_size=None, num_workers=1, prefetch_factor=4, collate_fn=make, worker_init_fn=deaf)
+    return torch.utils.data.DataLoader(range(start, steps), batch_size=None, num_workers=1, prefetch_factor=4, collate_fn=make, worker_init_fn=ignore_ctrl_c)
 
 
 def pretrain(a):
@@ -49,7 +49,7 @@ def pretrain(a):
     config = ModelConfig(**{**PRESETS[a.preset], "vocab": v.size})
     policy = Policy(config).to(a.device)
     number_line(policy.embed_tokens.weight, v.numbers)
-    word_ids = {part: [v.word(w) for w in told] for part, told in grpo.TIED.items()}
+    word_ids = {part: [v.word(w) for w in words] for part, words in grpo.TIED.items()}
     heads = torch.nn.ModuleList(torch.nn.Linear(w, 4 + sum(map(len, grpo.PARTS.values()))) for w in (config.vit_width, config.width)).to(a.device)
     eye_opts = [*optimisers(policy.vision.named_parameters(), a.see_lr, a.see_adam_lr),
                 torch.optim.AdamW([*heads.parameters(), policy.embed_tokens.weight], a.see_adam_lr, weight_decay=0.0)]  # words, too: see_step draws them towards image tokens
@@ -67,18 +67,18 @@ def pretrain(a):
             if part == "see":
                 loss, norm = grpo.see_step(policy, heads, [torch.from_numpy(x).to(a.device) for x in batch], word_ids, opts)
             else:
-                with autocast(a.device):  # the part before is in float32: in bfloat16 the eyes' loss ended at 2.65 instead of 2.51
+                with autocast(a.device):  # the part before is in float32: in bfloat16 an earlier loss of the eyes ended 5 % higher
                     loss, norm = grpo.supervised_step(policy, env, batch, opts, a.token_budget)
             run.log(step=before + at, part=part, loss=loss, grad_norm=norm, lr=lr, seconds=bar.format_dict["elapsed"])
             bar.update()
             bar.set_postfix(part=part, loss=f"{loss:.3f}")
             run.checkpoint([policy, heads], eye_opts + word_opts, a.save_every if at + 1 < steps else 1, step=before + at + 1)
     bar.close()
-    began, told = time.time(), grpo.exam(policy, env, a.exam)  # before the stage counts as done: if it is stopped here, --resume begins with the exam
-    write_results(a, measure(a, "exam", "base", "lessons", "held-out", told, began))
+    began, scores = time.time(), grpo.exam(policy, env, a.exam)  # before the stage counts as done: if it is stopped here, --resume begins with the exam
+    write_results(a, result_rows(a, "exam", "base", "lessons", "held-out", scores, began))
     save(policy, run.weights, tokenizer=v.to_text())
     run.close(("loss", "lr"))
-    print("base model, held-out: " + ", ".join(f"{k} {value:.3f} ({n})" for k, (value, n) in told.items()), file=sys.stderr)
+    print("base model, held-out: " + ", ".join(f"{k} {value:.3f} ({n})" for k, (value, n) in scores.items()), file=sys.stderr)
 
 
 def sft(a):
@@ -126,7 +126,7 @@ def rl(a):
     saved = run.resume([policy], opts) if a.resume else {}
     rates = saved.get("pass_rates") or ([0.5] * len(askable) if fresh else grpo.pass_rates(policy, env, askable, 4, a.temperature, a.seed))
     curriculum = grpo.Curriculum(rates, a.curriculum, a.seed, pool=saved.get("pool"), worth=[w[2] if isinstance(w, tuple) else 1 for w in askable])
-    shown, pictures, alarmed = [], {}, set()  # for the report, and what has been said: since the run was last started
+    shown, pictures, alarmed = [], {}, set()  # for the report, and alarms that have been told; empty whenever the run is started
     best, champion = saved.get("best", [-1.0, 0]), run.weights.with_suffix(".best.safetensors")  # becomes the result only when the stage is done
     bar = tqdm(total=a.rl_steps, initial=saved.get("step", 0), desc="rl", unit="step")
     for step in range(saved.get("step", 0), a.rl_steps + 1):  # one pass more than updates: the last only validates
@@ -156,14 +156,14 @@ def rl(a):
         if step % a.show_every == 0:
             print("\n" + gog.tell(batch[int(advantages.argmax())]), file=sys.stderr)
             shown, pictures = (shown, pictures) if len(shown) <= 200 else ([], {})  # the report of a long run begins anew, rather than grow without end
-            shown += [for_report(a, t, world, v, pictures, key=f"{step} {i // a.group}", suite=f"step {step}", policy=f"rollout {i % a.group + 1}", advantage=advantages[i].item())
+            shown += [report_entry(a, t, world, v, pictures, key=f"{step} {i // a.group}", suite=f"step {step}", policy=f"rollout {i % a.group + 1}", advantage=advantages[i].item())
                       for i, t in enumerate(batch[:3 * a.group])]
             group_report(a, run, shown, pictures)
         run.checkpoint([policy], opts, a.eval_every, step=step + 1, pass_rates=curriculum.pass_rates, pool=curriculum.pool, best=best)
     bar.close()
     atomic(run.weights, lambda p: p.write_bytes(champion.read_bytes()))
     run.close(CURVES)
-    RANK or champion.unlink()  # last: a kill in between loses nothing
+    RANK or champion.unlink()  # only the first process (rank 0); last, so that a kill in between loses nothing
     print(f"best: step {best[1]}, development accuracy {best[0]:.3f}, kept as {run.weights}", file=sys.stderr)
 
 
@@ -175,9 +175,9 @@ def group_report(a, run, shown, pictures):
 
 def alarms(first, now):
     """What looks like collapse, in words: the metrics of an iteration beside those of the first."""
-    told = [f"{k} fell from {first[k]:.2f} to {now[k]:.2f}" for k in grpo.LOGGED if k.endswith("_share") and first[k] > 0.05 and now[k] < 0.2 * first[k]]
-    told += [f"{k} fell from {first[k]:.2f} to {now[k]:.2f}" for k, part in (("entropy", 0.2), ("reward", 0.7)) if now[k] < part * first[k] and now["dead"] < 1]  # entropy is that of live groups
-    return told + [f"tokens a trajectory rose from {first['tokens']:.0f} to {now['tokens']:.0f}"] * (now["tokens"] > 2 * first["tokens"])
+    found = [f"{k} fell from {first[k]:.2f} to {now[k]:.2f}" for k in grpo.LOGGED if k.endswith("_share") and first[k] > 0.05 and now[k] < 0.2 * first[k]]
+    found += [f"{k} fell from {first[k]:.2f} to {now[k]:.2f}" for k, part in (("entropy", 0.2), ("reward", 0.7)) if now[k] < part * first[k] and now["dead"] < 1]  # entropy is that of live groups
+    return found + [f"tokens a trajectory rose from {first['tokens']:.0f} to {now['tokens']:.0f}"] * (now["tokens"] > 2 * first["tokens"])
 
 
 def evaluate(a):
@@ -193,7 +193,7 @@ def evaluate(a):
             searched, qs = (world, world.own[1::2]) if name == "own" else gog.suite(world, name, a.suite_size)
         except data.WorldError as e:  # a small world may know no deep chains, or no look-alikes
             print(f"suite {name} is left out: {e}", file=sys.stderr)
-            write_results(a, measure(a, "main", named, label, name, {"left_out": (1, 0)}, time.time()))
+            write_results(a, result_rows(a, "main", named, label, name, {"left_out": (1, 0)}, time.time()))
             continue
         toolbox = make_toolbox(searched, a.tools_fail, a.seed, late=True) if name == "live" and not a.stale else known
         # another policy than rl adds its row, and leaves those of others; and nobody knows where to look in a user's own picture
@@ -201,13 +201,13 @@ def evaluate(a):
             policy, v = policies.get(row, policies["rl"])
             began, env = time.time(), Environment(v, toolbox, policy.config, withhold=row == "withheld", gaze=a.gaze)
             tries = gog.evaluate(policy, env, qs, row, a.seed, a.turns, progress=f"{name}, {row}")
-            table += measure(a, "main", named if row == "rl" else row, label, name, {k: (x, len(qs)) for k, x in gog.behaviour(tries).items()}, began)
+            table += result_rows(a, "main", named if row == "rl" else row, label, name, {k: (x, len(qs)) for k, x in gog.behaviour(tries).items()}, began)
             if row == named == "rl" and not a.seed:
                 first = {"failure" if not t.correct else "recovery" if any(gog.looked_elsewhere(t)) else "success": t for t in reversed(tries)}  # the first of each
                 for what, t in first.items():
                     atomic(Path(a.results) / f"{label}-{name}-{what}.png", lambda p: gog.poster(t).save(p, format="PNG"))
             if row in policies:
-                shown += [for_report(a, t, searched, v, pictures, key=f"{name} {i}", suite=name, policy=named if row == "rl" else row, advantage=None) for i, t in enumerate(tries[:a.shown])]
+                shown += [report_entry(a, t, searched, v, pictures, key=f"{name} {i}", suite=name, policy=named if row == "rl" else row, advantage=None) for i, t in enumerate(tries[:a.shown])]
         write_results(a, table)  # suite by suite: what is measured is kept
     accuracy = gog.accuracy_table(table)
     print("\n".join(["", f"{'accuracy %':<12}" + "".join(f"{c:>8}" for c in accuracy["columns"]),
@@ -217,7 +217,7 @@ def evaluate(a):
     gog.write_report(a.folder() / f"{page}.html", f"{label}: what the policies do", about, shown, pictures, accuracy, gog.curve_values(read_rows(a.weights("rl").with_suffix(".csv")), CURVES))
 
 
-def for_report(a, t, world, v, pictures, **who):
+def report_entry(a, t, world, v, pictures, **who):
     """What a report tells of a trajectory: who did it, what it was rewarded with, and all that happened."""
     return dict(**who, reward=grpo.reward(grpo.accuracy_reward(t, a.search_penalty), t.well_formed, a.lam), **gog.record(t, world, v, pictures)) | dict(r_acc=grpo.accuracy_reward(t, a.search_penalty))
 
@@ -241,14 +241,14 @@ def reproduce(a):
     any time, it goes on where it was. A row that cannot be (no question of level 1, say) is left out, and said at the end."""
     if a.row() != "rl" or a.out or a.trained_on or PROCESSES > 1:
         raise CheckpointError("--stage reproduce chooses --name, --no-gaze, --out, --trained-on and the flags of eval itself, row by row, and is one process. Leave them out; without torchrun")
-    path, todo, failed = Path(a.results) / "results.csv", [replace(a, stage="eval", seed=seed, **flags) for seed in range(a.seeds) for rows in GRID.values() for flags in rows], []
-    tables = {name: [*{"main": ROWS, "Selective Gaze": ["sft", "rl"], "scale": ["sft"]}.get(name, ["rl"]), *(replace(a, **flags).row() for flags in rows if flags)] for name, rows in GRID.items()}
+    path, todo, failed = Path(a.results) / "results.csv", [replace(a, stage="eval", seed=seed, **changed) for seed in range(a.seeds) for rows in GRID.values() for changed in rows], []
+    tables = {name: [*{"main": ROWS, "Selective Gaze": ["sft", "rl"], "scale": ["sft"]}.get(name, ["rl"]), *(replace(a, **changed).row() for changed in rows if changed)] for name, rows in GRID.items()}
     measured = lambda: [r for r in read_rows(path) if (r["world"], r["preset"]) == (a.label(a.world), a.preset)]
     for n, b in enumerate(todo, 1):
         skip = b.weights("rl").is_file() and {*gog.SUITES} <= {r["suite"] for r in measured() if (r["row"], r["seed"]) == (b.row(), str(b.seed)) and r["n"] in ("0", str(b.suite_size))}  # 0: left out
         print(f"grid, {n} of {len(todo)}: {b.row()}, seed {b.seed}{', is there' if skip else ''}", file=sys.stderr)
         try:
-            skip or through(b)
+            skip or run_stages(b)
         except (data.WorldError, CheckpointError) as e:
             failed.append(f"{b.row()}, seed {b.seed}: {e}")
         atomic(path.with_name("grid.md"), lambda p: p.write_text(gog.grid_tables(tables, measured(), PAPER), encoding="utf-8"))
@@ -338,7 +338,7 @@ CURVES = ("development", "accuracy", "reward", "dead", "entropy", "gaze_correct"
 ROWS = ("random", "base", "direct", "full-search", "no-gaze", "sft", "rl", "withheld", "oracle")
 
 
-def measure(a, table, row, world, suite, metrics, began):
+def result_rows(a, table, row, world, suite, metrics, began):
     """Rows of results.csv from {metric: (value, number of questions)}."""
     return [dict(zip(COLUMNS, (table, row, world, suite, a.seed, metric, f"{value:.4f}", n, a.preset, a.place(), f"{(time.time() - began) / 60:.2f}"))) for metric, (value, n) in metrics.items()]
 
@@ -356,7 +356,7 @@ class Args:
     preset: str = "nano"  # tiny, nano or small
     device: str = "auto"  # auto, cuda, mps or cpu
     world: str = "heraldry"  # heraldry, or the path of a folder world
-    seed: int = 0  # of weights, of training's questions and of sampling (the base model too); the suites are the same for all
+    seed: int = 0  # of weights, training questions and sampling, of the base model too; the suites are the same for all
     seed_world: int = 0  # of the invented world; of a folder world: which entities are trained on, and how facts are worded
     towns: int = 3000  # of the invented world
     results: str = "results"  # folder of the tables
@@ -368,23 +368,23 @@ class Args:
     word_steps: int = 3200  # lessons in words
     word_batch: int = 12  # lessons a step: at equal time, many small ones teach more than few large ones
     exam: int = 3072  # held-out questions, about so many, that the base model is examined with
-    see_lr: float = 0.004  # of the eyes' matrices
-    see_adam_lr: float = 0.002  # of everything else while the eyes learn
-    word_lr: float = 0.002  # of the decoder
+    see_lr: float = 0.004  # learning rate of Muon: the eyes' matrices
+    see_adam_lr: float = 0.002  # .. of AdamW: everything else while the eyes learn
+    word_lr: float = 0.002  # .. of both, while words are learnt
     gaze: bool = True  # may the policy gaze? --no-gaze: neither in demonstrations nor in rollouts (the whole picture and texts only, as MMSearch-R1)
     demos: int = 5750  # trajectories of GoG-Instruct
     wrong_gaze: float = 0.2  # chance, for every object looked for that the base model itself does not miss, that the expert also looks where it is not (and a quarter of that, for every object among others, that it first glances in vain)
     failure_rate: float = 0.03  # of tools while training
     sft_batch: int = 32  # trajectories a step
     replay: float = 0.6  # lessons of the base model on top, for each demonstration, so that pointing and long plans are not forgotten
-    sft_lr: float = 0.002  # of hidden matrices
-    sft_adam_lr: float = 0.001  # of embeddings and norms
+    sft_lr: float = 0.002  # of Muon: hidden matrices
+    sft_adam_lr: float = 0.001  # .. of AdamW: embeddings and norms
     rl_questions: int = 800  # questions that the SFT model is scored on first, where the curriculum is not fresh
     rl_dev: int = 300  # questions of the development split, for keeping the best policy
     rl_steps: int = 40  # updates
     rl_batch: int = 32  # questions a step
     group: int = 8  # rollouts a question
-    rl_lr: float = 0.04  # of SGD, at its highest; it falls to 0
+    rl_lr: float = 0.04  # of SGD; it rises for three steps, nearly to this, and falls to 0
     lam: float = 0.1  # weight of the format reward
     search_penalty: float = 0.0  # share of r_acc that a trajectory loses if it used a tool
     beta: float = 0.0  # weight of the KL to the SFT policy
@@ -393,7 +393,7 @@ class Args:
     advantage: str = "std"  # std or mean
     curriculum: str = "fresh"  # level1, level2, all, learnable, adaptive (all of questions that are scored first) or fresh (new questions of every kind, by pass rates that follow the rollouts)
     temperature: float = 0.8  # of rollouts
-    eval_every: int = 20  # RL steps between looks at the development split, and between checkpoints
+    eval_every: int = 20  # RL steps between validations (development split), and between checkpoints
     show_every: int = 8  # RL steps between printed trajectories
     token_budget: int = 4000  # tokens a micro-batch: changes speed and memory, not the update
     name: str = "rl"  # of the policy that rl writes, and of its row in the results; of another than "rl" eval adds the row only
@@ -407,9 +407,9 @@ class Args:
 
     def folder(self, kind=""):
         """The run folder; the base model knows no world, so all worlds share it."""
-        return Path(self.out or f"out/{kind or self.label(self.trained_on or self.world) + self.taught()}-{self.preset}-{self.seed}")
+        return Path(self.out or f"out/{kind or self.label(self.trained_on or self.world) + self.variant()}-{self.preset}-{self.seed}")
 
-    def taught(self):
+    def variant(self):
         """What sets an SFT policy apart from the usual one of its world."""
         return f"-{self.demos}demos" * (self.demos != Args.demos) + "-no-gaze" * (not self.gaze)
 
@@ -443,17 +443,17 @@ def arguments(argv=None):
     return flags(Args, CHOICES, RANGES, __doc__, argv)
 
 
-def work(a, stage):
+def timed_as(a, stage):
     """What stages.csv calls the world: with what sets this row of the grid apart, as its minutes leave those of the main job alone."""
     which = {"rl": a.name, "eval": a.row()}.get(stage, "rl")
-    return a.label(a.world) + a.taught() * (stage in ("sft", "rl")) + (f", {which}" if which != "rl" else "")
+    return a.label(a.world) + a.variant() * (stage in ("sft", "rl")) + (f", {which}" if which != "rl" else "")
 
 
 def expected(a, stages):
     """In words: how many minutes these stages took when they last ran with this preset on such a device (best: in this world)."""
     rows = [r for r in read_rows(Path(a.results) / "stages.csv", STAGE_COLUMNS) if (r["preset"], r["device"]) == (a.preset, a.place())]
-    known = [sorted((r["world"] == work(a, stage), float(r["minutes"])) for r in rows if r["stage"] == stage) for stage in stages]
-    return f": about {sum(k[-1][1] for k in known):.0f} minutes (as noted in {a.results}/stages.csv)" if all(known) else ": how long, nobody has measured yet"
+    known = [sorted((r["world"] == timed_as(a, stage), n, float(r["minutes"])) for n, r in enumerate(rows) if r["stage"] == stage) for stage in stages]  # n: what ran last stands last
+    return f": about {sum(k[-1][-1] for k in known):.0f} minutes (as noted in {a.results}/stages.csv)" if all(known) else ": how long, nobody has measured yet"
 
 
 def timed(a, stage):
@@ -470,12 +470,12 @@ def timed(a, stage):
         raise CheckpointError(f"{stage}: a loss, a gradient or a weight is not finite. Nothing of it is saved; its batch is in {bad} (empty for the eyes, whose pictures are drawn anew from seed and step). Go on from the last checkpoint with --resume and a lower learning rate") from None
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # else Ctrl-C would still call the failed Run's `interrupt`, and that handler would keep the Run alive, and its lock
-    row = dict(stage=stage, preset=a.preset, world=work(a, stage), device=a.place(), minutes=f"{(time.time() - began) / 60:.1f}", peak_memory_mb=peak_memory(), seed=a.seed)
+    row = dict(stage=stage, preset=a.preset, world=timed_as(a, stage), device=a.place(), minutes=f"{(time.time() - began) / 60:.1f}", peak_memory_mb=peak_memory(), seed=a.seed)
     write_rows(path, [row], STAGE_COLUMNS, ("stage", "preset", "world", "device", "seed"))
     print(f"{stage}: {row['minutes']} minutes, peak memory {row['peak_memory_mb']} MB", file=sys.stderr)
 
 
-def through(a):
+def run_stages(a):
     """The stage that is asked for, and before it those that it needs and that are not done."""
     finished = lambda stage: a.weights(stage).is_file() and not a.weights(stage).with_suffix(".state.safetensors").is_file()
     done = lambda stage: a.weights(stage).is_file() if stage != a.stage else a.resume and finished(stage)  # the stage that is asked for is done anew, unless --resume finds it finished
@@ -512,12 +512,12 @@ def main():
         data.open_world(a.world, a.seed_world, a.towns)  # a bad world is refused before anything is trained
         if PROCESSES > 1:
             work_together(a)
-        return reproduce(a) if a.stage == "reproduce" else through(a)
+        return reproduce(a) if a.stage == "reproduce" else run_stages(a)
     except (data.WorldError, CheckpointError, OSError) as e:
-        told, code = f"error: {e}", 2
+        message, code = f"error: {e}", 2
     except KeyboardInterrupt as e:
-        told, code = f"stopped. {str(e) or 'Finished stages, finished suites of eval and the last checkpoint are kept'}. The same command with --resume goes on.", 130
-    print(f"\n{told}", file=sys.__stderr__ if RANK else sys.stderr)  # the last line: a progress bar ends with the error that held it
+        message, code = f"stopped. {str(e) or 'Finished stages, finished suites of eval and the last checkpoint are kept'}. The same command with --resume goes on.", 130
+    print(f"\n{message}", file=sys.__stderr__ if RANK else sys.stderr)  # the last line: a progress bar ends with the error that held it
     sys.exit(code)
 
 

@@ -46,7 +46,7 @@ class Bench:
         self.policy = Policy(ModelConfig(**{**PRESETS[preset], **plain, "vocab": self.v.size})).freeze_eyes()
         self.env = tools.Environment(self.v, tools.make_toolbox(self.world), self.policy.config)
         self.questions = data.questions(self.world, data.RL_MIX, 64, "bench")
-        self.demos = gog.play(self.env, self.questions, [gog.expert(q, random.Random(0)) for q in self.questions])
+        self.demos = gog.play_scripts(self.env, self.questions, [gog.expert(q, random.Random(0)) for q in self.questions])
         self.llama = self.twin() if peer("transformers") and plain else None
 
     def twin(self):
@@ -104,19 +104,19 @@ class Bench:
     def prompts(self, rows, length=60):
         """Ids (rows, length) whose first tokens are a picture, and the pictures."""
         ids = torch.randint(120, self.v.size, (rows, length))
-        ids[:, 1:1 + len(self.env.image)] = self.env.image[0]
+        ids[:, 1:1 + len(self.env.image_ids)] = self.env.image_ids[0]
         return ids, torch.randint(0, 255, (rows, 3, 128, 128), dtype=torch.uint8)
 
     def embed(self, ids, pictures):
         x = self.llama.model.embed_tokens(ids)
-        return x.masked_scatter((ids == self.env.image[0])[..., None], self.policy.vision(pictures))
+        return x.masked_scatter((ids == self.env.image_ids[0])[..., None], self.policy.vision(pictures))
 
     def prefill(self):
         ids, pictures = self.prompts(128)
 
         def ours():
             with torch.no_grad():
-                self.policy(ids, pictures, self.env.image[0], Cache(self.policy.config, 128, 200, "cpu", torch.float32))
+                self.policy(ids, pictures, self.env.image_ids[0], Cache(self.policy.config, 128, 200, "cpu", torch.float32))
 
         def theirs():
             with torch.no_grad():
@@ -130,7 +130,7 @@ class Bench:
         def ours():
             with torch.no_grad():
                 cache = Cache(self.policy.config, rows, 200, "cpu", torch.float32)
-                hidden = self.policy(ids, pictures, self.env.image[0], cache)[:, -1]
+                hidden = self.policy(ids, pictures, self.env.image_ids[0], cache)[:, -1]
                 for _ in range(new):
                     hidden = self.policy(self.policy.logits(hidden).argmax(-1)[:, None], cache=cache)[:, 0]
 

@@ -161,7 +161,7 @@ def feeding(env, world, steps=60, warm=20):
     eyes = [*optimisers(policy.vision.named_parameters(), a.see_lr, a.see_adam_lr), torch.optim.AdamW([*heads.parameters(), policy.embed_tokens.weight], a.see_adam_lr)]
     words = optimisers(((n, p) for n, p in policy.named_parameters() if "vision" not in n or "projector" in n), a.word_lr, a.word_lr)
     asked = data.questions(world, data.SFT_MIX, a.sft_batch * steps, "feeding")
-    demos = gog.play(env, asked, [gog.expert(q, data.random.Random(0), a.wrong_gaze) for q in asked])
+    demos = gog.play_scripts(env, asked, [gog.expert(q, data.random.Random(0), a.wrong_gaze) for q in asked])
 
     def learn(batch):
         with autocast("cpu"):

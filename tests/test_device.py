@@ -16,7 +16,7 @@ def learn(policy, env, questions, place=lambda module: module):
     heads = place(torch.nn.ModuleList(torch.nn.Linear(w, 4 + sum(map(len, grpo.PARTS.values()))) for w in (policy.config.vit_width, policy.config.width)))
     words = {part: [env.v.word(w) for w in told] for part, told in grpo.TIED.items()}
     pictures = [torch.from_numpy(x).to(policy.device) for x in grpo.labelled_pictures(policy.config, 0, 3, 0)]
-    demos = gog.play(env, questions, [gog.expert(q, random.Random(0)) for q in questions])
+    demos = gog.play_scripts(env, questions, [gog.expert(q, random.Random(0)) for q in questions])
     batch = gog.rollout(policy, env, questions, 2, generator=torch.Generator().manual_seed(0))
     grpo.misses(policy, env, questions), grpo.exam(policy, env, 8)
     stats = grpo.grpo_step(policy, deepcopy(policy), env, batch, torch.linspace(-1, 1, len(batch)), [torch.optim.SGD(policy.parameters(), 0.1, momentum=0.9)], train.Args(group=2, beta=0.1))

@@ -73,7 +73,7 @@ def test_no_rollout_breaks(env, policy, questions, monkeypatch):
             for t in gog.rollout(policy, env, questions, 2, temperature, generator=torch.Generator().manual_seed(0)):
                 said, told = ([i for i, own in zip(t.ids, t.trained) if own == who] for who in (True, False))
                 assert len(t.ids) == len(t.trained) == len(t.logprobs) <= 832 and 1 <= len(t.turns) <= gog.MAX_TURNS
-                assert all(env.v.sampleable[i] for i in said) and told.count(env.image[0]) == len(env.image) * len(t.pictures)
+                assert all(env.v.sampleable[i] for i in said) and told.count(env.image_ids[0]) == len(env.image_ids) * len(t.pictures)
                 assert all(len(list(turn)) <= gog.TURN_TOKENS for own, turn in itertools.groupby(t.trained) if own) and all(p <= 0 for p in t.logprobs)
                 assert all(p == 0 for p, own in zip(t.logprobs, t.trained) if not own)
 
@@ -88,7 +88,7 @@ def test_rewards_cannot_be_talked_into(answer):
 def test_the_right_answer_in_the_wrong_tags_is_none(tags, env, questions):
     """Prevents points for an answer that was never given."""
     q = replace(questions[0], answers=("Brenna",))
-    t = gog.play(env, [q], [script(tags)])[0]
+    t = gog.play_scripts(env, [q], [script(tags)])[0]
     assert t.answer is None and not t.correct and not t.well_formed and grpo.reward(t.correct, t.well_formed) == 0
 
 
@@ -104,7 +104,7 @@ def test_tools_that_often_fail_stop_nobody(vocabulary, world, policy):
     """Prevents a run that dies with its tools: at 20 % failures every rollout ends within its turns, and failures are seen by the policy."""
     env = tools.Environment(vocabulary, tools.make_toolbox(world, 0.2, seed=1), policy.config)
     qs = data.questions(world, data.RL_MIX, PLAYED, "faults")
-    tries = gog.play(env, qs, [gog.expert(q, random.Random(0)) for q in qs]) + gog.evaluate(None, env, qs, "random")
+    tries = gog.play_scripts(env, qs, [gog.expert(q, random.Random(0)) for q in qs]) + gog.evaluate(None, env, qs, "random")
     told = [turn for t in tries for turn in t.turns if turn.kind in ("search", "glance", "gaze")]
     failed = [turn for turn in told if turn.observation == "search failed"]
     assert 0.15 < len(failed) / len(told) < 0.25 and not any(turn.ok for turn in failed) and max(len(t.turns) for t in tries) <= gog.MAX_TURNS
@@ -113,7 +113,7 @@ def test_tools_that_often_fail_stop_nobody(vocabulary, world, policy):
 
 def test_tools_may_be_slow_empty_or_renewed(env, world, policy, questions):
     """Prevents a rollout that takes for granted that tools answer at once, find something, or know tomorrow what they know today."""
-    play = lambda toolbox, ask=questions[:12]: gog.play(tools.Environment(env.v, toolbox, policy.config), ask, [gog.expert(q, random.Random(0)) for q in ask])
+    play = lambda toolbox, ask=questions[:12]: gog.play_scripts(tools.Environment(env.v, toolbox, policy.config), ask, [gog.expert(q, random.Random(0)) for q in ask])
     images, texts = env.toolbox.image_index, env.toolbox.text_index
 
     class Slow(tools.TextIndex):

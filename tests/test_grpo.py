@@ -107,7 +107,7 @@ def test_micro_batches_do_not_change_the_gradient(policy, env, questions):
 
 def test_bfloat16_gradient_points_the_same_way(policy, env, questions):
     """Prevents a step whose bfloat16 products round the signal away (scores, norms and attention stay float32), and one that sees old weights."""
-    demos = gog.play(env, questions[:8], [gog.expert(q, random.Random(0)) for q in questions[:8]])
+    demos = gog.play_scripts(env, questions[:8], [gog.expert(q, random.Random(0)) for q in questions[:8]])
 
     def step(bfloat16):
         copy = deepcopy(policy)

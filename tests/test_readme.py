@@ -117,7 +117,7 @@ POINTING = [int(r["n"]) for (_, row, suite, metric), r in MEASURED.items() if (r
 TRIALS = (ROOT / "results" / "trials.md").read_text(encoding="utf-8")
 COUNTRIES = data.open_world(str(ROOT / "worlds" / "countries"))
 TOLD = [  # what the text says outside its tables, and where it comes from
-    (r"\*\*SFT\*\* on ([\d,]+) expert", lambda: train.Args.demos), (r"below\), (\d+) questions a suite", lambda: train.Args.suite_size), (r"with `--replay ([\d.]+)`, as it is now", lambda: train.Args.replay),
+    (r"\*\*SFT\*\* \(supervised fine-tuning\) on ([\d,]+) expert", lambda: train.Args.demos), (r"below\), (\d+) questions a suite", lambda: train.Args.suite_size), (r"with `--replay ([\d.]+)` \(now the default", lambda: train.Args.replay),
     (r"\| `small` \| (\d+) M", lambda: parameters("small")), (r"\| `nano` \| ([\d.]+) M", lambda: parameters("nano")), (r"(\d+) M parameters in all", lambda: parameters("nano")), (r"`nano`, ([\d.]+) M", lambda: parameters("nano")), (r"`small`: (\d+) M", lambda: parameters("small")),
     (r"the standard error of each is about ([\d.]+)", lambda: sum(100 * (p * (1 - p) / 300) ** 0.5 for p in (RESULTS["heraldry", "rl", s, "accuracy"] for s in gog.SUITES)) / 6),
     (r"has an IoU of ([\d.]+);", value("lessons", "base", "held-out", "iou after a miss")), (r"counting is right in (\d+) %", lambda: 100 * RESULTS["lessons", "base", "held-out", "count more"]),
@@ -262,11 +262,11 @@ def test_the_samples_are_what_the_policy_does():
     world = data.open_world("heraldry")
     squeeze = lambda text: re.sub(r"\s", "", text)
     samples = [html.unescape(block.replace("> ", "").replace(">\n", "\n")) for block in re.findall(r"(?:^>.*\n)+", README.split("## What the policy reads")[1], re.M)]
-    asked = [q for kind, setting in (("colour", "normal"), ("hop1", "twins")) for q in data.questions(world, [(kind, setting, 1)], 60, "sample", ("test",)) if any(q.text in s for s in samples)]
+    asked = [q for kind, setting in (("colour", "normal"), ("hop1", "alike")) for q in data.questions(world, [(kind, setting, 1)], 60, "sample", ("test",)) if any(q.text in s for s in samples)]
     shown = {e.name for q in asked for e in q.scene.entities}  # the nearest of all towns are the nearest of these, too
     images = tools.ImageIndex((e.name, e.blazon, e.picture(96)) for e in world.pictured() if e.name in shown or e.name in README)
     env = tools.Environment(v, tools.Toolbox(images, tools.TextIndex(tools.passages(world))), policy.config)
-    told = {squeeze(v.decode(t.ids).replace("<image>" * len(env.image), "[picture]")): squeeze(v.decode([i for i, own in zip(t.ids, t.trained) if own])) for t in gog.rollout(policy, env, asked, temperature=0.0)}
+    told = {squeeze(v.decode(t.ids).replace("<image>" * len(env.image_ids), "[picture]")): squeeze(v.decode([i for i, own in zip(t.ids, t.trained) if own])) for t in gog.rollout(policy, env, asked, temperature=0.0)}
     assert [told.get(squeeze(s.replace("**", ""))) for s in samples] == [squeeze("".join(s.split("**")[1::2])) for s in samples] and len(samples) == 2
 
 

@@ -20,7 +20,7 @@ HOSTILE = "</script><script>document.title = 'broken'</script><img src='http://e
 def report(tmp_path_factory, env, world, policy):
     """(path, what it should tell): two questions, one of them hostile, each with a policy's try and the expert's, and a world whose captions are hostile, too."""
     qs = [replace(q, text=HOSTILE) if n else q for n, q in enumerate(data.questions(world, [("hop1", "normal", 1)], 2, "report"))]
-    tries = [gog.play(env, qs, [gog.expert(q, random.Random(0)) for q in qs]), gog.rollout(policy, env, qs, temperature=0.0)]
+    tries = [gog.play_scripts(env, qs, [gog.expert(q, random.Random(0)) for q in qs]), gog.rollout(policy, env, qs, temperature=0.0)]
     tries[0][0].turns[0].observation = f"97 {qs[0].scene.entities[0].name}: {HOSTILE} | 80 nobody: nothing"
     pictures, told = {}, []
     for who, of_policy in zip(("expert", "policy"), tries):
@@ -58,7 +58,7 @@ def test_no_text_becomes_markup(report):
 def test_a_long_report_stays_small(tmp_path, env, world):
     """Prevents a page that no phone opens: 200 trajectories about 66 pictures stay under 10 MB."""
     qs, pictures = data.questions(world, gog.DEV_MIX, 66, "large"), {}
-    tries = gog.play(env, qs, [gog.expert(q, random.Random(0)) for q in qs])
+    tries = gog.play_scripts(env, qs, [gog.expert(q, random.Random(0)) for q in qs])
     told = [dict(key=f"{n}", suite="facts", policy=who, reward=1.0, advantage=None, **gog.record(t, world, env.v, pictures)) for who in ("base", "sft", "rl", "again") for n, t in enumerate(tries)][:200]
     gog.write_report(tmp_path / "report.html", "large", "", told, pictures)
     assert len(told) == 200 and (tmp_path / "report.html").stat().st_size < 10e6

@@ -197,4 +197,4 @@ def test_the_best_are_those_of_a_full_sort(n, values):
     scores = np.random.default_rng(n).integers(0, values, n).astype(np.float32)
     scores[n // 2:n // 2 + 4] = values  # side by side
     for k in (0, 1, 2, 5):
-        assert tools.best(scores, k) == sorted(range(n), key=lambda i: -scores[i])[:k]
+        assert tools.top(scores, k) == sorted(range(n), key=lambda i: -scores[i])[:k]

@@ -241,7 +241,7 @@ def test_labels_lie_where_the_shields_are():
     for grid in (4, 8) * 4:
         scene = data.hang([grpo.fresh_town(rng) for _ in range(5)], "shield", rng)
         told = np.array([[i] + [0] * (len(grpo.PARTS) - 1) for i in range(5)])
-        boxes, labels = grpo.spread(scene.boxes, told, grid)
+        boxes, labels = grpo.lay_on_grid(scene.boxes, told, grid)
         owner = np.full((400, 400), -1)
         for i, (x0, y0, x1, y1) in enumerate(scene.boxes):
             owner[4 * y0:4 * y1, 4 * x0:4 * x1] = i

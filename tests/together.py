@@ -23,7 +23,7 @@ def updates():
     policy = model.Policy(model.ModelConfig(**{**model.PRESETS["tiny"], "vocab": v.size}))
     env = tools.Environment(v, tools.make_toolbox(world), policy.config)
     qs = data.questions(world, data.SFT_MIX, 5, "together")
-    demos, opts = gog.play(env, qs, [gog.expert(q, random.Random(0)) for q in qs]), [torch.optim.SGD(policy.parameters(), 0.1, momentum=0.9)]
+    demos, opts = gog.play_scripts(env, qs, [gog.expert(q, random.Random(0)) for q in qs]), [torch.optim.SGD(policy.parameters(), 0.1, momentum=0.9)]
     words = {part: [v.word(w) for w in told] for part, told in grpo.TIED.items()}
     heads = torch.nn.ModuleList(torch.nn.Linear(w, 4 + sum(map(len, grpo.PARTS.values()))) for w in (policy.config.vit_width, policy.config.width))
     told = [grpo.see_step(policy, heads, [torch.from_numpy(x) for x in grpo.labelled_pictures(policy.config, 0, 3, 0)], words, opts)]
