@@ -17,7 +17,6 @@ import argparse
 import colorsys
 import math
 import random
-import sys
 import textwrap
 from collections import Counter
 from dataclasses import dataclass, field
@@ -270,32 +269,26 @@ def hang(entities, noun, rng, cells=3, sizes=(0.62, 0.95)):
 # Where an object hangs among all, from left to right ("across") and from the top ("down"), and how large it is. The first word of each: nothing clear to say
 ACROSS, DOWN, SIZE = ("", "leftmost", "rightmost"), ("", "topmost", "lowest"), ("", "largest", "smallest")
 ZONES = ("top left", "top middle", "top right", "middle left", "centre", "middle right", "bottom left", "bottom middle", "bottom right")
-SIDES = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
+SIDES = {"left of": -1, "right of": 1, "above": -1j, "below": 1j}  # x + yj, as all of `layout` counts
 
 
 def layout(scene):
-    """How each object hangs among the others, list over objects of {"across", "down", "size": index into the words above, 0 where there is
+    """How each object hangs among the others, list over objects of {"across", "down", "size": one of the words above, "" where there is
     nothing clear to say; "zone": index into ZONES; a key of SIDES: the object that it stands left of, right of, ...}."""
     n, boxes = len(scene.boxes), scene.boxes
     centre = [((b[0] + b[2]) / 2, (b[1] + b[3]) / 2) for b in boxes]
-    out = [dict(across=0, down=0, size=0, zone=min(2, int(y / 33.4)) * 3 + min(2, int(x / 33.4))) for x, y in centre]
-
-    def rank(relation, values, places, gap):
+    out = [dict(across="", down="", size="", zone=min(2, int(y / 33.4)) * 3 + min(2, int(x / 33.4))) for x, y in centre]
+    area = [-math.log((b[2] - b[0]) * (b[3] - b[1])) for b in boxes]  # the largest first
+    for relation, words, values, gap in zip(("across", "down", "size"), (ACROSS, DOWN, SIZE), (*zip(*centre), area), (7, 7, 0.4)):
         order = sorted(range(n), key=values.__getitem__)
-        for word, k in enumerate(places, 1):
-            if all(abs(values[order[k]] - values[order[j]]) > gap for j in (k - 1, k + 1) if 0 <= j < n):
-                out[order[k]][relation] = word
-
-    if n > 1:
-        rank("across", [x for x, _ in centre], (0, n - 1), 7)
-        rank("down", [y for _, y in centre], (0, n - 1), 7)
-        rank("size", [math.log((b[2] - b[0]) * (b[3] - b[1])) for b in boxes], (n - 1, 0), 0.4)
+        for word, (i, *rest) in zip(words[1:], (order, order[::-1])):  # the first and the last, where the next one is far enough
+            if rest and abs(values[i] - values[rest[0]]) > gap:
+                out[i][relation] = word
     for j in range(n):  # who stands beside j? The only one within 45 on that side, if it is more than 18 away and at most 14 out of line (percent, between middles)
-        for side, (dx, dy) in SIDES.items():
-            # of every object: how far it is on that side, and how far out of line
-            away = [((c[0] - centre[j][0]) * dx + (c[1] - centre[j][1]) * dy, abs((c[0] - centre[j][0]) * dy) + abs((c[1] - centre[j][1]) * dx)) for c in centre]
-            near = [i for i, (far, aside) in enumerate(away) if 0 < far <= 45 and aside <= 45]
-            if len(near) == 1 and away[near[0]][0] > 18 and away[near[0]][1] <= 14:
+        for side, toward in SIDES.items():
+            away = [(complex(*c) - complex(*centre[j])) / toward for c in centre]  # of every object: how far it is on that side (real), and out of line
+            near = [i for i, d in enumerate(away) if 0 < d.real <= 45 and abs(d.imag) <= 45]
+            if len(near) == 1 and away[near[0]].real > 18 and abs(away[near[0]].imag) <= 14:
                 out[near[0]][side] = j
     return out
 
@@ -310,12 +303,8 @@ def references(scene):
             out[i]["look"] = f"{look} {noun}"
         elif looks.count(look) > 1 and sum(e.look == look and e.detail == scene.entities[i].detail for e in scene.entities) == 1:
             out[i]["detail"] = f"{look} {noun} with {scene.entities[i].detail}"
-        for k, part in enumerate(look.split()):
-            if tells(part):
-                out[i]["colour" if k == 0 else "shape"] = f"{part} {noun}"
-        for kind, words, index in (("order", DOWN, place["down"]), ("order", ACROSS, place["across"]), ("size", SIZE, place["size"])):
-            if index:
-                out[i][kind] = f"{words[index]} {noun}"
+        out[i] |= {kind: f"{part} {noun}" for kind, part in zip(("colour", "shape"), look.split()) if tells(part)}
+        out[i] |= {kind: f"{place[side]} {noun}" for kind, side in (("order", "down"), ("order", "across"), ("size", "size")) if place[side]}
         if len(looks) > 1 and sum(p["zone"] == place["zone"] for p in places) == 1:
             out[i]["position"] = f"{noun} at the {ZONES[place['zone']]}"
         if near := beside(looks, place):
@@ -391,21 +380,19 @@ def ask(world, kind, setting, split, rng):
     if kind in VISUAL:
         useless = pointed_by[0] in ("look", "detail", kind) or kind == "shape" and world.noun != "shield"  # it would contain its answer; and nearly all flags have one shape
         return None if useless else made(f"What is the {kind} of the {expressions[0]}?", target.look.split()[VISUAL.index(kind)])
-    if kind == "name":
-        return made(f"What is the name of the {expressions[0]}?", target.name)
     if kind == "compare":
         a, b = (e.facts.get(relation, "") for e in found)  # b is a number: `other` holds only such
         text = f"Which has more {relation}, the {expressions[0]} or the {expressions[1]}?"
         return made(text, found[int(a) < int(b)].name, (relation,)) if a.isdecimal() and int(a) != int(b) else None
     chain, values, unknown = [], [target.name], set() if "late" in split else world.splits.get("late", ())  # no passage tells of these
-    for left in range(int(kind[3:]), 0, -1):  # all but the last relation must lead to another entity
+    for left in range(int(kind[3:]) if kind != "name" else 0, 0, -1):  # all but the last relation must lead to another entity
         facts = world.entities[values[-1]].facts
         options = [r for r, v in facts.items() if v not in values and (left == 1 or v in world.entities and v not in unknown)]
         if not options:
             return None
         chain.append(rng.choice([r for r in options if r not in chain] or options))  # "twin of the twin" only where nothing else leads on
         values.append(facts[chain[-1]])
-    return made(f"What is the {' of the '.join(reversed(chain))} of the {expressions[0]}?", values[-1], tuple(chain))
+    return made(f"What is the {' of the '.join(reversed(chain)) or 'name'} of the {expressions[0]}?", values[-1], tuple(chain))
 
 
 def questions(world, mix, n, seed, split=("train",)):
@@ -546,7 +533,7 @@ def main():
     a = parser.parse_args()
     try:
         wrong, poor = check(a.path) if a.what == "check" else ([], [])
-        sys.stdout.writelines([*(f"wrong: {x}\n" for x in wrong), *(f"look at this: {x}\n" for x in poor)])
+        print(*(f"wrong: {x}\n" for x in wrong), *(f"look at this: {x}\n" for x in poor), sep="", end="")
         if wrong:
             raise WorldError(f"{a.path}: {len(wrong)} lines are wrong{' (the check ends here)' if len(wrong) == 100 else ''}, see above")
         world = open_world(a.path)
@@ -554,8 +541,7 @@ def main():
         if a.what == "preview":
             atomic(a.save, lambda p: preview(world).save(p, format="PNG")), print(f"sample questions: {a.save}")
     except (WorldError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
+        parser.exit(2, f"error: {e}\n")
 
 
 if __name__ == "__main__":

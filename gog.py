@@ -27,6 +27,7 @@ import re
 import sys
 import textwrap
 from collections import Counter
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
@@ -35,7 +36,6 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 import data
-from data import iou
 from model import Cache, CheckpointError, gathered, load, pick, share
 from tools import ACTIONS, PASSAGES, Environment, Turn, atomic, on_grey, make_toolbox, normalise, parse, to_array, to_pixels, unaccented
 
@@ -63,7 +63,6 @@ def _rollout_batch(policy, env, questions, group, temperature, schedule, generat
     at a turn of TURN_TOKENS tokens without <stop>, or where another turn would not fit into `room`."""
     walls = [q.scene.picture() for q in questions]
     shrunk = [to_array(w, env.side) for w in walls]
-    room = min(room, policy.config.context)
     cache = Cache(policy.config, len(questions), room, policy.device, policy.embed_tokens.weight.dtype)
     trajectories = [env.prompt(q, g) for q, g in zip(questions, shrunk) for _ in range(group)]
     hidden = _feed(policy, env, cache, [t.ids for t in trajectories[::group]], shrunk)
@@ -77,12 +76,11 @@ def _rollout_batch(policy, env, questions, group, temperature, schedule, generat
             t.act(ids, logprobs)
         stop, unread = env.v.id["<stop>"], [len(t.ids) - 1 for t in live]  # where the next chunk begins: <stop> has been sampled, but not yet read into the cache
         turns = [parse(env.v.decode(ids[:-1])) if ids[-1] == stop else Turn("malformed", "the turn is too long") for ids, _ in sampled]
-        goes_on = env.step(live, turns, walls)
-        keep = [i for i, (t, (ids, _), go) in enumerate(zip(live, sampled, goes_on)) if go and ids[-1] == stop and len(t.ids) + TURN_TOKENS < room]
+        env.step(live, turns, walls)
+        keep = [i for i, (t, (ids, _)) in enumerate(zip(live, sampled)) if t.answer is None and ids[-1] == stop and len(t.ids) + TURN_TOKENS < room]
         if not keep or turn == len(schedule):
             break
-        if len(keep) < len(live):
-            cache = cache.take(torch.tensor(keep, device=policy.device))
+        cache = cache.take(torch.tensor(keep, device=policy.device))
         new = [live[i].ids[unread[i]:] for i in keep]
         live, walls = [live[i] for i in keep], [walls[i] for i in keep]
         hidden = _feed(policy, env, cache, new, [t.pictures[-1] for t, ids in zip(live, new) if env.image_ids[0] in ids])  # crops of gazes
@@ -100,34 +98,28 @@ def _feed(policy, env, cache, chunks, pictures):
 
 def _allowed(env, actions, device):
     """(1, vocab) mask of what may be sampled: never observation, image or padding ids; only these actions' tags."""
-    mask = torch.tensor(env.sampleable, device=device)
-    mask[[env.v.id[f"<{a}>"] for a in ACTIONS if a not in actions]] = False
-    return mask[None]
+    barred = {env.v.id[f"<{a}>"] for a in ACTIONS if a not in actions}
+    return torch.tensor([[may and i not in barred for i, may in enumerate(env.sampleable)]], device=device)
 
 
-def _sample_turn(policy, v, cache, hidden, temperature, allowed, generator, longest=TURN_TOKENS):
+def _sample_turn(policy, v, cache, hidden, temperature, allowed, generator):
     """Sample one turn for every row: list of (ids, logprobs), stop token included. A row that has stopped is still fed, but its length stays, so its
     next real token overwrites that slot; when more than half have stopped, the others go on in a smaller cache."""
-    stop, live = v.id["<stop>"], torch.ones(len(hidden), dtype=torch.bool, device=hidden.device)
-    ids, logprobs, lengths, continued = [], [], torch.zeros(len(hidden), dtype=torch.long, device=hidden.device), []
-    for step in range(longest):
+    out, rows, part = [([], []) for _ in hidden], torch.arange(len(hidden), device=hidden.device), cache
+    live = torch.ones_like(rows, dtype=torch.bool)
+    for step in range(1, TURN_TOKENS + 1):
         token, logp = pick(policy.logits(hidden), temperature, allowed, generator)
-        ids.append(token), logprobs.append(logp)
-        lengths += live
-        live = live & (token != stop)
-        talking = live.nonzero()[:, 0]
-        if step + 1 == longest or not len(talking):
+        for row, i, p in zip(rows[live].tolist(), token[live].tolist(), logp[live].tolist()):
+            out[row][0].append(i), out[row][1].append(p)
+        live = live & (token != v.id["<stop>"])
+        if step == TURN_TOKENS or not live.any():
             break
-        hidden = policy(token[:, None], cache=cache, valid=live.long())[:, 0]
-        if 2 * len(talking) < len(live):  # in a smaller cache, which is written back when they are done
-            smaller = cache.take(talking)
-            continued = _sample_turn(policy, v, smaller, hidden[talking], temperature, allowed, generator, longest - step - 1)
-            cache.put(talking, smaller)
-            break
-    ids, logprobs = torch.stack(ids, 1).tolist(), torch.stack(logprobs, 1).tolist()
-    out = [(i[:n], p[:n]) for i, p, n in zip(ids, logprobs, lengths.tolist())]
-    for row, (i, p) in zip(talking.tolist(), continued):  # what these went on to say in the smaller cache
-        out[row] = out[row][0] + i, out[row][1] + p
+        hidden = policy(token[:, None], cache=part, valid=live.long())[:, 0]
+        if 2 * live.sum() < len(live):  # in a smaller cache, which is written back when they are done
+            part is cache or cache.put(rows, part)
+            rows, hidden, live = rows[live], hidden[live], live[live]
+            part = cache.take(rows)
+    part is cache or cache.put(rows, part)
     return out
 
 
@@ -214,7 +206,7 @@ def _find(q, target, phrase, kind, rng, missed_here, wrong_gaze, thought, memory
 def _bare_wall(boxes, rng):
     """A box where nothing hangs, as one who mixes up two objects sees it: the columns of one, the rows of another. None if the lot fell badly."""
     (x0, _, x1, _), (_, y0, _, y1) = rng.choice(boxes), rng.choice(boxes)
-    return (x0, y0, x1, y1) if all(iou((x0, y0, x1, y1), b) < 0.2 for b in boxes) else None
+    return (x0, y0, x1, y1) if all(data.iou((x0, y0, x1, y1), b) < 0.2 for b in boxes) else None
 
 
 def plan(chain):
@@ -323,18 +315,15 @@ def play_scripts(env, questions, scripts, rows=256, progress=None):
         for _ in range(MAX_TURNS):
             for t, _, _, text in live:
                 (t.observe if isinstance(text, Slip) else t.act)(env.v.encode_turn(text) + [env.v.id["<stop>"]])
-            goes_on = env.step([t for t, *_ in live], [parse(text) for *_, text in live], [wall for *_, wall, _ in live])
-            live = [(t, script, wall, text) for (t, script, wall, _), go in zip(live, goes_on)
-                    if go and (text := next_turn(script, t.turns[-1].observation))]
+            env.step([t for t, *_ in live], [parse(text) for *_, text in live], [wall for *_, wall, _ in live])
+            live = [(t, script, wall, text) for t, script, wall, _ in live if t.answer is None and (text := next_turn(script, t.turns[-1].observation))]
     return out
 
 
 def next_turn(script, observation):
     """The script's next turn, or None when it has no more."""
-    try:
+    with suppress(StopIteration):
         return script.send(observation)
-    except StopIteration:
-        return None
 
 
 # ------------------------------------------------------------------------------------------------------------ evaluation
@@ -370,17 +359,20 @@ SCHEDULES = {  # baselines that need no other model: which actions a turn allows
     "direct": [("answer",)], "full-search": [("glance",), ("search",), ("answer",)], "no-gaze": [("answer", "search", "glance")] * MAX_TURNS}
 
 
+def overlap(t, box):
+    """Best IoU of a box with a target of a trajectory's question."""
+    return max((data.iou(box, t.question.scene.boxes[i]) for i in t.question.targets), default=0.0)
+
+
 def gazes(t):
     """(box, best IoU with a target) of every gaze of a trajectory."""
-    boxes = [t.question.scene.boxes[i] for i in t.question.targets]
-    return [(turn.argument, max((iou(turn.argument, b) for b in boxes), default=0.0)) for turn in t.turns if turn.kind == "gaze"]
+    return [(turn.argument, overlap(t, turn.argument)) for turn in t.turns if turn.kind == "gaze"]
 
 
 def looked_elsewhere(t):
     """For every gaze that missed (IoU < 0.5): True if the next action is a gaze elsewhere (IoU with the missed box < 0.5)."""
-    overlap = iter(gazes(t))
-    return [after.kind == "gaze" and iou(after.argument, turn.argument) < 0.5 for turn, after in zip(t.turns, [*t.turns[1:], Turn("answer")])
-            if turn.kind == "gaze" and next(overlap)[1] < 0.5]
+    return [after.kind == "gaze" and data.iou(after.argument, turn.argument) < 0.5 for turn, after in zip(t.turns, [*t.turns[1:], Turn("answer")])
+            if turn.kind == "gaze" and overlap(t, turn.argument) < 0.5]
 
 
 def behaviour(trajectories):
@@ -390,19 +382,18 @@ def behaviour(trajectories):
     gaze of the trajectory had (of questions that need a tool, about more than one object); reflection: vain gazes that a gaze elsewhere follows;
     truncated: ended without an answer.
     """
-    n = max(1, len(trajectories))
     mean = lambda values: float(np.mean(values)) if len(values) else float("nan")
     kinds = [{t.kind for t in x.turns} & {"search", "glance", "gaze"} for x in trajectories]
     looked = [g for x in trajectories if x.question.targets for g in gazes(x)]
     vain = [again for x in trajectories if x.question.targets for again in looked_elsewhere(x)]
     acts = Counter(t.kind for x in trajectories for t in x.turns)
     found = [any(u >= 0.5 for _, u in gazes(x)) for x in trajectories if x.question.targets and not x.question.search_free and len(x.question.scene.boxes) > 1]
-    return {"accuracy": sum(x.correct for x in trajectories) / n, "well_formed": sum(x.well_formed for x in trajectories) / n,
-            "no_search": sum(not k for k in kinds) / n, "single_search": sum(len(k) == 1 for k in kinds) / n,
-            "mixed_search": sum(len(k) > 1 for k in kinds) / n, **{f"{a}_share": acts[a] / max(1, sum(acts.values())) for a in (*ACTIONS, "malformed")},
+    return {"accuracy": mean([x.correct for x in trajectories]), "well_formed": mean([x.well_formed for x in trajectories]),
+            "no_search": mean([not k for k in kinds]), "single_search": mean([len(k) == 1 for k in kinds]),
+            "mixed_search": mean([len(k) > 1 for k in kinds]), **{f"{a}_share": acts[a] / max(1, sum(acts.values())) for a in (*ACTIONS, "malformed")},
             "gaze_correct": mean([u >= 0.5 for _, u in looked]), "gaze_iou": mean([u for _, u in looked]), "target_found": mean(found),
-            "reflection": mean(vain), "turns": mean([len(x.turns) for x in trajectories]), "tool_calls": sum(acts[a] for a in ("search", "glance", "gaze")) / n,
-            "tokens": mean([sum(x.trained) for x in trajectories]), "truncated": sum(x.answer is None for x in trajectories) / n}
+            "reflection": mean(vain), "turns": mean([len(x.turns) for x in trajectories]), "tool_calls": sum(acts[a] for a in ACTIONS[1:]) / max(1, len(trajectories)),
+            "tokens": mean([sum(x.trained) for x in trajectories]), "truncated": mean([x.answer is None for x in trajectories])}
 
 
 def evaluate(policy, env, questions, row="", seed=0, turns=MAX_TURNS, progress=None):
@@ -477,22 +468,16 @@ def curve_sheet(title, curves, across=3, w=330, h=190):
 
 # -------------------------------------------------------------------- what there is to look at: pictures, reports, one question
 
-def draw_gazes(t):
-    """The picture with every gaze framed and numbered, in order."""
+def poster(t, width=760, line=19):
+    """The picture, every gaze framed and numbered, beside the turns in words: one image to look at."""
     picture = t.question.scene.picture().copy()
-    pen, width = ImageDraw.Draw(picture), max(2, picture.width // 150)
+    pen, thick = ImageDraw.Draw(picture), max(2, picture.width // 150)
     for n, where in enumerate((turn.argument for turn in t.turns if turn.kind == "gaze"), 1):
         x0, y0, x1, y1 = box = to_pixels(where, picture.size)
         if x1 > x0 and y1 > y0:
-            pen.rectangle(box, outline=(230, 40, 60), width=width)
-            pen.rectangle((x0, y0, x0 + 9 * width, y0 + 9 * width), fill=(230, 40, 60))
-            pen.text((x0 + 2 * width, y0), str(n), fill=(255, 255, 255), font_size=8 * width)
-    return picture
-
-
-def poster(t, width=760, line=19):
-    """The picture with its gazes beside the turns in words: one image to look at."""
-    picture = draw_gazes(t)
+            pen.rectangle(box, outline=(230, 40, 60), width=thick)
+            pen.rectangle((x0, y0, x0 + 9 * thick, y0 + 9 * thick), fill=(230, 40, 60))
+            pen.text((x0 + 2 * thick, y0), str(n), fill=(255, 255, 255), font_size=8 * thick)
     picture.thumbnail((420, 420))
     lines = [part for text in unaccented(tell(t)).split("\n")  # Pillow's own font has no accents
              for part in textwrap.wrap(text, 96, subsequent_indent=" " * 14, drop_whitespace=False)]
@@ -506,8 +491,6 @@ def poster(t, width=760, line=19):
 def record(t, world, v, pictures):
     """A trajectory as report.html shows it and report.jsonl keeps it: all of it but who did it, its reward and advantage (train.report_entry adds those). `pictures`: {scene or name: (its number, its size,
     data URI)}, to which those of the scene and of the hits are added; each is drawn once."""
-    overlap = iter(gazes(t))
-
     def add(key, what, px):  # what: a scene or an entity, px: how large
         if key not in pictures:
             picture = on_grey(what.picture(px)).copy()
@@ -522,7 +505,7 @@ def record(t, world, v, pictures):
 
     image = v.id["<image>"]
     tokens = [("[picture]" if i == image else v.decode([i]), int(own)) for i, own, before in zip(t.ids, t.trained, [None, *t.ids]) if not i == before == image]  # a picture is many tokens
-    turns = [dict(kind=x.kind, argument=x.argument, thought=x.thought, ok=x.ok, iou=next(overlap)[1] if x.kind == "gaze" and t.question.targets else None,
+    turns = [dict(kind=x.kind, argument=x.argument, thought=x.thought, ok=x.ok, iou=overlap(t, x.argument) if x.kind == "gaze" and t.question.targets else None,
                   found=[dict(text=line, picture=shown(line) if x.kind in ("glance", "gaze") else None) for line in x.observation.split(" | ") if line]) for x in t.turns]
     q = t.question
     scene, size, _ = add(q.scene, q.scene, data.SCENE_PX)
@@ -590,8 +573,7 @@ def main():
     except (EOFError, KeyboardInterrupt):
         print()
     except (CheckpointError, data.WorldError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
+        parser.exit(2, f"error: {e}\n")
 
 
 if __name__ == "__main__":

@@ -83,8 +83,7 @@ def policy_loss(logp, old_logp, advantage, low=0.2, high=0.2, reference=None, be
 
 def token_logprobs(policy, env, trajectories, temperature=1.0):
     """Log-probability of every trained token, flat (M,), and of every id that could stand there, (M, vocab). Only tokens with `trained` count, and only ids that may be sampled compete: the same for SFT and RL."""
-    ids, trained, lengths, pictures = packed(trajectories, env.v.id["<pad>"])
-    ids, trained, pictures = ids.to(policy.device), trained.to(policy.device), pictures.to(policy.device) if pictures is not None else None
+    ids, trained, lengths, pictures = packed(trajectories, env.v.id["<pad>"], policy.device)
     hidden = policy(ids, pictures, env.image_ids[0], lengths=lengths)
     wanted = trained[:, 1:]  # token t is predicted at position t - 1; a trajectory's first is <bos>, never trained, so none is predicted from its neighbour
     logits = policy.logits(hidden[:, :-1][wanted]).masked_fill(~torch.tensor(env.sampleable, device=policy.device), float("-inf"))
@@ -125,10 +124,9 @@ def grpo_step(policy, reference, env, batch, advantages, opts, a):
             for name, value in dict(loss=loss.item(), kl=kl, clipped=clipped, entropy=entropy).items():
                 totals[name] += value / tokens
         grads.append(flat_gradient(opts))  # they add up: the second is that of both
-    totals = {name: summed(x).item() for name, x in totals.items()} | dict(ratio_gap=gap)
-    totals["signal"] = F.cosine_similarity(grads[0], grads[1] - grads[0], 0).item()
-    totals["grad_norm"] = update(policy, opts, share([batch[i] for i in alive]), totals["loss"])  # nobody alive, no gradient: nothing moves
-    return totals
+    totals, signal = {name: summed(x).item() for name, x in totals.items()}, F.cosine_similarity(grads[0], grads[1] - grads[0], 0).item()
+    norm = update(policy, opts, share([batch[i] for i in alive]), totals["loss"])  # nobody alive, no gradient: nothing moves
+    return totals | dict(ratio_gap=gap, signal=signal, grad_norm=norm)
 
 
 LOGGED = "turns tool_calls tokens truncated gaze_correct reflection mixed_search answer_share search_share glance_share gaze_share".split()
@@ -272,11 +270,10 @@ def corpus(seed=0):
 # Label k of a part is its k-th value here (None: there is nothing of the kind); label -1 is left out of the loss.
 PARTS = {  # (tincture and outline first: `lay_on_grid`) what can be told about the shield that a cell shows (None: bare wall, or nobody on that side), how it hangs, and what is beside it
     "tincture": [None, *data.TINCTURES], "outline": [None, *data.OUTLINES], "ordinary": list(data.ORDINARIES), "ordinary_tincture": list(data.TINCTURES),
-    "charge": [None, *data.CHARGES], "charge_tincture": list(data.TINCTURES), "count": [1, 2, 3], "across": range(3), "down": range(3), "size": range(3),
+    "charge": [None, *data.CHARGES], "charge_tincture": list(data.TINCTURES), "count": [1, 2, 3], "across": data.ACROSS, "down": data.DOWN, "size": data.SIZE,
     **{(side, k): [None, *kinds] for side in data.SIDES for k, kinds in enumerate((data.TINCTURES, data.OUTLINES))}}
 FINE = ("ordinary", "ordinary_tincture", "charge", "charge_tincture", "count")  # not to be told from afar
-TIED = {  # part: the words for its labels 1, 2, ..; image tokens are drawn towards the embeddings of these words (see_step)
-    "tincture": list(data.TINCTURES), "outline": list(data.OUTLINES), "across": data.ACROSS[1:], "down": data.DOWN[1:], "size": data.SIZE[1:], "charge": list(data.CHARGES)}
+TIED = ("tincture", "outline", "across", "down", "size", "charge")  # parts whose labels 1, 2, .. are words; image tokens are drawn towards the embeddings of these words (see_step)
 
 
 def labelled_pictures(config, seed, size, i):
@@ -337,12 +334,12 @@ def pieces_by_lot(env, rng):
     return env.v.pieces if rng.random() < 0.35 else ()
 
 
-def see_step(policy, heads, batch, word_ids, opts):
+def see_step(policy, heads, batch, v, opts):
     """One step of the eyes' dense loss: 50 times the L1 of the edges, relative to the sides of the box (as IoU counts it), plus cross-entropy of each part, that of charges twice, on
     patches and on image tokens. And the token that shows the leftmost red round shall look like the words "red", "round" and "leftmost" in the
-    decoder's own embedding, so that the decoder finds what it reads about. `word_ids`: {part: ids of its words}. Only the gradient of the vision encoder is clipped, and told as the norm."""
+    decoder's own embedding, so that the decoder finds what it reads about. `v`: the vocabulary. Only the gradient of the vision encoder is clipped, and told as the norm."""
     pictures, boxes, labels = batch
-    patches, tokens = policy.vision(pictures, both=True)
+    patches, tokens = policy.vision(pictures)
     out, where, label = torch.cat([heads[0](patches), heads[1](tokens)], 1).flatten(0, 1), boxes.flatten(0, 1), labels.flatten(0, 1)
     inside = where[:, 2] > 0
     sides = (where[inside, 2:] - where[inside, :2]).repeat(1, 2)  # (n, 4): width, height, width, height
@@ -350,8 +347,8 @@ def see_step(policy, heads, batch, word_ids, opts):
     for k, (part, logits) in enumerate(zip(PARTS, out[:, 4:].split([*map(len, PARTS.values())], 1))):
         loss = loss + (1 + (part == "charge")) * cell_loss(logits, label[:, k])  # charges are learnt last: they count twice
     shown, tokens = labels[:, patches.shape[1]:].flatten(0, 1), tokens.flatten(0, 1)  # (B*N, parts), (B*N, D)
-    for part, ids in word_ids.items():
-        alike = 4 * tokens @ policy.embed_tokens.weight[ids].T / tokens.shape[-1]**0.5  # (B*N, words); without the 4 these words grew to four times the length of others
+    for part in TIED:
+        alike = 4 * tokens @ policy.embed_tokens.weight[[v.word(w) for w in PARTS[part][1:]]].T / tokens.shape[-1]**0.5  # (B*N, words); without the 4 these words grew to four times the length of others
         alike = torch.cat([torch.zeros_like(alike[:, :1]), alike], 1)  # label 0, none of the words (bare wall, in the middle), scores 0
         loss = loss + (1 + (part == "charge")) * cell_loss(alike, shown[:, list(PARTS).index(part)])
     loss.backward()
@@ -367,11 +364,6 @@ def cell_loss(logits, label):
 
 
 COMPARED = {"colour": ("tincture",), "shape": ("outline",), "look": ("tincture", "outline"), "detail": ("tincture", "outline", "charge", "charge_tincture", "count")}
-
-
-def in_words(town, depth):
-    """A town's arms in the words of a thought, as deep as a key of COMPARED: colour, shape, look, or look and detail."""
-    return {"colour": town.arms.tincture, "shape": town.arms.outline, "look": town.look, "detail": f"{town.look}, {town.detail}"}[depth]
 
 
 def begin(env):
@@ -470,7 +462,8 @@ def compared(rng, town, depth):
         arms = data.Arms.draw(rng)
         arms = arms if lot > 0.85 else replace(town.arms, **{(part := rng.choice(COMPARED[depth])): getattr(arms, part)})
         other = data.Entity.with_arms("", {}, arms)
-    return in_words(other, depth), in_words(town, depth), "yes" if in_words(other, depth) == in_words(town, depth) else "no"
+    wanted, seen = ({"colour": e.arms.tincture, "shape": e.arms.outline, "look": e.look, "detail": f"{e.look}, {e.detail}"}[depth] for e in (other, town))
+    return wanted, seen, "yes" if wanted == seen else "no"
 
 
 def framed(town, rng):
@@ -632,15 +625,11 @@ def exam(policy, env, n, seed="exam"):
 
 def replay(env, seed, size, i):
     """Lessons beside batch i of SFT, of what it would unlearn: demonstrations know no crowded walls (where gazes are learnt: not by who may not gaze), no long plans and no strange words."""
-    return draw_lessons(env, dict.fromkeys((wall_lesson, errand_lesson, plan_lesson, text_lesson)[not env.may_gaze:], 1), f"replay/{seed}/{i}", size)
+    return lessons(env, seed, size, i, dict.fromkeys((wall_lesson, errand_lesson, plan_lesson, text_lesson)[not env.may_gaze:], 1), "replay")
 
 
-def lessons(env, seed, size, i):
-    """Batch i of the pretraining stream. Depends on (seed, i) only, so a resumed run sees what the unbroken one would have seen; of several processes this one's share."""
-    return draw_lessons(env, LESSONS, f"lessons/{seed}/{i}", size)
-
-
-def draw_lessons(env, weights, seed, n):
-    """n lessons by lot, each with random numbers of its own: every process makes just its share."""
-    makers = random.Random(seed).choices(list(weights), weights.values(), k=n)
-    return [make(env, random.Random(f"{seed}/{k}")) for k, make in share([*enumerate(makers)])]
+def lessons(env, seed, size, i, weights=LESSONS, stream="lessons"):
+    """Batch i of the pretraining stream. Depends on (seed, i) only, so a resumed run sees what the unbroken one would have seen; each lesson
+    has random numbers of its own, and of several processes each makes its share."""
+    makers = random.Random(f"{stream}/{seed}/{i}").choices(list(weights), weights.values(), k=size)
+    return [make(env, random.Random(f"{stream}/{seed}/{i}/{k}")) for k, make in share([*enumerate(makers)])]

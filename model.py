@@ -31,8 +31,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from safetensors.torch import save as to_bytes
+from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from torch import nn
 
 from tools import PROCESSES, RANK, atomic, checksum
@@ -46,8 +46,6 @@ class ModelConfig:
     heads: int = 6  # H
     kv_heads: int = 3  # K
     mlp: int = 512
-    context: int = 1024  # longest trajectory, in tokens
-    rope_base: float = 10000.0
     picture: int = 128  # S, pixels: every picture is shrunk to S x S before it is seen
     patch: int = 16
     vit_width: int = 128
@@ -77,36 +75,23 @@ class Vocabulary:
     """Byte-level BPE: any string can be spelt, unknown names included. 0..99 are single tokens, so a box is four tokens."""
 
     def __init__(self, text):
-        """`text`: what `to_text` gave, as a checkpoint keeps it."""
-        self.tokenizer = Tokenizer.from_str(text)
+        """`text`: as `tokenizers` writes it down, and a checkpoint keeps it."""
+        self.tokenizer, self.text = Tokenizer.from_str(text), text
         self.size, self.id = self.tokenizer.get_vocab_size(), {t: self.tokenizer.token_to_id(t) for t in TAGS}
         assert self.id["<pad>"] != self.id["<stop>"]  # both None: a tokenizer without our tags
-        # tags have the first ids, in the order of TAGS; those before <stop> are the environment's
-        self.sampleable = [i not in range(TAGS.index("<stop>")) for i in range(self.size)]
 
     @classmethod
     def learn(cls, texts, size=1024):
         """Train the BPE on texts; `size` ids in all."""
-        tokenizer = Tokenizer(models.BPE())
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)  # ' Ost' is one spelling wherever a name begins
-        tokenizer.decoder = decoders.ByteLevel()
-        tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=size, special_tokens=list(TAGS), show_progress=False,
-                                                                initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+        tokenizer = ByteLevelBPETokenizer(add_prefix_space=True)  # ' Ost' is one spelling wherever a name begins
+        tokenizer.train_from_iterator(texts, size, min_frequency=0, show_progress=False, special_tokens=list(TAGS))
         return cls(tokenizer.to_str())
-
-    def to_text(self):
-        return self.tokenizer.to_str()
 
     @cached_property
     def pieces(self):
         """What the tokens spell, those that a name or a fact may hold: list of str."""
         spelt = [self.decode([i]) for i in range(len(TAGS), self.size)]
         return [p for p in spelt if p.isprintable() and p.strip() and not set(p) & set("<>|:,\ufffd")]
-
-    @cached_property
-    def numbers(self):
-        """The ids of 0..99, in order."""
-        return [self.word(n) for n in range(100)]
 
     def word(self, word):
         """The id of a word that is one token (numbers 0..99, tinctures, ...), as it stands behind a blank; of its first token otherwise."""
@@ -129,7 +114,7 @@ class Vocabulary:
 RMSNorm = partial(nn.RMSNorm, eps=1e-6)
 
 
-def rope_table(positions, head_width, base):
+def rope_table(positions, head_width, base=10000.0):
     """cos and sin of the rotation angles: positions (B, T) -> two tensors (B, 1, T, C)."""
     inverse = base ** (-torch.arange(0, head_width, 2, device=positions.device, dtype=torch.float32) / head_width)
     angles = (positions[..., None].float() * inverse)[:, None]  # (B, 1, T, C/2)
@@ -205,12 +190,9 @@ class Attention(nn.Module):
         if x.device.type == "cpu":  # there the backward pass of attention is half as fast in bfloat16 as in float32
             q, k, v = q.float(), k.float(), v.float()
         with torch.autocast(x.device.type, enabled=False):
-            mask = mask.to(q.dtype) if mask is not None else None
             attend = partial(F.scaled_dot_product_attention, attn_mask=mask, is_causal=mask is None, enable_gqa=cache is None)
-            if lengths:  # packed: each sequence sees itself only
-                out = torch.cat([attend(*part) for part in zip(*(y.split(lengths, 2) for y in (q, k, v)))], 2)
-            else:
-                out = attend(q, k, v)
+            parts = zip(*(y.split(lengths, 2) for y in (q, k, v))) if lengths else [(q, k, v)]  # packed: each sequence sees itself only
+            out = torch.cat([attend(*part) for part in parts], 2)
         out = out.reshape(B, self.heads, T, self.head)
         return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))  # (B, H, T, C) -> (B, T, D)
 
@@ -258,17 +240,16 @@ def position_map(grid, width):
 
 
 class Vision(nn.Module):
-    """Pictures (B, 3, S, S), uint8 -> image tokens (B, N, D)."""
+    """The eyes. Pictures (B, 3, S, S), uint8 -> features (B, P, W) of every patch, and image tokens (B, N, D)."""
 
     def __init__(self, c):
         super().__init__()
         self.grid, self.shuffle = c.picture // c.patch, c.shuffle
         w = c.vit_width
-        if c.stem:  # three strided convolutions and a last one reach the same grid as one patch embedding
-            self.embed = nn.Sequential(nn.Conv2d(3, w // 4, 3, 2, 1), nn.GELU(), nn.Conv2d(w // 4, w // 2, 3, 2, 1), nn.GELU(),
-                                       nn.Conv2d(w // 2, w, 3, 2, 1), nn.GELU(), nn.Conv2d(w, w, c.patch // 8, c.patch // 8))
-        else:
-            self.embed = nn.Conv2d(3, w, c.patch, c.patch)
+        # the stem: three strided convolutions and a last one reach the same grid as one patch embedding
+        stem = [(3, w // 4, 3, 2, 1), (w // 4, w // 2, 3, 2, 1), (w // 2, w, 3, 2, 1), (w, w, c.patch // 8, c.patch // 8)]
+        convolutions = [f for sizes in stem for f in (nn.GELU(), nn.Conv2d(*sizes))][1:] if c.stem else None
+        self.embed = nn.Sequential(*convolutions) if c.stem else nn.Conv2d(3, w, c.patch, c.patch)
         self.position = nn.Parameter(position_map(self.grid, w))
         self.blocks = nn.ModuleList(VisionBlock(w, c.vit_heads) for _ in range(c.vit_layers))
         self.norm = nn.LayerNorm(w)
@@ -276,21 +257,17 @@ class Vision(nn.Module):
         self.projector_norm = RMSNorm(c.width)  # fixes their length, which otherwise grows without end
         nn.init.constant_(self.projector_norm.weight, 4.5)  # loud, or what text-trained layers add to them would drown what they show (results/trials.md: pointing right in 55 % -> 92 %)
 
-    def patches(self, pictures):
-        """Features (B, P, W) of every patch."""
+    def forward(self, pictures):
+        """Features of every patch (B, P, W), and the image tokens (B, N, D)."""
         x = self.embed(pictures.to(self.position.dtype) / 127.5 - 1)  # (B, W, grid, grid)
         x = x.flatten(2).transpose(1, 2) + self.position  # (B, P, W)
         for block in self.blocks:
             x = block(x)
-        return self.norm(x)
-
-    def forward(self, pictures, both=False):
-        """Image tokens; `both`: patches too."""
-        x = self.patches(pictures)
+        x = self.norm(x)
         B, P, W = x.shape
         s, g = self.shuffle, self.grid // self.shuffle
-        tokens = self.projector_norm(self.projector(x.view(B, g, s, g, s, W).transpose(2, 3).reshape(B, g * g, s * s * W)).float())  # pixel shuffle: N = P / s^2
-        return (x, tokens) if both else tokens
+        shuffled = x.view(B, g, s, g, s, W).transpose(2, 3).reshape(B, g * g, s * s * W)  # pixel shuffle: N = P / s^2
+        return x, self.projector_norm(self.projector(shuffled).float())
 
 
 class Policy(nn.Module):
@@ -340,14 +317,14 @@ class Policy(nn.Module):
         lengths: None, or a list: ids are one row in which sequences of these lengths stand one behind the other (`packed`); not with a cache.
         """
         B, T = ids.shape
-        start = cache.lengths[:, None] if cache is not None else torch.zeros(B, 1, dtype=torch.long, device=ids.device)
-        counted = torch.arange(T) if not lengths else torch.cat([torch.arange(n) for n in lengths])  # (T,), from 0 in every sequence
-        positions = start + counted.to(ids.device)  # (B, T)
+        positions = torch.cat([torch.arange(n) for n in lengths or [T]]).to(ids.device).expand(B, T)  # from 0 in every sequence
+        if cache is not None:
+            positions = positions + cache.lengths[:, None]
         x = self.embed_tokens(ids)
         if self.smear:  # among words only: image tokens are put in afterwards, unmixed
-            x = x + self.smear(self._before(x, positions, cache, valid, lengths))
+            x = x + self.smear(self._before(x, positions, cache, valid))
         if pictures is not None and len(pictures):
-            x = x.masked_scatter((ids == image_id)[..., None], self.vision(pictures).to(x.dtype))
+            x = x.masked_scatter((ids == image_id)[..., None], self.vision(pictures)[1].to(x.dtype))
         mask = None
         if cache is not None:  # a query at position p sees slots 0..p: this alone hides every garbage slot
             positions = positions.clamp(max=cache.room - 1)  # padding of a shorter row, or a row that has stopped, may point past the room; no real token does (prompts are short: data.fits; turns: gog.rollout)
@@ -355,24 +332,21 @@ class Policy(nn.Module):
             cache.grow(upto)
             unseen = torch.arange(upto, device=ids.device) > positions[..., None]
             mask = torch.zeros(B, T, upto, device=ids.device).masked_fill(unseen, float("-inf")).repeat(1, self.config.heads // self.config.kv_heads, 1)[:, None]  # (B, 1, H/K*T, upto): added to scores; made once for all layers
-        rope = rope_table(positions, self.config.width // self.config.heads, self.config.rope_base)
+        rope = rope_table(positions, self.config.width // self.config.heads)
         for i, block in enumerate(self.layers):
             x = block(x, rope, mask, cache, i, positions, lengths)
         if cache is not None:
             cache.lengths += T if valid is None else valid
         return self.norm(x)
 
-    def _before(self, x, positions, cache, valid, lengths):
+    def _before(self, x, positions, cache, valid):
         """The embeddings before each position of x (B, T, D), nearest last: (B, T, smear * D); 0 before a sequence's first. The cache keeps the last `smear` embeddings of every row for the next call."""
         (B, T, D), n = x.shape, self.config.smear
         row = torch.cat([x.new_zeros(B, n, D) if cache is None else cache.last, x], 1)  # (B, n + T, D): position t stands at n + t
         if cache is not None:
             count = torch.full_like(cache.lengths, T) if valid is None else valid
             cache.last = row[torch.arange(B, device=x.device)[:, None], count[:, None] + torch.arange(n, device=x.device)]
-        before = [row[:, k:k + T] for k in range(n)]
-        if lengths:  # packed: those of the sequence in front are not before this one
-            before = [b * (positions >= n - k)[..., None] for k, b in enumerate(before)]
-        return torch.cat(before, -1)
+        return torch.cat([row[:, k:k + T] * (positions >= n - k)[..., None] for k in range(n)], -1)  # packed: not those of the sequence in front
 
     def logits(self, hidden):
         with torch.autocast(hidden.device.type, enabled=False):  # bfloat16 would round a score of 16 to steps of 1/8
@@ -397,13 +371,14 @@ def micro_batches(items, lengths, budget):
     return [[items[i] for i in part] for _, part in itertools.groupby(range(len(ends)), lambda i: ends[i] // budget)]
 
 
-def packed(trajectories, pad, step=128):
+def packed(trajectories, pad, device, step=128):
     """All trajectories in one row, one behind the other: ids (1, T), which of them are trained (1, T), the lengths, the pictures. Nothing is padding
     but a last sequence that fills the row up to a multiple of `step`: bfloat16 kernels are compiled for every new shape."""
     ids, trained = [i for t in trajectories for i in t.ids], [x for t in trajectories for x in t.trained]
     rest, pictures = -len(ids) % step, [p for t in trajectories for p in t.pictures]
     lengths = [len(t.ids) for t in trajectories] + [rest] * (rest > 0)
-    return torch.tensor([ids + [pad] * rest]), torch.tensor([trained + [False] * rest]), lengths, torch.from_numpy(np.stack(pictures)) if pictures else None
+    shown = torch.from_numpy(np.stack(pictures)).to(device) if pictures else None
+    return torch.tensor([ids + [pad] * rest], device=device), torch.tensor([trained + [False] * rest], device=device), lengths, shown
 
 
 def autocast(device):
@@ -415,14 +390,13 @@ def autocast(device):
 
 # -------------------------------------------------------------------------------------------------------------- sampling
 
-def pick(logits, temperature, allowed=None, generator=None):
+def pick(logits, temperature, allowed, generator=None):
     """Sample one id a row from logits (B, vocab), and its log-probability under that same distribution.
 
     temperature 0 is greedy (log-probability at temperature 1). No top-k, no top-p: GRPO must score what was sampled (its ratio is 1
     before the first update). allowed: bool (B or 1, vocab), ids that may be sampled at all.
     """
-    if allowed is not None:
-        logits = logits.masked_fill(~allowed, float("-inf"))
+    logits = logits.masked_fill(~allowed, float("-inf"))
     logp = F.log_softmax(logits.float() / (temperature or 1.0), -1)
     if temperature:  # where the running sum passes a random height (torch.multinomial draws a number for every id, which is slower)
         heights = logp.exp().cumsum(-1)
@@ -467,8 +441,7 @@ def torch_rng(device, *seed):
 def orthogonalise(g, steps=5):
     """Newton-Schulz: push the singular values of a stack of matrices (N, rows, cols) towards 1, keeping the singular vectors."""
     a, b, c = 3.4445, -4.7750, 2.0315  # of the quintic a x + b x^3 + c x^5 (Jordan et al. 2024)
-    x = g.transpose(1, 2) if g.shape[1] > g.shape[2] else g
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    x = (g.transpose(1, 2) if g.shape[1] > g.shape[2] else g) / (g.norm(dim=(1, 2), keepdim=True) + 1e-7)
     with autocast(g.device.type):  # the method was made for bfloat16
         for _ in range(steps):
             s = x @ x.transpose(1, 2)
@@ -484,35 +457,26 @@ class Muon(torch.optim.Optimizer):
     bf16 units, against 0.06 s for this one, which stacks matrices of one shape.
     """
 
-    def __init__(self, params, lr, momentum=0.95, weight_decay=0.01):
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
-
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
             shapes = {}
-            for p in group["params"]:
-                if p.grad is not None:
-                    shapes.setdefault(p.flatten(1).shape, []).append(p)
-            for (rows, cols), params in shapes.items():
-                updates = []
-                for p in params:
-                    m = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                    m.lerp_(p.grad, 1 - group["momentum"])
-                    updates.append(p.grad.lerp(m, group["momentum"]).flatten(1))  # Nesterov
-                scale = 0.2 * max(rows, cols) ** 0.5
+            for p in (p for p in group["params"] if p.grad is not None):
+                m = self.state[p].setdefault("momentum", torch.zeros_like(p)).lerp_(p.grad, 1 - group["momentum"])
+                shapes.setdefault(p.flatten(1).shape, []).append((p, p.grad.lerp(m, group["momentum"]).flatten(1)))  # Nesterov
+            for shape, pairs in shapes.items():
+                params, updates = zip(*pairs)
+                scale = 0.2 * max(shape) ** 0.5
                 for p, u in zip(params, orthogonalise(torch.stack(updates))):
                     p.mul_(1 - group["lr"] * group["weight_decay"]).add_(u.view_as(p), alpha=-group["lr"] * scale)
 
 
 def optimisers(named, muon_lr, adam_lr):
-    """Muon for the matrices and convolutions among (name, parameter) pairs, AdamW for the rest; muon_lr 0: AdamW for all."""
-    named = list(named)
-    matrices = [p for n, p in named if muon_lr and p.dim() in (2, 4) and "embed_tokens" not in n and "position" not in n]
-    chosen = set(map(id, matrices))
-    rest = [p for _, p in named if id(p) not in chosen]
-    adam = torch.optim.AdamW(rest, lr=adam_lr, betas=(0.9, 0.95), weight_decay=0.0)
-    return [Muon(matrices, muon_lr), adam] if matrices else [adam]
+    """Muon for the matrices and convolutions among (name, parameter) pairs, AdamW for the rest: two optimisers."""
+    matrices, rest = [], []
+    for name, p in named:
+        (matrices if p.dim() in (2, 4) and "embed_tokens" not in name and "position" not in name else rest).append(p)
+    return [Muon(matrices, dict(lr=muon_lr, momentum=0.95, weight_decay=0.01)), torch.optim.AdamW(rest, lr=adam_lr, betas=(0.9, 0.95), weight_decay=0.0)]
 
 
 def lr_factor(step, steps, warmup=30, decay=0.9):
@@ -566,13 +530,12 @@ def write(path, tensors, meta):
     """Tensors and `meta` (strings) in one safetensors file. OSError where the disk is full; NotFinite, with the file before left as it was, where a number has become none."""
     if not all(t.isfinite().all() for t in tensors.values()):
         raise NotFinite(())
-    atomic(path, lambda p: save_file(tensors, p, metadata=meta))
+    atomic(path, lambda p: p.write_bytes(to_bytes({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, meta)))
 
 
 def save(model, path, **meta):
     """Weights, config and `meta` (strings) in one safetensors file."""
-    weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-    write(path, weights, {"config": json.dumps(asdict(model.config)), **meta})
+    write(path, model.state_dict(), {"config": json.dumps(asdict(model.config)), **meta})
 
 
 def read(path):
@@ -583,8 +546,7 @@ def read(path):
 
 def load(path, device="cpu"):
     """The policy that `save` wrote, its eyes held still, and the vocabulary that it was trained with. Raises CheckpointError if the file is missing, broken, or of another shape."""
-    path = Path(path)
-    if not path.is_file():
+    if not Path(path).is_file():
         raise CheckpointError(f"{path}: no such checkpoint. Train one first: python train.py --stage sft")
     try:
         meta, weights = read(path)
@@ -600,10 +562,9 @@ def load(path, device="cpu"):
 
 def save_state(path, modules, opts, **meta):
     """All that training goes on from: modules, optimisers and `meta` (strings), in one safetensors file, without pickle."""
-    tensors = {f"module.{i}.{k}": v.detach().cpu().contiguous() for i, m in enumerate(modules) for k, v in m.state_dict().items()}
-    for o, opt in enumerate(opts):
-        for i, state in opt.state_dict()["state"].items():
-            tensors |= {f"optimiser.{o}.{i}.{k}": torch.as_tensor(v).cpu().contiguous() for k, v in state.items()}
+    tensors = {f"module.{i}.{k}": v for i, m in enumerate(modules) for k, v in m.state_dict().items()}
+    states = [(f"optimiser.{o}.{i}", state) for o, opt in enumerate(opts) for i, state in opt.state_dict()["state"].items()]
+    tensors |= {f"{of}.{k}": v for of, state in states for k, v in state.items()}
     write(path, tensors, meta)
 
 

@@ -37,13 +37,13 @@ import sys
 import unicodedata
 import zlib
 from array import array
+from collections import namedtuple
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from safetensors import SafetensorError
 from tqdm import tqdm
 
 GREY = (128, 128, 128)  # stands in for the wall behind a picture with transparent corners
@@ -83,14 +83,9 @@ WIDTH = 3 * COLOUR_CELLS ** 2 + ANGLES * EDGE_CELLS ** 2  # D = 531
 
 def on_grey(picture, margin=0.0):
     """RGB version of a picture, transparent parts grey, with a grey margin (share of each side) around it."""
-    if picture.mode == "RGB" and not margin:
-        return picture
-    if picture.mode not in ("RGB", "RGBA"):
-        picture = picture.convert("RGBA")
-    w, h = picture.size
-    x, y = round(w * margin), round(h * margin)
-    out = Image.new("RGB", (w + 2 * x, h + 2 * y), GREY)
-    out.paste(picture, (x, y), picture.getchannel("A") if picture.mode == "RGBA" else None)
+    x, y = (round(side * margin) for side in picture.size)
+    out = Image.new("RGB", (picture.width + 2 * x, picture.height + 2 * y), GREY)
+    out.paste(picture, (x, y), picture if picture.mode == "RGBA" else None)
     return out
 
 
@@ -169,28 +164,24 @@ FRAMINGS = [(0, 0, 0, 0)] + [tuple(SHIFT * s for s in signs) for signs in iterto
 BLOCK = 512  # entities whose rows lie together: the products of a batch with one block fit the processor's cache
 
 
+def framed(w, h, wide, moved):
+    """What a box shows whose sides are moved by such shares of a picture's width and height; `wide`: the picture with its margin."""
+    x, y, (a, b, c, d) = (wide.width - w) / 2, (wide.height - h) / 2, moved
+    return shrink(wide, (x - a * w, y - b * h, x + w + c * w, y + h + d * h))
+
+
 class ImageIndex:
     """Exact nearest neighbour over pictures, each known in 9 framings: as it is, and its four sides moved in or out. 19.1 kB an entity (9 rows of
     531 float32), plus at most 2 kB while it searches: a million entities are 21 GB."""
 
-    def __init__(self, items, progress=lambda items: items):
-        """`items`: iterable of (name, caption, picture), of which only a block is held at a time; `progress` wraps it, as tqdm does."""
-        self.names, self.captions, self.blocks, small = [], [], [], []
-        for name, caption, picture in progress(items):
-            self.names.append(name)
-            self.captions.append(caption)
-            (w, h), wide = picture.size, on_grey(picture, 0.15)
-            x, y = (wide.width - w) / 2, (wide.height - h) / 2
-            small += [shrink(wide, (x - a * w, y - b * h, x + w + c * w, y + h + d * h)) for a, b, c, d in FRAMINGS]
-            if len(self.names) % BLOCK == 0:
-                self._keep(small)
-                small = []
-        self._keep(small)
-
-    def _keep(self, small):
-        """All framings of a block of entities, (n * 9) shrunk pictures -> rows (9 * n, D), framing after framing."""
-        by_framing = describe_small(small).reshape(-1, len(FRAMINGS), WIDTH).swapaxes(0, 1)
-        self.blocks.append(np.ascontiguousarray(by_framing).reshape(-1, WIDTH))
+    def __init__(self, items):
+        """`items`: iterable of (name, caption, picture), of which only a block is held at a time."""
+        self.entries, self.blocks, items = [], [], iter(items)
+        while block := list(itertools.islice(items, BLOCK)):
+            self.entries += [(name, caption) for name, caption, _ in block]
+            wide = [(*picture.size, on_grey(picture, 0.15)) for *_, picture in block]
+            # all framings of a block of n entities, rows (9 * n, D), framing after framing
+            self.blocks.append(describe_small([framed(*w, moved) for moved in FRAMINGS for w in wide]))
 
     def search(self, pictures, k):
         """N pictures -> N lists of at most k (score 0..1, name, caption), best first, each entity once.
@@ -201,12 +192,12 @@ class ImageIndex:
 
     def _search(self, pictures, k):
         parts = {i: part for i, p in enumerate(pictures) if (part := salient(p))}
-        seen, scores = describe([*pictures, *parts.values()]), np.empty((len(pictures) + len(parts), len(self.names)), np.float32)
-        for at, rows in zip(range(0, len(self.names), BLOCK), self.blocks):
+        seen, scores = describe([*pictures, *parts.values()]), np.empty((len(pictures) + len(parts), len(self.entries)), np.float32)
+        for at, rows in zip(range(0, len(self.entries), BLOCK), self.blocks):
             scores[:, at:at + BLOCK] = (seen @ rows.T).reshape(len(seen), len(FRAMINGS), -1).max(1)  # (views, 9 * entities of the block) -> (views, entities)
         for i, of_part in zip(parts, scores[len(pictures):]):
             np.maximum(scores[i], of_part, out=scores[i])
-        return [[(min(1.0, max(0.0, float(s[j]))), self.names[j], self.captions[j]) for j in top(s, k)] for s in scores[:len(pictures)]]
+        return [[(min(1.0, max(0.0, float(s[j]))), *self.entries[j]) for j in top(s, k)] for s in scores[:len(pictures)]]
 
 
 def top(scores, k):
@@ -292,12 +283,8 @@ def checksum(feature):
 HITS = 2  # how many a search shows
 
 
-@dataclass
-class Observation:
-    """What the environment answers. `picture`: the crop of a gaze, else None. `ok`: False after a bad box or a failed tool."""
-    text: str
-    picture: Image.Image | None = None
-    ok: bool = True
+# What the environment answers. `picture`: the crop of a gaze, else None. `ok`: False after a bad box or a failed tool.
+Observation = namedtuple("Observation", "text picture ok", defaults=(None, True))
 
 
 class Toolbox:
@@ -313,29 +300,23 @@ class Toolbox:
 
         ("search", "words", _), ("glance", _, picture) or ("gaze", box, picture). Each call draws once from `rng`.
         """
-        out, views, queries = [None] * len(calls), {}, {}
+        out, views, queries = [Observation("search failed", ok=False) for _ in calls], {}, {}
         for i, (action, argument, picture) in enumerate(calls):
             self.counts[action] += 1
-            failed = self.rng.random() < self.failure_rate
+            works = self.rng.random() >= self.failure_rate
             try:
-                if action == "gaze":
-                    picture = crop(picture, argument)
+                seen = crop(picture, argument) if action == "gaze" else picture
+                if works:
+                    (queries if action == "search" else views)[i] = argument if action == "search" else seen
             except ToolError as reason:
-                out[i] = Observation(f"bad box: {reason}", None, False)
-            else:
-                if failed:
-                    out[i] = Observation("search failed", None, False)
-                elif action == "search":
-                    queries[i] = argument
-                else:
-                    views[i] = picture
-            self.counts["failed"] += out[i] is not None
+                out[i] = Observation(f"bad box: {reason}", ok=False)
         for i, found in zip(views, self._ask(self.image_index, views)):
             text = " | ".join(f"{min(99, int(100 * score))} {name}: {caption}" for score, name, caption in found)
             out[i] = Observation(text or "nothing found", views[i] if calls[i][0] == "gaze" else None)
         for i, found in zip(queries, self._ask(self.text_index, queries)):
             out[i] = Observation(" | ".join(passage for _, passage in found) or "nothing found")
-        return [o or Observation("search failed", None, False) for o in out]  # None: its index could not be reached
+        self.counts["failed"] += sum(not o.ok for o in out)
+        return out
 
     def _ask(self, index, wanted):
         """The hits for every value of a dict; none at all where the index cannot be reached (OSError, as a net or a disk gives)."""
@@ -343,7 +324,6 @@ class Toolbox:
             return index.search(list(wanted.values()), HITS)
         except OSError as e:
             tqdm.write(f"{len(wanted)} searches failed: {e}", file=sys.stderr)  # what is measured now is not the policy alone
-            self.counts["failed"] += len(wanted)
             return []
 
 
@@ -366,9 +346,8 @@ def passages(world, late=False):
 
 def make_toolbox(world, failure_rate=0.0, seed=0, late=False):
     """Tools over all that a data.World knows at training time (`late`: also what came after)."""
-    pictured = world.pictured("train", "dev", "test", *(["late"] if late else []))
-    images = ImageIndex(((e.name, e.blazon, e.picture(96)) for e in pictured),
-                        progress=lambda x: tqdm(x, desc="image index", total=len(pictured), leave=False))
+    pictured = tqdm(world.pictured(*world.splits if late else ()), desc="image index", leave=False)
+    images = ImageIndex((e.name, e.blazon, e.picture(96)) for e in pictured)
     return Toolbox(images, TextIndex(tqdm(passages(world, late), desc="text index", leave=False)), failure_rate, seed)
 
 
@@ -426,12 +405,11 @@ class Trajectory:
     turns: list = field(default_factory=list)
     lesson: list = field(default_factory=list)  # of a lesson of the base model: (topic, response) of everything asked
 
-    def observe(self, ids, picture=None):
+    def observe(self, ids, *pictures):
         self.ids += ids
         self.trained += [False] * len(ids)
         self.logprobs += [0.0] * len(ids)
-        if picture is not None:
-            self.pictures.append(picture)
+        self.pictures += pictures
 
     def act(self, ids, logprobs=None):
         self.ids += ids
@@ -462,7 +440,7 @@ class Environment:
     def __init__(self, vocabulary, toolbox, config, withhold=False, gaze=True):
         self.v, self.toolbox, self.side, self.withhold, self.may_gaze = vocabulary, toolbox, config.picture, withhold, gaze
         self.image_ids = [vocabulary.id["<image>"]] * config.image_tokens
-        self.sampleable = [may and (gaze or i != vocabulary.id["<gaze>"]) for i, may in enumerate(vocabulary.sampleable)]  # of every id: may the policy say it?
+        self.sampleable = [i >= vocabulary.id["<stop>"] and (gaze or i != vocabulary.id["<gaze>"]) for i in range(vocabulary.size)]  # of every id: may the policy say it?
 
     def prompt(self, question, picture):
         """A new trajectory: <bos> picture question <sep>."""
@@ -471,21 +449,19 @@ class Environment:
         return t
 
     def step(self, trajectories, turns, walls):
-        """Append each parsed turn and its observation (tools are called in one batch). True where the trajectory goes on."""
+        """Append each parsed turn and its observation (tools are called in one batch)."""
         wanted = [i for i, turn in enumerate(turns) if turn.kind in ("search", "glance", "gaze")]
         found = dict(zip(wanted, self.toolbox.run([(turns[i].kind, turns[i].argument, walls[i]) for i in wanted])))
         for i, (t, turn) in enumerate(zip(trajectories, turns)):
             t.turns.append(turn)
             if turn.kind == "answer":
                 continue
-            seen = found.get(i)
-            turn.observation, turn.ok = (seen.text, seen.ok) if seen else (f"malformed: {turn.argument}", False)
-            shown_crop = to_array(seen.picture, self.side) if seen and seen.picture is not None else None
+            seen = found.get(i, Observation(f"malformed: {turn.argument}", ok=False))
             if self.withhold:  # control: the action happens, but nothing of what it finds is shown
-                turn.observation, shown_crop = "", None
-            image = self.image_ids if shown_crop is not None else []
-            t.observe([self.v.id["<obs>"], *image, *self.v.encode(turn.observation), self.v.id["</obs>"]], shown_crop)
-        return [turn.kind != "answer" for turn in turns]
+                seen = Observation("", ok=seen.ok)
+            turn.observation, turn.ok = seen.text, seen.ok
+            image, shown = (self.image_ids, [to_array(seen.picture, self.side)]) if seen.picture else ([], [])
+            t.observe([self.v.id["<obs>"], *image, *self.v.encode(seen.text), self.v.id["</obs>"]], *shown)
 
 
 # --------------------------------------------------------------------------------------- files: a user's, and our own
@@ -557,8 +533,8 @@ def atomic(path, write):
         with open(temporary, "rb+") as f:
             os.fsync(f.fileno())
         os.replace(temporary, path)
-    except (OSError, SafetensorError) as e:
-        raise OSError(f"{path} could not be written: {getattr(e, 'strerror', '') or e}") from None
+    except OSError as e:
+        raise OSError(f"{path} could not be written: {e.strerror or e}") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -578,10 +554,10 @@ def read_rows(path, columns=()):
     return rows
 
 
-def write_rows(path, rows, columns, key):
-    """Add rows (dicts) to a csv with these `columns`; a row with the same values of `key` is replaced, the others stay."""
+def write_rows(path, rows, columns, key=()):
+    """Rows (dicts) as a csv with these `columns`. `key`: of the rows in the file those stay whose values of it are others; without, none."""
     name = lambda r: [str(r[k]) for k in key]
-    old, new, text = read_rows(path, columns), [name(r) for r in rows], io.StringIO()
+    old, new, text = key and read_rows(path, columns), [name(r) for r in rows], io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows([r for r in old if name(r) not in new] + rows)

@@ -48,8 +48,7 @@ def pretrain(a):
     v = Vocabulary.learn(grpo.corpus())
     config = ModelConfig(**{**PRESETS[a.preset], "vocab": v.size})
     policy = Policy(config).to(a.device)
-    number_line(policy.embed_tokens.weight, v.numbers)
-    word_ids = {part: [v.word(w) for w in words] for part, words in grpo.TIED.items()}
+    number_line(policy.embed_tokens.weight, [v.word(n) for n in range(100)])
     heads = torch.nn.ModuleList(torch.nn.Linear(w, 4 + sum(map(len, grpo.PARTS.values()))) for w in (config.vit_width, config.width)).to(a.device)
     eye_opts = [*optimisers(policy.vision.named_parameters(), a.see_lr, a.see_adam_lr),
                 torch.optim.AdamW([*heads.parameters(), policy.embed_tokens.weight], a.see_adam_lr, weight_decay=0.0)]  # words, too: see_step draws them towards image tokens
@@ -57,26 +56,22 @@ def pretrain(a):
     env = Environment(v, None, config)
     parts = (("see", 0, a.see_steps, eye_opts, partial(grpo.labelled_pictures, config, a.seed, a.see_batch)),
              ("words", a.see_steps, a.word_steps, word_opts, partial(grpo.lessons, env, a.seed, a.word_batch)))
-    start = run.resume([policy, heads], eye_opts + word_opts).get("step", 0) if a.resume else 0
-    bar = tqdm(total=a.see_steps + a.word_steps, initial=start, desc="pretrain", unit="step")
+    start = run.begin(a.see_steps + a.word_steps, [policy, heads], eye_opts + word_opts)["step"]
     for part, before, steps, opts, make in parts:  # before: steps of the parts in front
         first = min(max(0, start - before), steps)
         policy.freeze_eyes(part != "see")
         for at, batch in enumerate(stream(make, first, steps), first):
             lr = set_lr(opts, lr_factor(at, steps))
             if part == "see":
-                loss, norm = grpo.see_step(policy, heads, [torch.from_numpy(x).to(a.device) for x in batch], word_ids, opts)
+                loss, norm = grpo.see_step(policy, heads, [torch.from_numpy(x).to(a.device) for x in batch], v, opts)
             else:
                 with autocast(a.device):  # the part before is in float32: in bfloat16 an earlier loss of the eyes ended 5 % higher
                     loss, norm = grpo.supervised_step(policy, env, batch, opts, a.token_budget)
-            run.log(step=before + at, part=part, loss=loss, grad_norm=norm, lr=lr, seconds=bar.format_dict["elapsed"])
-            bar.update()
-            bar.set_postfix(part=part, loss=f"{loss:.3f}")
+            run.log(step=before + at, part=part, loss=loss, grad_norm=norm, lr=lr, seconds=run.bar.format_dict["elapsed"])
             run.checkpoint([policy, heads], eye_opts + word_opts, a.save_every if at + 1 < steps else 1, step=before + at + 1)
-    bar.close()
     began, scores = time.time(), grpo.exam(policy, env, a.exam)  # before the stage counts as done: if it is stopped here, --resume begins with the exam
     write_results(a, result_rows(a, "exam", "base", "lessons", "held-out", scores, began))
-    save(policy, run.weights, tokenizer=v.to_text())
+    save(policy, run.weights, tokenizer=v.text)
     run.close(("loss", "lr"))
     print("base model, held-out: " + ", ".join(f"{k} {value:.3f} ({n})" for k, (value, n) in scores.items()), file=sys.stderr)
 
@@ -89,19 +84,15 @@ def sft(a):
     demos = grpo.instruct(policy, env, world, a.demos, a.seed, a.wrong_gaze)
     total = -(-len(demos) // a.sft_batch)  # each is seen once
     opts = optimisers(((n, p) for n, p in policy.named_parameters() if p.requires_grad), a.sft_lr, a.sft_adam_lr)
-    start = run.resume([policy], opts).get("step", 0) if a.resume else 0
-    bar = tqdm(total=total, initial=start, desc="sft", unit="step")
+    start = run.begin(total, [policy], opts)["step"]
     for step, again in enumerate(stream(partial(grpo.replay, Environment(v, None, policy.config, gaze=a.gaze), a.seed, round(a.replay * a.sft_batch)), start, total), start):
         lr = set_lr(opts, lr_factor(step, total))
         with autocast(a.device):
             loss, norm = grpo.supervised_step(policy, env, share(demos[step * a.sft_batch:(step + 1) * a.sft_batch]) + again, opts, a.token_budget)
-        run.log(step=step, loss=loss, grad_norm=norm, lr=lr, seconds=bar.format_dict["elapsed"])
-        bar.update()
-        bar.set_postfix(loss=f"{loss:.3f}")
+        run.log(step=step, loss=loss, grad_norm=norm, lr=lr, seconds=run.bar.format_dict["elapsed"])
         run.checkpoint([policy], opts, a.save_every if step + 1 < total else 1, step=step + 1)
-    bar.close()
     score, tries = development(policy, env, world, a)
-    save(policy, run.weights, tokenizer=v.to_text())
+    save(policy, run.weights, tokenizer=v.text)
     run.close(("loss", "grad_norm", "lr"))
     print("\n".join([*map(gog.tell, tries[:3]), f"sft: development accuracy {score:.3f}"]), file=sys.stderr)
 
@@ -123,20 +114,19 @@ def rl(a):
     reference = load(a.weights("sft"), a.device)[0].requires_grad_(False) if a.beta else None
     # SGD: the gradients of two batches had a cosine of 0.16, those that AdamW would have made of them 0.06, and Muon's 0.02 (results/trials.md)
     opts = [torch.optim.SGD([p for p in policy.parameters() if p.requires_grad], a.rl_lr, momentum=0.9)]
-    saved = run.resume([policy], opts) if a.resume else {}
+    saved = run.begin(a.rl_steps, [policy], opts)
     rates = saved.get("pass_rates") or ([0.5] * len(askable) if fresh else grpo.pass_rates(policy, env, askable, 4, a.temperature, a.seed))
     curriculum = grpo.Curriculum(rates, a.curriculum, a.seed, pool=saved.get("pool"), worth=[w[2] if isinstance(w, tuple) else 1 for w in askable])
     shown, pictures, alarmed = [], {}, set()  # for the report, and alarms that have been told; empty whenever the run is started
     best, champion = saved.get("best", [-1.0, 0]), run.weights.with_suffix(".best.safetensors")  # becomes the result only when the stage is done
-    bar = tqdm(total=a.rl_steps, initial=saved.get("step", 0), desc="rl", unit="step")
-    for step in range(saved.get("step", 0), a.rl_steps + 1):  # one pass more than updates: the last only validates
+    for step in range(saved["step"], a.rl_steps + 1):  # one pass more than updates: the last only validates
         score = ""
         if step % a.eval_every == 0 or step == a.rl_steps:  # keep the best by validation, not the last
             score, _ = development(policy, env, world, a)
             print(f"\nstep {step}: development accuracy {score:.3f}", file=sys.stderr)
             if score >= best[0]:  # of equals the later: the lower the learning rate, the less of a policy is noise
                 best = [score, step]
-                save(policy, champion, tokenizer=v.to_text())
+                save(policy, champion, tokenizer=v.text)
         if step == a.rl_steps:
             run.log(step=step, development=score)
             group_report(a, run, shown, pictures)
@@ -148,11 +138,9 @@ def rl(a):
         batch, advantages, solved, stats = grpo.iteration(policy, reference, env, asked, opts, a, torch_rng(policy.device, "rl", a.seed, step))
         curriculum.seen(chosen, solved)
         run.log(step=step, **stats, lr=lr, development=score)  # that of the policy before this update
-        bar.update()
         first = next((r for r in run.rows if float(r["dead"]) < 1), run.rows[0])  # a step at which nobody was alive has no entropy to fall from
         for alarm in (x for x in alarms({k: float(v) for k, v in first.items() if v}, stats) if x.split()[0] not in alarmed):  # each once
             alarmed.add(alarm.split()[0]), tqdm.write(f"step {step}: {alarm}", file=sys.stderr)
-        bar.set_postfix(acc=f"{stats['accuracy']:.2f}", dead=f"{stats['dead']:.2f}", entropy=f"{stats['entropy']:.2f}")
         if step % a.show_every == 0:
             print("\n" + gog.tell(batch[int(advantages.argmax())]), file=sys.stderr)
             shown, pictures = (shown, pictures) if len(shown) <= 200 else ([], {})  # the report of a long run begins anew, rather than grow without end
@@ -160,7 +148,6 @@ def rl(a):
                       for i, t in enumerate(batch[:3 * a.group])]
             group_report(a, run, shown, pictures)
         run.checkpoint([policy], opts, a.eval_every, step=step + 1, pass_rates=curriculum.pass_rates, pool=curriculum.pool, best=best)
-    bar.close()
     atomic(run.weights, lambda p: p.write_bytes(champion.read_bytes()))
     run.close(CURVES)
     RANK or champion.unlink()  # only the first process (rank 0); last, so that a kill in between loses nothing
@@ -270,7 +257,7 @@ class Run:
     def __init__(self, a, stage):
         self.folder, self.stage, self.flags = a.folder("base" if stage == "pretrain" else ""), stage, {"nproc_per_node": PROCESSES} | {k: getattr(a, k) for k in MATTERS.get(stage, MATTERS["rl"]).split()}
         self.weights, self.state, self.csv, self.lock_file = (self.folder / f"{stage}.{end}" for end in ("safetensors", "state.safetensors", "csv", "lock"))
-        self.rows, self.stopping = [], False
+        self.rows, self.stopping, self.going_on = [], False, a.resume
         self.folder.mkdir(parents=True, exist_ok=True)
         try:  # a lock that every system knows, and that ends with its process
             self.lock = sqlite3.connect(":memory:" if RANK else self.lock_file, timeout=0, isolation_level=None)
@@ -290,6 +277,9 @@ class Run:
         print("\nCtrl-C: saving after this step (once more: stop at once, and lose what came after the last checkpoint)", file=sys.stderr)
 
     def log(self, **row):
+        if "loss" in row:  # a step has been taken
+            self.bar.update()
+            self.bar.set_postfix({k: row[k] for k in ("part", "loss", "accuracy", "dead", "entropy") if k in row})
         self.rows.append({k: f"{v:.6g}" if isinstance(v, float) else str(v) for k, v in row.items()})
 
     def checkpoint(self, modules, opts, every, step, **extra):
@@ -298,30 +288,25 @@ class Run:
         if step % every and not stop:
             return
         save_state(self.state, modules, opts, extra=json.dumps({"step": step, "flags": self.flags, **extra}), rows=json.dumps(self.rows))
-        self.write_csv()
+        write_rows(self.csv, self.rows, [*self.rows[0]])
         if stop:
             self.lock.close()
             raise KeyboardInterrupt(f"{step} steps of {self.stage} are in {self.state}")
 
-    def resume(self, modules, opts):
-        """Load the state saved by `checkpoint` into modules and optimisers; its `extra`, or {} when there is none."""
-        if not self.state.is_file():
-            return {}
-        meta = load_state(self.state, modules, opts)
+    def begin(self, steps, modules, opts):
+        """With --resume: load the state saved by `checkpoint` into modules and optimisers. Its `extra`, or just step 0 where there is none."""
+        meta = load_state(self.state, modules, opts) if self.going_on and self.state.is_file() else dict(rows="[]", extra='{"step": 0}')
         self.rows, extra = json.loads(meta["rows"]), json.loads(meta["extra"])
+        self.bar = tqdm(total=steps, initial=extra["step"], desc=self.stage, unit="step")
         if changed := [f"--{k.replace('_', '-')} {was}" for k, was in extra.get("flags", {}).items() if was != self.flags.get(k)]:
             raise CheckpointError(f"{self.state}: begun with {', '.join(changed)}. Go on with the same, or delete it to begin this stage anew")
         return extra
 
-    def write_csv(self):
-        if self.rows:
-            text = "\n".join([",".join(self.rows[0]), *(",".join(r.get(c, "") for c in self.rows[0]) for r in self.rows)]) + "\n"
-            atomic(self.csv, lambda p: p.write_text(text, encoding="utf-8"))
-
     def close(self, columns):
         """The stage is done: its metrics stay, with the curves of some columns, and its training state goes."""
         stop = bool(summed(int(self.stopping)))  # the first process has saved its weights: all may go on with them, and delete what nobody needs any more
-        self.write_csv()
+        self.bar.close()
+        write_rows(self.csv, self.rows, [*dict(*self.rows[:1])])
         sheet = gog.curve_sheet(self.stage, gog.curve_values(self.rows, columns))
         atomic(self.csv.with_suffix(".png"), lambda p: sheet.save(p, format="PNG"))
         RANK or self.state.unlink(missing_ok=True)
@@ -438,9 +423,7 @@ RANGES = {"seed": (0, 2**32 - 1), "towns": (40, 20_000), "group": (2, 10_000), "
           **dict.fromkeys(("seed_world", "see_steps", "word_steps", "rl_steps", "shown"), (0, 10**6))}  # of the others: 1 to a million, or 0 to 1
 
 
-def arguments(argv=None):
-    """The command line."""
-    return flags(Args, CHOICES, RANGES, __doc__, argv)
+arguments = partial(flags, Args, CHOICES, RANGES, __doc__)  # of a command line: Args
 
 
 def timed_as(a, stage):
@@ -460,7 +443,7 @@ def timed(a, stage):
     """Run a stage; its minutes and the peak memory of the process so far go to results/stages.csv, where the next run finds what to expect."""
     path, began = Path(a.results) / "stages.csv", time.time()
     read_rows(path.with_name("results.csv"), COLUMNS)
-    write_rows(path, [], STAGE_COLUMNS, ())  # can the tables be read and written? Else it is said now, not after the stage
+    write_rows(path, [], STAGE_COLUMNS, STAGE_COLUMNS)  # can the tables be read and written? Else it is said now, not after the stage
     print(f"{stage}: preset {a.preset}, world {a.world}, seed {a.seed}, on {a.place()}{expected(a, [stage])}", file=sys.stderr)
     try:
         STAGES[stage](a)

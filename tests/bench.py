@@ -52,7 +52,7 @@ class Bench:
     def twin(self):
         import transformers
         transformers.logging.set_verbosity_error()
-        return llama_twin(transformers, self.policy, max_position_embeddings=self.policy.config.context, bos_token_id=None, eos_token_id=None, pad_token_id=None)
+        return llama_twin(transformers, self.policy, max_position_embeddings=1024, bos_token_id=None, eos_token_id=None, pad_token_id=None)
 
     # every part: (what is counted, how many of them, ours, peer's name, peer's or None)
 
@@ -69,8 +69,8 @@ class Bench:
     def image_index_million(self, rows=1_000_000):
         """Exact search alone: a million rows (111,111 entities, nine framings each), crops described beforehand. Ours tells the best five entities, the peer the best five rows."""
         index, lots, dot = tools.ImageIndex(()), np.random.default_rng(0), Image.new("RGB", (1, 1))
-        index.names = index.captions = range(rows // len(tools.FRAMINGS))
-        index.blocks = [tools._unit(lots.standard_normal((len(part) * len(tools.FRAMINGS), tools.WIDTH), np.float32)) for part in (index.names[at:at + tools.BLOCK] for at in range(0, len(index.names), tools.BLOCK))]
+        index.entries = [(i, i) for i in range(rows // len(tools.FRAMINGS))]
+        index.blocks = [tools._unit(lots.standard_normal((len(part) * len(tools.FRAMINGS), tools.WIDTH), np.float32)) for part in (index.entries[at:at + tools.BLOCK] for at in range(0, len(index.names), tools.BLOCK))]
         seen, other = tools._unit(lots.standard_normal((256, tools.WIDTH), np.float32)), None
 
         def ours():
@@ -109,7 +109,7 @@ class Bench:
 
     def embed(self, ids, pictures):
         x = self.llama.model.embed_tokens(ids)
-        return x.masked_scatter((ids == self.env.image_ids[0])[..., None], self.policy.vision(pictures))
+        return x.masked_scatter((ids == self.env.image_ids[0])[..., None], self.policy.vision(pictures)[1])
 
     def prefill(self):
         ids, pictures = self.prompts(128)
@@ -197,19 +197,19 @@ class Bench:
             said = [row[:row.index(stop) + 1] for row in out.tolist()]
             for i, turn in zip(live, said):
                 done[i].act(turn)
-            goes_on = env.step([done[i] for i in live], [tools.parse(v.decode(turn[:-1])) for turn in said], [scenes[i] for i in live])
-            live = [i for i, go in zip(live, goes_on) if go]
+            env.step([done[i] for i in live], [tools.parse(v.decode(turn[:-1])) for turn in said], [scenes[i] for i in live])
+            live = [i for i in live if done[i].answer is None]
             if not live:
                 break
         assert [t.ids for t in done] == [t.ids for t in self.demos]
 
     def see_step(self):
         policy = Policy(ModelConfig(**{**PRESETS[self.preset], "vocab": self.v.size}))  # with its stem
-        c, words = policy.config, {part: [self.v.word(w) for w in told] for part, told in grpo.TIED.items()}
+        c = policy.config
         heads = torch.nn.ModuleList(torch.nn.Linear(w, 4 + sum(map(len, grpo.PARTS.values()))) for w in (c.vit_width, c.width))
         batch = [torch.from_numpy(x) for x in grpo.labelled_pictures(c, 0, 12, 0)]
         opts = [*optimisers(policy.vision.named_parameters(), 1e-6, 1e-6), torch.optim.AdamW([*heads.parameters(), policy.embed_tokens.weight], 1e-6)]
-        return "pictures", 12, lambda: grpo.see_step(policy, heads, batch, words, opts), "", None
+        return "pictures", 12, lambda: grpo.see_step(policy, heads, batch, self.v, opts), "", None
 
     def sft_step(self):
         batch = self.demos[:32]

@@ -21,7 +21,7 @@ def llama_twin(hf, policy, **options):
     c = policy.config
     llama = hf.LlamaForCausalLM(hf.LlamaConfig(
         vocab_size=c.vocab, hidden_size=c.width, intermediate_size=c.mlp, num_hidden_layers=c.layers, num_attention_heads=c.heads, num_key_value_heads=c.kv_heads,
-        rms_norm_eps=1e-6, rope_theta=c.rope_base, tie_word_embeddings=True, **options))
+        rms_norm_eps=1e-6, rope_theta=10000.0, tie_word_embeddings=True, **options))
     renamed = {"model." + (k if "_proj" not in k or "self_attn" in k else ".mlp.".join(k.rsplit(".", 2)[0:1] + [k.split(".", 2)[2]])): w
                for k, w in policy.state_dict().items() if not k.startswith("vision")}
     missing = llama.load_state_dict(renamed, strict=False)

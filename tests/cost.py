@@ -64,9 +64,9 @@ class Parts:
         self.flops[part] -= self.flops["vision"] - before[1]
         return out
 
-    def timed_vision(self, pictures, both=False):
+    def timed_vision(self, pictures):
         self.pictures += len(pictures)
-        return self.measured("vision", lambda: self.vision(pictures, both))
+        return self.measured("vision", lambda: self.vision(pictures))
 
     def timed_step(self, *args):
         return self.measured("tools", lambda: self.step(*args))
@@ -157,7 +157,6 @@ def feeding(env, world, steps=60, warm=20):
     a, policy, rows = train.Args(), load(ROOT / "policies" / "base.safetensors")[0], []
     school = tools.Environment(env.v, None, policy.config)  # lessons need no tools, and a worker is handed all that it has
     heads = torch.nn.ModuleList(torch.nn.Linear(w, 4 + sum(map(len, grpo.PARTS.values()))) for w in (policy.config.vit_width, policy.config.width))
-    word_ids = {part: [env.v.word(w) for w in told] for part, told in grpo.TIED.items()}
     eyes = [*optimisers(policy.vision.named_parameters(), a.see_lr, a.see_adam_lr), torch.optim.AdamW([*heads.parameters(), policy.embed_tokens.weight], a.see_adam_lr)]
     words = optimisers(((n, p) for n, p in policy.named_parameters() if "vision" not in n or "projector" in n), a.word_lr, a.word_lr)
     asked = data.questions(world, data.SFT_MIX, a.sft_batch * steps, "feeding")
@@ -167,15 +166,15 @@ def feeding(env, world, steps=60, warm=20):
         with autocast("cpu"):
             grpo.supervised_step(policy, env, batch, words, a.token_budget)
 
-    stages = {"see": (train.stream(partial(grpo.labelled_pictures, policy.config, 0, a.see_batch), 0, steps), lambda batch: grpo.see_step(policy, heads, [torch.from_numpy(x) for x in batch], word_ids, eyes)),
+    stages = {"see": (train.stream(partial(grpo.labelled_pictures, policy.config, 0, a.see_batch), 0, steps), lambda batch: grpo.see_step(policy, heads, [torch.from_numpy(x) for x in batch], env.v, eyes)),
               "words": (train.stream(partial(grpo.lessons, school, 0, a.word_batch), 0, steps), learn),
               "sft": ((demos[a.sft_batch * i:a.sft_batch * (i + 1)] + again for i, again in enumerate(train.stream(partial(grpo.replay, school, 0, round(a.replay * a.sft_batch)), 0, steps))), learn)}
     for stage, (batches, step) in stages.items():
         policy.freeze_eyes(stage != "see")
         at, waited, worked, real, computed = iter(batches), [], [], [], []
 
-        def counted(batch, pad):
-            out = packed(batch, pad)
+        def counted(batch, pad, device):
+            out = packed(batch, pad, device)
             real.append(sum(len(t.ids) for t in batch)), computed.append(out[0].shape[1])
             return out
 

@@ -93,8 +93,8 @@ def test_relations_say_what_the_picture_shows(world):
     towns = world.pictured()[:4]
     boxes = ((0, 0, 20, 20), (30, 2, 52, 22), (70, 1, 90, 21), (35, 42, 65, 72))
     first, second, third, low = data.layout(data.Scene(tuple(towns), boxes, "shield", 0))
-    assert [data.ACROSS[p["across"]] for p in (first, second, third, low)] == ["leftmost", "", "rightmost", ""]
-    assert [p["down"] for p in (first, second, third, low)] == [0, 0, 0, 2] and [p["size"] for p in (first, third, low)] == [0, 0, 1]
+    assert [p["across"] for p in (first, second, third, low)] == ["leftmost", "", "rightmost", ""]
+    assert [p["down"] for p in (first, second, third, low)] == ["", "", "", "lowest"] and [p["size"] for p in (first, third, low)] == ["", "", "largest"]
     assert [p["zone"] for p in (first, third, low)] == [0, 2, 4]
     assert first["left of"] == 1 and second["right of"] == 0 and "left of" not in third
     assert low.get("below") == 1 and second.get("above") == 3

@@ -14,14 +14,13 @@ from model import optimisers
 def learn(policy, env, questions, place=lambda module: module):
     """Everything that computes: rollouts, pointing, and a step of every stage. (ids of the rollouts, what the steps tell)."""
     heads = place(torch.nn.ModuleList(torch.nn.Linear(w, 4 + sum(map(len, grpo.PARTS.values()))) for w in (policy.config.vit_width, policy.config.width)))
-    words = {part: [env.v.word(w) for w in told] for part, told in grpo.TIED.items()}
     pictures = [torch.from_numpy(x).to(policy.device) for x in grpo.labelled_pictures(policy.config, 0, 3, 0)]
     demos = gog.play_scripts(env, questions, [gog.expert(q, random.Random(0)) for q in questions])
     batch = gog.rollout(policy, env, questions, 2, generator=torch.Generator().manual_seed(0))
     grpo.misses(policy, env, questions), grpo.exam(policy, env, 8)
     stats = grpo.grpo_step(policy, deepcopy(policy), env, batch, torch.linspace(-1, 1, len(batch)), [torch.optim.SGD(policy.parameters(), 0.1, momentum=0.9)], train.Args(group=2, beta=0.1))
     told = [*grpo.supervised_step(policy, env, demos, optimisers(policy.named_parameters(), 0.001, 0.001)),
-            *grpo.see_step(policy, heads, pictures, words, optimisers(policy.vision.named_parameters(), 0.001, 0.001))]
+            *grpo.see_step(policy, heads, pictures, env.v, optimisers(policy.vision.named_parameters(), 0.001, 0.001))]
     return [t.ids for t in batch], [*stats.values(), *told]
 
 

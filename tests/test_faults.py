@@ -73,7 +73,7 @@ def test_no_rollout_breaks(env, policy, questions, monkeypatch):
             for t in gog.rollout(policy, env, questions, 2, temperature, generator=torch.Generator().manual_seed(0)):
                 said, told = ([i for i, own in zip(t.ids, t.trained) if own == who] for who in (True, False))
                 assert len(t.ids) == len(t.trained) == len(t.logprobs) <= 832 and 1 <= len(t.turns) <= gog.MAX_TURNS
-                assert all(env.v.sampleable[i] for i in said) and told.count(env.image_ids[0]) == len(env.image_ids) * len(t.pictures)
+                assert all(env.sampleable[i] for i in said) and told.count(env.image_ids[0]) == len(env.image_ids) * len(t.pictures)
                 assert all(len(list(turn)) <= gog.TURN_TOKENS for own, turn in itertools.groupby(t.trained) if own) and all(p <= 0 for p in t.logprobs)
                 assert all(p == 0 for p, own in zip(t.logprobs, t.trained) if not own)
 

@@ -276,7 +276,7 @@ def test_comparing_stops_at_the_first_part_that_differs():
                                                    ("What is the capital of the flag?", "no/../picture.png/gaze.png", "error: ")])
 def test_one_picture_one_question(tmp_path, monkeypatch, capsys, vocabulary, policy, question, where, says):
     """Prevents a command line that only its author can use: it answers and leaves a picture, or says in one line what is wrong."""
-    save(policy, tmp_path / "rl.safetensors", tokenizer=vocabulary.to_text())
+    save(policy, tmp_path / "rl.safetensors", tokenizer=vocabulary.text)
     Image.new("RGB", (60, 40), (200, 30, 40)).save(tmp_path / "picture.png")
     monkeypatch.setattr("sys.argv", ["gog.py", str(tmp_path / "picture.png"), question, "--world", "worlds/countries", "--checkpoint", str(tmp_path / "rl.safetensors"),
                                      "--save", str(tmp_path / where)])
@@ -295,7 +295,7 @@ def press_ctrl_c(_):
 
 def test_questions_one_by_one(tmp_path, monkeypatch, capsys, vocabulary, policy):
     """Prevents a session that forgets the second question, or ends with a traceback where the input does."""
-    save(policy, tmp_path / "rl.safetensors", tokenizer=vocabulary.to_text())
+    save(policy, tmp_path / "rl.safetensors", tokenizer=vocabulary.text)
     Image.new("RGB", (60, 40), (200, 30, 40)).save(tmp_path / "picture.png")
     monkeypatch.setattr("sys.argv", ["gog.py", str(tmp_path / "picture.png"), "--world", "worlds/countries", "--checkpoint", str(tmp_path / "rl.safetensors"), "--save", str(tmp_path / "gaze.png"), "--html", str(tmp_path / "page.html")])
     monkeypatch.setattr("sys.stdin", io.StringIO("What is the capital?\nHow many flags are red?\n"))

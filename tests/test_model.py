@@ -105,7 +105,7 @@ def test_smear_mixes_words_and_leaves_pictures_alone(policy):
         words = [torch.zeros(policy.config.width)] * before + list(policy.embed_tokens(ids[0]))
         for t in (0, *range(n + 1, n + 5)):
             torch.testing.assert_close(seen[0][0, t], words[t + before] + policy.smear.weight @ torch.cat(words[t:t + before]))
-        assert torch.equal(seen[0][0, 1:n + 1], policy.vision(picture)[0])
+        assert torch.equal(seen[0][0, 1:n + 1], policy.vision(picture)[1][0])
 
 
 def test_rope_is_relative(policy):
@@ -130,14 +130,14 @@ def test_pick_scores_what_it_samples():
 
 def test_checkpoint_round_trip_and_refusals(tmp_path, policy, vocabulary):
     """Prevents silent damage: weights survive bit for bit; another shape, a tokenizer of another size (or none, or a broken one), a torn file, and a weight that is no number are refused in one line."""
-    path, tokenizer = tmp_path / "p.safetensors", vocabulary.to_text()
+    path, tokenizer = tmp_path / "p.safetensors", vocabulary.text
     save(policy, path, tokenizer=tokenizer)
     again, v = load(path)
     meta, _ = read(path)
-    assert v.to_text() == tokenizer
+    assert v.text == tokenizer
     assert all(torch.equal(a, b) for a, b in zip(policy.state_dict().values(), again.state_dict().values()))
     assert not list(tmp_path.glob(".*"))
-    weights, other = load_file(path), Vocabulary.learn(["a few words"], 300).to_text()
+    weights, other = load_file(path), Vocabulary.learn(["a few words"], 300).text
     for bad in ({"config": json.dumps({**json.loads(meta["config"]), "width": 128})}, {"config": json.dumps({**json.loads(meta["config"]), "heads": 0})}, {"config": "{"}, {"tokenizer": "{"}, {"tokenizer": other}, {}):
         save_file(weights, tmp_path / "q.safetensors", metadata={**meta, **bad} if bad else {"config": meta["config"]})
         with pytest.raises(CheckpointError, match="another shape"):
@@ -181,4 +181,4 @@ def test_logits_equal_those_of_transformers(policy):
     siglip.load_state_dict(theirs)
     pictures = torch.randint(0, 255, (2, 3, c.picture, c.picture), dtype=torch.uint8)
     with torch.no_grad():
-        torch.testing.assert_close(ours.vision.patches(pictures), siglip(pictures / 127.5 - 1).last_hidden_state, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(ours.vision(pictures)[0], siglip(pictures / 127.5 - 1).last_hidden_state, atol=1e-4, rtol=1e-4)

@@ -111,7 +111,7 @@ def test_index_of_nothing_and_of_one_and_of_namesakes(entities):
     picture = entities[0].picture(40)
     assert tools.ImageIndex([]).search([picture], 3) == [[]]
     assert tools.TextIndex([]).search(["who"], 3) == [[]]
-    one = tools.ImageIndex([("A", "a", picture)], progress=lambda items: list(items))
+    one = tools.ImageIndex([("A", "a", picture)])
     assert [hit[1:] for hit in one.search([picture], 3)[0]] == [("A", "a")] and one.search([], 3) == []
     two = tools.ImageIndex([("A", "first", picture), ("A", "second", entities[1].picture(40))])
     assert [hit[1:] for hit in two.search([entities[1].picture(60)], 3)[0]] == [("A", "second"), ("A", "first")]

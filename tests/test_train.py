@@ -128,7 +128,7 @@ def test_ctrl_c_saves_and_resume_is_exact(tmp_path, monkeypatch, capsys):
         run = train.Run(replace(whole, out="other"), "rl")
         train.save_state(run.state, [], [], extra=json.dumps({"step": 1, "flags": run.flags}), rows="[]")
         run.lock.close()
-        train.Run(replace(whole, out="other", group=8), "rl").resume([], [])
+        train.Run(replace(whole, out="other", group=8, resume=True), "rl").begin(1, [], [])
 
 
 def test_the_best_policy_is_kept_and_alarms_are_told_once(tmp_path, monkeypatch, capsys, begun):
@@ -343,7 +343,7 @@ def test_muon_orthogonalises():
     params = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((16, 48), (48, 16), (48, 16), (16, 5, 3, 3))]
     for p in params:
         p.grad = torch.randn_like(p)
-    Muon(params, lr=1.0, weight_decay=0.0).step()
+    Muon(params, dict(lr=1.0, momentum=0.95, weight_decay=0.0)).step()
     for p in params:
         values = torch.linalg.svdvals(p.detach().flatten(1)) / (0.2 * max(p.flatten(1).shape) ** 0.5)
         assert 0.6 < values.min() and values.max() < 1.3

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data  # noqa: E402
@@ -24,9 +25,8 @@ def updates():
     env = tools.Environment(v, tools.make_toolbox(world), policy.config)
     qs = data.questions(world, data.SFT_MIX, 5, "together")
     demos, opts = gog.play_scripts(env, qs, [gog.expert(q, random.Random(0)) for q in qs]), [torch.optim.SGD(policy.parameters(), 0.1, momentum=0.9)]
-    words = {part: [v.word(w) for w in told] for part, told in grpo.TIED.items()}
     heads = torch.nn.ModuleList(torch.nn.Linear(w, 4 + sum(map(len, grpo.PARTS.values()))) for w in (policy.config.vit_width, policy.config.width))
-    told = [grpo.see_step(policy, heads, [torch.from_numpy(x) for x in grpo.labelled_pictures(policy.config, 0, 3, 0)], words, opts)]
+    told = [grpo.see_step(policy, heads, [torch.from_numpy(x) for x in grpo.labelled_pictures(policy.config, 0, 3, 0)], v, opts)]
     told += [grpo.supervised_step(policy, env, model.share(demos), opts, 500), grpo.supervised_step(policy, env, grpo.lessons(env, 0, 3, 0), opts)]
     for t in demos:
         t.logprobs = [-6.9] * len(t.ids)  # about what a policy that knows nothing gives to any of 1024 tokens: ratios near 1
@@ -41,5 +41,5 @@ if __name__ == "__main__":
     path, sys.argv[1:] = sys.argv[1], sys.argv[2:]
     train.main()
     made = updates()
-    tools.atomic(path, lambda p: model.save_file(made, p))
+    tools.atomic(path, lambda p: save_file(made, p))
     model.summed(0)  # nobody leaves before it is written
