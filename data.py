@@ -369,11 +369,12 @@ def ask(world, kind, setting, split, rng):
         relation = "towers" if world.noun == "shield" else "number of neighbours"  # whole numbers: 2 to 98; a folder's may be larger, and no lesson compares such
         other = [i for i in range(len(shown)) if i != targets[0] and scene.entities[i].facts.get(relation, "").isdecimal()]
         targets += rng.sample(other, min(1, len(other)))
-    # pick: of every target a (kind, expression) by lot, None where nothing is unambiguous. Where look-alikes hang, always by the detail (though "the leftmost" would do, too), so that a closer look is needed; elsewhere never
-    pick = [rng.choice(sorted((k, t) for k, t in ways[i].items() if (k == "detail") == bool(look_alikes)) or [None]) for i in targets]
-    if None in pick or kind == "compare" and len(targets) < 2:
+    # of every target a (kind, expression) by lot, None where nothing is unambiguous. Where look-alikes hang, always by the detail (though "the leftmost" would do, too), so that a closer look is needed; elsewhere never
+    usable = lambda i: sorted((k, t) for k, t in ways[i].items() if (k == "detail") == bool(look_alikes))
+    pointed = [rng.choice(usable(i) or [None]) for i in targets]
+    if None in pointed or kind == "compare" and len(targets) < 2:
         return None
-    pointed_by, expressions = zip(*pick)  # kinds of expressions, and their words
+    pointed_by, expressions = zip(*pointed)  # kinds of expressions, and their words
     found = [scene.entities[i] for i in targets]
     phrases = tuple(f"{e.look}, {e.detail}" if k == "detail" else e.look for e, k in zip(found, pointed_by))
     made = lambda text, answer, chain=(): Question(text, (answer,), scene, kind, setting, tuple(targets), phrases, chain, pointed_by)
@@ -395,6 +396,11 @@ def ask(world, kind, setting, split, rng):
     return made(f"What is the {' of the '.join(reversed(chain)) or 'name'} of the {expressions[0]}?", values[-1], tuple(chain))
 
 
+def fits(text):
+    """Is a question short enough to leave room for turns? A token is a byte or more, and a trajectory has 832 (gog.rollout)."""
+    return len(text.encode(errors="replace")) <= 600
+
+
 def questions(world, mix, n, seed, split=("train",)):
     """`n` questions drawn from a mix of (kind, setting, weight). Same arguments, same questions. WorldError if the world has none of these kinds."""
     rng, out, lots = random.Random(f"{world.name}/{world.seed}/{seed}"), [], 0
@@ -402,7 +408,8 @@ def questions(world, mix, n, seed, split=("train",)):
         if (lots := lots + 1) > 60 and not out:
             raise WorldError(f"{world.name}: no question of {', '.join(sorted({f'{k} ({s})' for k, s, _ in mix}))} can be asked. Add entities, or facts that lead from one to another")
         kind, setting, _ = rng.choices(mix, [w for *_, w in mix])[0]
-        out += islice(filter(None, (ask(world, kind, setting, split, rng) for _ in range(50))), 1)  # of the same kind, or rare luck would bend the mix
+        tries = (ask(world, kind, setting, split, rng) for _ in range(50))  # of the same kind, or rare luck would bend the mix
+        out += islice((q for q in tries if q and fits(q.text)), 1)
     return out
 
 
@@ -444,8 +451,8 @@ def own_question(root, where, line):
     """One line of the optional `questions.jsonl`: {"image", "question", "answers": [..], "box": [x0, y0, x1, y1] of the target or left out}."""
     row = as_row(where, line)
     text, answers, box = row.get("question"), row.get("answers"), row.get("box", [])
-    if not plain(text) or not isinstance(answers, list) or not answers or not all(map(plain, answers)):
-        raise WorldError(f"{where}: 'question' must be text and 'answers' a list of texts, e.g. [\"Paris\"], each of 1 to 200 characters, without ' | ', < and >")
+    if not plain(text) or not fits(text) or not isinstance(answers, list) or not answers or not all(map(plain, answers)):
+        raise WorldError(f"{where}: 'question' must be text and 'answers' a list of texts, e.g. [\"Paris\"], each of 1 to 200 characters (a question: at most 600 bytes), without ' | ', < and >")
     if box and not (isinstance(box, list) and len(box) == 4 and all(type(x) is int and 0 <= x <= 99 for x in box) and box[0] < box[2] and box[1] < box[3]):
         raise WorldError(f"{where}: 'box' must be four whole numbers 0 to 99, left < right and top < bottom (percent of the picture), not {box!r}")
     check_image(path := image_path(root, row.get("image"), where), where)
@@ -478,11 +485,15 @@ def check_image(path, where="command line"):
         raise WorldError(f"{where}: image {path} cannot be read ({e}). Replace it with a PNG or JPEG") from None
 
 
+HUES = {t: colorsys.rgb_to_hsv(*rgb)[0] for t, rgb in TINCTURES.items() if t not in ("white", "black")}  # round a circle, 0..1
+
+
 def _tincture(rgb):
     """The tincture that a person would call a colour (0..255 each): black or white where it is dark or pale, else that of the nearest hue. Navy is blue, not black."""
-    hsv = lambda colour: colorsys.rgb_to_hsv(*(c / 255 for c in colour))
-    hue, saturation, value = hsv(rgb)
-    return ("white" if value > 0.5 else "black") if saturation < 0.25 or value < 0.2 else min((t for t in TINCTURES if t not in ("white", "black")), key=lambda t: abs((hue - hsv(TINCTURES[t])[0] + 0.5) % 1 - 0.5))
+    hue, saturation, value = colorsys.rgb_to_hsv(*(c / 255 for c in rgb))
+    if saturation < 0.25 or value < 0.2:
+        return "white" if value > 0.5 else "black"
+    return min(HUES, key=lambda t: abs((hue - HUES[t] + 0.5) % 1 - 0.5))
 
 
 def _tinctures(path, where):

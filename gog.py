@@ -177,11 +177,12 @@ def _find(q, target, phrase, kind, rng, missed_here, wrong_gaze, thought, memory
     phrase: the true look, of a look-alike (kind "detail") its detail, too; kind: how the question points; missed_here: (look, box) of the base model's own mistake, or None; thought: the end of
     the last thought; memory: what was found of the first of two. Of look-alikes every box is tried in turn: looks in vain, but no slips."""
     looks, boxes = [e.look for e in q.scene.entities], q.scene.boxes
-    if kind not in ("look", "colour", "detail") and (others := also_looks(q.scene.entities[target])):
-        phrase = rng.choice([phrase, *others])  # the question names no colour, so any will do
-    places = ["glance"] if len(looks) == 1 else [boxes[target]] if kind != "detail" else left_to_right([b for b, l in zip(boxes, looks) if l == looks[target]])
+    if kind not in ("look", "colour", "detail") and (also := also_looks(q.scene.entities[target])):
+        phrase = rng.choice([phrase, *also])  # the question names no colour, so any will do
+    alike, others = ([b for b, l in zip(boxes, looks) if (l == looks[target]) == same] for same in (True, False))
+    places = ["glance"] if len(looks) == 1 else left_to_right(alike) if kind == "detail" else [boxes[target]]
     tries = [(phrase, place, False) for place in places]  # (the look that the thought names, where to look, is it a slip?); it is the true look but in the base model's own mistake
-    elsewhere = [b for b in (rng.choice([b for b, l in zip(boxes, looks) if l != looks[target]] or [None]), _bare_wall(boxes, rng)) if b]
+    elsewhere = [b for b in (rng.choice(others or [None]), _bare_wall(boxes, rng)) if b]
     if missed_here:
         tries = [(*missed_here, True), *tries]
     elif elsewhere and rng.random() < wrong_gaze:
@@ -537,11 +538,12 @@ def tell(t):
 
 def doubts(t):
     """What speaks against the answer of a trajectory, in words; "" where nothing does. A policy answers anyway: it has never seen a question without an answer."""
-    looks = [turn.observation for turn in t.turns if turn.kind in ("glance", "gaze") and turn.ok]
+    scores = [turn.observation.split(" ")[0] for turn in t.turns if turn.kind in ("glance", "gaze") and turn.ok]  # of the best hit of every look
     found = normalise(" ".join(turn.observation for turn in t.turns if turn.kind != "malformed"))
     seen = t.answer is None or normalise(t.answer) in (*data.TINCTURES, *data.OUTLINES, *map(str, range(20)))  # what can be told without a search
     reasons = {"it ended without an answer": t.answer is None, "nothing was looked up": not found and not seen,
-               "the answer stands in nothing that was found": found and f" {normalise(t.answer or '')} " not in f" {found} ", "the picture is like nothing that is known": looks and not any(look.split(" ")[0].isdecimal() and int(look.split(" ")[0]) >= KNOWN for look in looks)}
+               "the answer stands in nothing that was found": found and f" {normalise(t.answer or '')} " not in f" {found} ", 
+               "the picture is like nothing that is known": scores and not any(s.isdecimal() and int(s) >= KNOWN for s in scores)}
     return ", ".join(reason for reason, holds in reasons.items() if holds)
 
 

@@ -292,7 +292,8 @@ def labelled_picture(config, rng):
     towns = [fresh_town(rng) for _ in range(rng.randint(least, most))]
     scene = data.hang(towns, "shield", rng, cells, sizes)
     labels = np.array([part_labels(town, place, towns, box) for town, place, box in zip(towns, data.layout(scene), scene.boxes)])
-    return to_array(scene.picture(px), config.picture), *map(np.concatenate, zip(*(lay_on_grid(scene.boxes, labels, config.picture // config.patch // shuffle) for shuffle in (1, config.shuffle))))
+    grids = [config.picture // config.patch // n for n in (1, config.shuffle)]  # of patches, of image tokens
+    return to_array(scene.picture(px), config.picture), *map(np.concatenate, zip(*(lay_on_grid(scene.boxes, labels, g) for g in grids)))
 
 
 def part_labels(town, place, towns, box):

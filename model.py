@@ -331,7 +331,7 @@ class Policy(nn.Module):
             upto = int(positions.max()) + 1
             cache.grow(upto)
             unseen = torch.arange(upto, device=ids.device) > positions[..., None]
-            mask = torch.zeros(B, T, upto, device=ids.device).masked_fill(unseen, float("-inf")).repeat(1, self.config.heads // self.config.kv_heads, 1)[:, None]  # (B, 1, H/K*T, upto): added to scores; made once for all layers
+            mask = torch.where(unseen, float("-inf"), 0.0).repeat(1, self.config.heads // self.config.kv_heads, 1)[:, None]  # (B, 1, H/K*T, upto): added to scores; made once for all layers
         rope = rope_table(positions, self.config.width // self.config.heads)
         for i, block in enumerate(self.layers):
             x = block(x, rope, mask, cache, i, positions, lengths)

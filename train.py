@@ -85,10 +85,11 @@ def sft(a):
     total = -(-len(demos) // a.sft_batch)  # each is seen once
     opts = optimisers(((n, p) for n, p in policy.named_parameters() if p.requires_grad), a.sft_lr, a.sft_adam_lr)
     start = run.begin(total, [policy], opts)["step"]
-    for step, again in enumerate(stream(partial(grpo.replay, Environment(v, None, policy.config, gaze=a.gaze), a.seed, round(a.replay * a.sft_batch)), start, total), start):
+    lessons = partial(grpo.replay, Environment(v, None, policy.config, gaze=a.gaze), a.seed, round(a.replay * a.sft_batch))
+    for step, replayed in enumerate(stream(lessons, start, total), start):
         lr = set_lr(opts, lr_factor(step, total))
         with autocast(a.device):
-            loss, norm = grpo.supervised_step(policy, env, share(demos[step * a.sft_batch:(step + 1) * a.sft_batch]) + again, opts, a.token_budget)
+            loss, norm = grpo.supervised_step(policy, env, share(demos[step * a.sft_batch:][:a.sft_batch]) + replayed, opts, a.token_budget)
         run.log(step=step, loss=loss, grad_norm=norm, lr=lr, seconds=run.bar.format_dict["elapsed"])
         run.checkpoint([policy], opts, a.save_every if step + 1 < total else 1, step=step + 1)
     score, tries = development(policy, env, world, a)
@@ -211,6 +212,7 @@ def report_entry(a, t, world, v, pictures, **who):
 
 # ------------------------------------------------------------------------------------------------------------- the grid
 
+ROWS = ("random", "base", "direct", "full-search", "no-gaze", "sft", "rl", "withheld", "oracle")  # of the main table; all are examined with "rl"
 EVAL_FLAGS = ("tools_fail", "turns", "stale")  # flags of eval that ask another thing of the same policy
 GRID = {  # the flags of every row of the paper's tables, and of questions that it leaves open; a policy with a name of its own is trained first, by RL on as many rollouts (where rl_steps is 0: by SFT only)
     "main": [{}],
@@ -220,6 +222,7 @@ GRID = {  # the flags of every row of the paper's tables, and of questions that 
     "GRPO": [dict(name="group-4", group=4, rl_batch=64), dict(name="group-16", group=16, rl_batch=16), dict(name="mean-only", advantage="mean"), dict(name="lambda-0", lam=0.0),
              dict(name="lambda-0.2", lam=0.2), dict(name="kl-0.001", beta=0.001), dict(name="lr-0.01", rl_lr=0.01), dict(name="lr-0.1", rl_lr=0.1)],
     "scale": [dict(name=f"demos-{n}", demos=n, rl_steps=0) for n in (500, 2000, 20000)]}
+BESIDE = {"main": ROWS, "Selective Gaze": ["sft", "rl"], "scale": ["sft"]}  # rows that a table shows first, to compare with; of the others "rl"
 PAPER = {"direct": 20.3, "full-search": 44.4, "no-gaze-rl": 36.9, "sft": 43.3, "rl": 53.2, "no-gaze-sft": 41.8, "level1": 50.5, "level2": 53.2}  # means of Qwen2.5-VL-7B; no-gaze-rl: MMSearch-R1; no-gaze-sft: SFT without Selective Gaze; level1: the mean of its row (printed: 47.28)
 
 
@@ -228,11 +231,13 @@ def reproduce(a):
     any time, it goes on where it was. A row that cannot be (no question of level 1, say) is left out, and said at the end."""
     if a.row() != "rl" or a.out or a.trained_on or PROCESSES > 1:
         raise CheckpointError("--stage reproduce chooses --name, --no-gaze, --out, --trained-on and the flags of eval itself, row by row, and is one process. Leave them out; without torchrun")
-    path, todo, failed = Path(a.results) / "results.csv", [replace(a, stage="eval", seed=seed, **changed) for seed in range(a.seeds) for rows in GRID.values() for changed in rows], []
-    tables = {name: [*{"main": ROWS, "Selective Gaze": ["sft", "rl"], "scale": ["sft"]}.get(name, ["rl"]), *(replace(a, **changed).row() for changed in rows if changed)] for name, rows in GRID.items()}
+    path, failed = Path(a.results) / "results.csv", []
+    todo = [replace(a, stage="eval", seed=seed, **changed) for seed in range(a.seeds) for rows in GRID.values() for changed in rows]
+    tables = {name: [*BESIDE.get(name, ["rl"]), *(replace(a, **changed).row() for changed in rows if changed)] for name, rows in GRID.items()}
     measured = lambda: [r for r in read_rows(path) if (r["world"], r["preset"]) == (a.label(a.world), a.preset)]
     for n, b in enumerate(todo, 1):
-        skip = b.weights("rl").is_file() and {*gog.SUITES} <= {r["suite"] for r in measured() if (r["row"], r["seed"]) == (b.row(), str(b.seed)) and r["n"] in ("0", str(b.suite_size))}  # 0: left out
+        examined = {r["suite"] for r in measured() if (r["row"], r["seed"]) == (b.row(), str(b.seed)) and r["n"] in ("0", str(b.suite_size))}  # 0: left out
+        skip = b.weights("rl").is_file() and examined >= {*gog.SUITES}
         print(f"grid, {n} of {len(todo)}: {b.row()}, seed {b.seed}{', is there' if skip else ''}", file=sys.stderr)
         try:
             skip or run_stages(b)
@@ -320,7 +325,6 @@ class Run:
 
 COLUMNS, STAGE_COLUMNS = "table row world suite seed metric value n preset device minutes".split(), "stage preset world device minutes peak_memory_mb seed".split()
 CURVES = ("development", "accuracy", "reward", "dead", "entropy", "gaze_correct", "reflection", "turns", "signal", "loss")  # of rl.csv, that are drawn
-ROWS = ("random", "base", "direct", "full-search", "no-gaze", "sft", "rl", "withheld", "oracle")
 
 
 def result_rows(a, table, row, world, suite, metrics, began):
