@@ -19,7 +19,7 @@ import math
 import random
 import textwrap
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from itertools import islice, takewhile
 from pathlib import Path
@@ -203,6 +203,14 @@ def heraldry(seed=0, towns=3000):
     for r in regions:
         entities[r] = Entity(r, facts((), 4) | {link: rng.choice(splits["train"] + splits["dev"] + splits["test"]) for link in REGION_LINKS})
     return World("heraldry", "shield", entities, splits, seed)
+
+
+def with_strangers(world, n):
+    """The same world with more towns to be found by a search, that no question is about (they join the training split): of `n` drawn by lot those whose names and arms nobody else has."""
+    rng, taken = random.Random(f"strangers/{world.seed}"), {e.arms for e in world.pictured(*world.splits)}
+    drawn = {arms: name for arms, name in ((Arms.draw(rng), town_name(rng)) for _ in range(n)) if arms not in taken and name not in world.entities}
+    more = {name: Entity.with_arms(name, {k: VALUES[k](rng) for k in rng.sample(list(VALUES), 6)}, arms) for arms, name in drawn.items()}
+    return replace(world, entities=world.entities | more, splits=world.splits | {"train": [*world.splits["train"], *more]})
 
 
 # --------------------------------------------------------------------------------------------------------------- scenes

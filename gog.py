@@ -397,6 +397,17 @@ def behaviour(trajectories):
             "tokens": mean([sum(x.trained) for x in trajectories]), "truncated": mean([x.answer is None for x in trajectories])}
 
 
+SIZES = {"small": (0, 4), "medium": (4, 9), "large": (9, 100)}  # of a target: percent of the picture's area, above and up to
+
+
+def by_size(trajectories):
+    """Accuracy by the size of the (first) target, of questions that need a tool: {metric: (value, number of questions)}."""
+    tries = [(t.question.scene.boxes[t.question.targets[0]], t.correct) for t in trajectories if t.question.targets and not t.question.search_free]
+    areas = [((x1 - x0) * (y1 - y0) / 100, right) for (x0, y0, x1, y1), right in tries]
+    sized = {size: [right for area, right in areas if low < area <= high] for size, (low, high) in SIZES.items()}
+    return {f"accuracy_{size}": (float(np.mean(right)), len(right)) for size, right in sized.items() if right}
+
+
 def evaluate(policy, env, questions, row="", seed=0, turns=MAX_TURNS, progress=None):
     """Greedy trajectories of one row of the main table (default: no baseline), at most so many turns (of a row without a schedule); `policy` may be None for oracle and random."""
     rng = random.Random(f"{row}/{seed}")
@@ -419,15 +430,25 @@ def accuracy_table(table):
 STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # 97.5 % quantile, by number of seeds
 
 
+def pooled(measured, row, size):
+    """Accuracy in percent where the target has one of SIZES, of all suites together: mean of the seeds in `measured` (rows of results.csv); "" where there is none."""
+    seeds = {}
+    for r in (r for r in measured if (r["row"], r["metric"]) == (row, f"accuracy_{size}")):
+        seeds.setdefault(r["seed"], []).append((float(r["value"]), int(r["n"])))
+    return f"{100 * np.mean([np.average(values, weights=n) for values, n in (zip(*of) for of in seeds.values())]):.1f}" if seeds else ""
+
+
 def grid_tables(tables, measured, paper):
     """Markdown of {table: its rows}: accuracy in percent, the mean of the seeds in `measured` (rows of results.csv) +- half of its 95 % interval, beside the paper's mean. The last column compares
     with the SFT policy of the same seed: base models differ more from seed to seed than most rows from each other."""
     accuracy = {(r["row"], r["seed"], r["suite"]): (float(r["value"]), int(r["n"])) for r in measured if r["metric"] == "accuracy"}
     suites = [s for s in SUITES if any(s == suite for *_, suite in accuracy)]
-    text = "Accuracy in percent, mean of the seeds +- half of the 95 % interval: over seeds (Student), or, where there is one seed, over questions (binomial). Over SFT: the mean less that of the SFT policy of the same seed. Empty: not measured yet.\n"
+    text = ("Accuracy in percent, mean of the seeds +- half of the 95 % interval: over seeds (Student), or, where there is one seed, over questions (binomial). Over SFT: the mean "
+            "less that of the SFT policy of the same seed. Small, medium, large: questions that need a tool and whose target fills up to 4 %, up to 9 %, or more of the picture, all "
+            "suites together. Empty: not measured yet.\n")
     cells = lambda row, seeds: np.array([[accuracy[row, s, suite] for suite in suites] for s in seeds]).transpose(2, 0, 1)  # (seeds, suites, 2) -> two of (seeds, suites)
     for name, rows in tables.items():
-        text += f"\n## {name}\n\n| row | paper, mean | {' | '.join(suites)} | mean | over SFT | seeds |\n" + "|---" * (len(suites) + 5) + "|\n"
+        text += f"\n## {name}\n\n| row | paper, mean | {' | '.join(suites)} | mean | over SFT | {' | '.join(SIZES)} | seeds |\n" + "|---" * (len(suites) + 8) + "|\n"
         for row in rows:
             seeds = [s for s in sorted({s for r, s, _ in accuracy if r == row}) if all((x, s, suite) in accuracy for x in (row, "sft") for suite in suites)]
             shown = [""] * (len(suites) + 2)
@@ -436,7 +457,7 @@ def grid_tables(tables, measured, paper):
                 every, v, w = np.column_stack([p, p.mean(1), (p - q).mean(1)]), *((x * (1 - x) / n)[0] for x in (p, q))  # (seeds, suites + 2), two of (suites,)
                 half = STUDENT.get(len(seeds), 2.26) * every.std(0, ddof=1) / len(seeds) ** 0.5 if seeds[1:] else 1.96 * np.array([*v, v.mean() / len(v), (v + w).mean() / len(v)]) ** 0.5
                 shown = [f"{100 * m:.1f} +- {100 * h:.1f}" for m, h in zip(every.mean(0), half)]
-            text += f"| {row} | {paper.get(row, '')} | {' | '.join(shown)} | {len(seeds)} |\n"
+            text += f"| {row} | {paper.get(row, '')} | {' | '.join(shown)} | {' | '.join(pooled(measured, row, size) for size in SIZES)} | {len(seeds)} |\n"
     return text
 
 

@@ -30,6 +30,7 @@ import random
 import re
 import sys
 import time
+from copy import copy
 from dataclasses import replace
 
 import numpy as np
@@ -106,6 +107,9 @@ def grpo_step(policy, reference, env, batch, advantages, opts, a):
     """One update from rollouts (list of Q*G) and their advantages (Q*G,). Rollouts whose advantage is 0 are left out; the loss is divided by the trained tokens of
     the rest. `signal`: cosine of the gradients of the even and of the odd questions; 1: both halves ask for the same change, 0: they have nothing in common, all is luck."""
     alive = advantages.nonzero()[:, 0].tolist()
+    if not a.mask:  # to see why the mask is there: every token counts as the policy's own, what tools have answered, too
+        env, batch = copy(env), [replace(t, trained=[False] + [True] * (len(t.ids) - 1)) for t in batch]
+        env.sampleable = [True] * env.v.size
     tokens = max(1, sum(sum(batch[i].trained) for i in alive))
     totals, grads, gap = dict(loss=0.0, kl=0.0, clipped=0.0, entropy=0.0), [], 0.0
     for half in (0, 1):
@@ -113,7 +117,7 @@ def grpo_step(policy, reference, env, batch, advantages, opts, a):
         for part in micro_batches(mine, [len(batch[i].ids) for i in mine], a.token_budget):
             trajectories = [batch[i] for i in part]
             logp, all_logp = token_logprobs(policy, env, trajectories, a.temperature)
-            old = torch.cat([torch.tensor(t.logprobs)[torch.tensor(t.trained)] for t in trajectories]).to(logp.device)
+            old = torch.cat([torch.tensor(t.logprobs)[torch.tensor(t.trained)] for t in trajectories]).to(logp.device) if a.mask else logp.detach()
             weight = torch.cat([advantages[i].expand(sum(batch[i].trained)) for i in part]).to(logp.device)
             with torch.no_grad():
                 ref = token_logprobs(reference, env, trajectories, a.temperature)[0] if reference is not None else None

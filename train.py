@@ -171,7 +171,7 @@ def alarms(first, now):
 def evaluate(a):
     """Six held-out suites (and a folder world's own questions), every baseline: results/results.csv, one measurement a row; rows of other worlds
     and seeds in that file stay. Baselines that are schedules (gog.SCHEDULES) and `withheld` play the RL policy."""
-    world, table, shown, pictures = data.open_world(a.world, a.seed_world, a.towns), [], [], {}
+    world, table, shown, pictures = data.with_strangers(data.open_world(a.world, a.seed_world, a.towns), a.strangers), [], [], {}
     policies = {row: load(a.weights(stage), a.device) for row, stage in (("base", "pretrain"), ("sft", "sft"), ("rl", "rl"))}
     # label: the world in the tables; known: tools that know what was known at training time; named: the row of the policy under examination, "rl", or --name and what sets
     # this examination apart from the usual one. Only "rl" brings all baselines with it
@@ -189,7 +189,7 @@ def evaluate(a):
             policy, v = policies.get(row, policies["rl"])
             began, env = time.time(), Environment(v, toolbox, policy.config, withhold=row == "withheld", gaze=a.gaze)
             tries = gog.evaluate(policy, env, qs, row, a.seed, a.turns, progress=f"{name}, {row}")
-            table += result_rows(a, "main", named if row == "rl" else row, label, name, {k: (x, len(qs)) for k, x in gog.behaviour(tries).items()}, began)
+            table += result_rows(a, "main", named if row == "rl" else row, label, name, {k: (x, len(qs)) for k, x in gog.behaviour(tries).items()} | gog.by_size(tries), began)
             if row == named == "rl" and not a.seed:
                 first = {"failure" if not t.correct else "recovery" if any(gog.looked_elsewhere(t)) else "success": t for t in reversed(tries)}  # the first of each
                 for what, t in first.items():
@@ -213,14 +213,14 @@ def report_entry(a, t, world, v, pictures, **who):
 # ------------------------------------------------------------------------------------------------------------- the grid
 
 ROWS = ("random", "base", "direct", "full-search", "no-gaze", "sft", "rl", "withheld", "oracle")  # of the main table; all are examined with "rl"
-EVAL_FLAGS = ("tools_fail", "turns", "stale")  # flags of eval that ask another thing of the same policy
+EVAL_FLAGS = ("tools_fail", "turns", "stale", "strangers")  # flags of eval that ask another thing of the same policy
 GRID = {  # the flags of every row of the paper's tables, and of questions that it leaves open; a policy with a name of its own is trained first, by RL on as many rollouts (where rl_steps is 0: by SFT only)
     "main": [{}],
     "Selective Gaze": [dict(name="no-gaze-sft", gaze=False, rl_steps=0), dict(name="no-gaze-rl", gaze=False, search_penalty=0.1)],  # the second: as MMSearch-R1
-    "robustness": [dict(tools_fail=0.05), dict(tools_fail=0.2), dict(stale=True), *(dict(turns=n) for n in (2, 4, 6, 10))],
+    "robustness": [dict(tools_fail=0.05), dict(tools_fail=0.2), dict(stale=True), *(dict(turns=n) for n in (2, 4, 6, 10)), *(dict(strangers=n) for n in (10_000, 100_000))],
     "curriculum": [dict(name=mode, curriculum=mode) for mode in ("level1", "level2", "all", "learnable", "adaptive")],
     "GRPO": [dict(name="group-4", group=4, rl_batch=64), dict(name="group-16", group=16, rl_batch=16), dict(name="mean-only", advantage="mean"), dict(name="lambda-0", lam=0.0),
-             dict(name="lambda-0.2", lam=0.2), dict(name="kl-0.001", beta=0.001), dict(name="lr-0.01", rl_lr=0.01), dict(name="lr-0.1", rl_lr=0.1)],
+             dict(name="lambda-0.2", lam=0.2), dict(name="kl-0.001", beta=0.001), dict(name="no-mask", mask=False), dict(name="lr-0.01", rl_lr=0.01), dict(name="lr-0.1", rl_lr=0.1)],
     "scale": [dict(name=f"demos-{n}", demos=n, rl_steps=0) for n in (500, 2000, 20000)]}
 BESIDE = {"main": ROWS, "Selective Gaze": ["sft", "rl"], "scale": ["sft"]}  # rows that a table shows first, to compare with; of the others "rl"
 PAPER = {"direct": 20.3, "full-search": 44.4, "no-gaze-rl": 36.9, "sft": 43.3, "rl": 53.2, "no-gaze-sft": 41.8, "level1": 50.5, "level2": 53.2}  # means of Qwen2.5-VL-7B; no-gaze-rl: MMSearch-R1; no-gaze-sft: SFT without Selective Gaze; level1: the mean of its row (printed: 47.28)
@@ -253,7 +253,7 @@ def reproduce(a):
 
 MATTERS = {  # flags that may not change when a stage goes on, or its second half would be of another experiment (learning rates may, and steps but those of the eyes)
     "pretrain": "seed see_steps see_batch word_batch", "sft": "seed world seed_world towns gaze demos wrong_gaze failure_rate sft_batch replay",
-    "rl": "seed world seed_world towns gaze device failure_rate rl_questions rl_dev rl_batch group lam search_penalty beta clip_low clip_high advantage curriculum temperature"}
+    "rl": "seed world seed_world towns gaze device failure_rate rl_questions rl_dev rl_batch group lam search_penalty beta clip_low clip_high advantage mask curriculum temperature"}
 
 
 class Run:
@@ -380,6 +380,7 @@ class Args:
     clip_low: float = 0.2  # the ratio is clipped to 1 - clip_low
     clip_high: float = 0.28  # .. 1 + clip_high
     advantage: str = "std"  # std or mean
+    mask: bool = True  # of RL's loss: the policy's own tokens only. --no-mask: what tools have answered, too (to see why the mask is there)
     curriculum: str = "fresh"  # level1, level2, all, learnable, adaptive (all of questions that are scored first) or fresh (new questions of every kind, by pass rates that follow the rollouts)
     temperature: float = 0.8  # of rollouts
     eval_every: int = 20  # RL steps between validations (development split), and between checkpoints
@@ -391,6 +392,7 @@ class Args:
     tools_fail: float = 0.0  # eval only: how often tools fail (--failure-rate: while training)
     turns: int = gog.MAX_TURNS  # eval only: turns that a trajectory may have
     stale: bool = False  # eval only: what changed after training is not in the index
+    strangers: int = 0  # eval only: so many more towns in the index, that no question is about
     seeds: int = 3  # reproduce only: how many, from 0 on
     trained_on: str = ""  # eval only: examine the policies of another world (zero-shot); default --world
 
@@ -424,7 +426,7 @@ CHOICES = {"stage": [*STAGES, "reproduce"], "preset": list(PRESETS), "device": [
            "curriculum": ["level1", "level2", "all", "learnable", "adaptive", "fresh"]}
 
 RANGES = {"seed": (0, 2**32 - 1), "towns": (40, 20_000), "group": (2, 10_000), "temperature": (0.01, 10.0), "replay": (0.0, 100.0), "beta": (0.0, 100.0),
-          **dict.fromkeys(("seed_world", "see_steps", "word_steps", "rl_steps", "shown"), (0, 10**6))}  # of the others: 1 to a million, or 0 to 1
+          **dict.fromkeys(("seed_world", "see_steps", "word_steps", "rl_steps", "shown", "strangers"), (0, 10**6))}  # of the others: 1 to a million, or 0 to 1
 
 
 arguments = partial(flags, Args, CHOICES, RANGES, __doc__)  # of a command line: Args

@@ -117,6 +117,23 @@ def test_the_oracle_solves_every_suite(vocabulary, world, policy):
         assert sum(t.correct for t in gog.evaluate(None, env, qs, "oracle")) >= 38
 
 
+def test_strangers_are_found_but_never_asked_about(world):
+    """Prevents a larger index that changes the questions, too, or that knows two towns of the same arms."""
+    more = data.with_strangers(world, 300)
+    arms = [e.arms for e in more.pictured(*more.splits)]
+    assert len(arms) == len(set(arms)) > len(world.pictured(*world.splits)) + 200
+    assert all(gog.suite(more, name, 10)[1] == gog.suite(world, name, 10)[1] for name in gog.SUITES)
+
+
+def test_accuracy_by_size_is_that_of_the_target():
+    """Prevents questions filed under the size of another shield, or those that need no look among them."""
+    scene, tries = data.Scene((), ((0, 0, 20, 20), (0, 0, 30, 30), (0, 0, 99, 99)), "shield", 0), []
+    for kind, targets, right in (("hop1", (0,), True), ("hop1", (0,), False), ("name", (1,), True), ("compare", (2, 0), False), ("colour", (1,), False), ("count", (), False)):
+        q = data.Question("?", ("yes",), scene, kind, targets=targets)
+        tries.append(tools.Trajectory(q, turns=[tools.Turn("answer", "yes" if right else "no")]))
+    assert gog.by_size(tries) == {"accuracy_small": (0.5, 2), "accuracy_medium": (1.0, 1), "accuracy_large": (0.0, 1)}
+
+
 @pytest.mark.parametrize("row", ["direct", "full-search", "no-gaze"])
 def test_a_baseline_keeps_to_its_schedule(policy, env, questions, row):
     """Prevents a baseline that gets more turns or other tools than its name says."""

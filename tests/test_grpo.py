@@ -133,6 +133,16 @@ def test_dead_groups_leave_loss_and_denominator(policy, env, questions):
     torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.parametrize("mask", [True, False])
+def test_the_mask_decides_which_tokens_are_learnt_from(policy, env, questions, monkeypatch, mask):
+    """Prevents a row "no-mask" that is masked all the same, or a mask that lets what tools have answered through."""
+    batch, seen, loss = rollouts(policy, env, questions[:2]), [], grpo.policy_loss
+    monkeypatch.setattr(grpo, "policy_loss", lambda logp, *rest: seen.append(len(logp)) or loss(logp, *rest))
+    stats = grpo.grpo_step(policy, None, env, batch, torch.ones(len(batch)), still(policy), train.Args(mask=mask, temperature=1.0))
+    assert sum(seen) == (sum(sum(t.trained) for t in batch) if mask else sum(len(t.ids) - 1 for t in batch)) and stats["ratio_gap"] < 1e-4
+    assert all(any(t.trained) and not all(t.trained[1:]) for t in batch) and not env.sampleable[env.v.id["<obs>"]]  # the batch and the environment are as before
+
+
 def test_signal_is_what_two_halves_share(policy, env, questions):
     """Prevents a signal that compares a half with the whole: the same rollouts twice have 1, with the opposite advantages -1."""
     batch, advantages = rollouts(policy, env, questions[:1]), torch.tensor([1.5, -0.5, -0.5, -0.5])

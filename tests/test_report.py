@@ -104,7 +104,8 @@ def test_intervals_are_those_of_a_textbook():
     """Prevents error bars that are too short: three seeds of 50, 60 and 70 % have a mean of 60 +- 4.30 * 10 / sqrt(3); one seed, 150 of 300 right, is 50 +- 5.66, the mean of six such suites 50 +- 2.31. And a gain
     that is not taken seed by seed: over SFT's 40, 45 and 65 % it is 10, 15 and 5, so 10 +- 4.30 * 5 / sqrt(3)."""
     row = lambda name, seed, value: [dict(row=name, seed=str(seed), suite=suite, metric="accuracy", value=str(value), n="300") for suite in gog.SUITES]
-    told = gog.grid_tables({"main": ["three", "one", "none"]}, [*row("three", 0, .5), *row("three", 1, .6), *row("three", 2, .7), *row("one", 0, .5), *row("none", 0, .5)[1:], *row("sft", 0, .4), *row("sft", 1, .45), *row("sft", 2, .65)], {"one": 53.2})
+    sizes = [dict(row="one", seed=seed, suite="facts", metric="accuracy_small", value=value, n=n) for seed, value, n in (("0", "0.5", "30"), ("0", "1.0", "10"), ("1", "0.125", "8"))]  # 25 of 40, 1 of 8
+    told = gog.grid_tables({"main": ["three", "one", "none"]}, [*row("three", 0, .5), *row("three", 1, .6), *row("three", 2, .7), *row("one", 0, .5), *row("none", 0, .5)[1:], *row("sft", 0, .4), *row("sft", 1, .45), *row("sft", 2, .65), *sizes], {"one": 53.2})
     cells = {line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ")[1:] for line in told.splitlines() if line.startswith("|")}
-    assert cells["three"] == ["", *["60.0 +- 24.8"] * 7, "10.0 +- 12.4", "3"] and cells["one"] == ["53.2", *["50.0 +- 5.7"] * 6, "50.0 +- 2.3", "10.0 +- 3.2", "1"]
+    assert cells["three"] == ["", *["60.0 +- 24.8"] * 7, "10.0 +- 12.4", "", "", "", "3"] and cells["one"] == ["53.2", *["50.0 +- 5.7"] * 6, "50.0 +- 2.3", "10.0 +- 3.2", "37.5", "", "", "1"]
     assert set(cells["none"][:-1]) == {""} and cells["none"][-1] == "0"  # a suite is missing: not measured

@@ -3,7 +3,6 @@ torchrun --nproc_per_node=2 tests/together.py FILE [flags of train.py]: runs tra
 import random
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from safetensors.torch import save_file
@@ -30,7 +29,7 @@ def updates():
     told += [grpo.supervised_step(policy, env, model.share(demos), opts, 500), grpo.supervised_step(policy, env, grpo.lessons(env, 0, 3, 0), opts)]
     for t in demos:
         t.logprobs = [-6.9] * len(t.ids)  # about what a policy that knows nothing gives to any of 1024 tokens: ratios near 1
-    a = SimpleNamespace(group=1, token_budget=500, temperature=0.8, clip_low=0.2, clip_high=0.28, beta=0.0)
+    a = train.Args(group=1, token_budget=500)
     stats = grpo.grpo_step(policy, None, env, demos, torch.tensor([1.0, -1.0, 0.0, 0.5, -0.5]), opts, a)
     answers = gog.rollout(policy, env, qs, 2, 0.0, schedule=gog.FREE[:2])
     return {**{k: w.detach().clone() for k, w in policy.state_dict().items()}, "told": torch.tensor(told).double(), "stats": torch.tensor([stats[k] for k in ("loss", "entropy", "signal", "grad_norm")]),
