@@ -5,13 +5,17 @@ Here instead: an invented world of *heraldry* (towns with coats of arms drawn by
     construction, offline, and because every box, fact and search need is known exactly; or any *folder world* (real pictures
     and facts). What can be known about a question (its targets, phrases and chain) is kept with it: the expert in gog.py lives on that.
 
-Words: look: what can be told from afar ("red round"); detail: what cannot ("2 gold crowns"); tincture: a colour; charge: the figures on a shield; ordinary: a stripe across it; blazon: look, ordinary and detail in words, the caption of a hit. kind: of a question (hop2), of an expression that
-points at something (order), of a turn (gaze). setting: which sort of wall (SETTINGS). mix: a list of (kind, setting, weight). target: what must be found. slip: a mistake that the expert makes on purpose.
+Words: look: what can be told from afar ("red round"); detail: what cannot ("2 gold crowns"); tincture: a colour; charge: the figures on a
+shield; ordinary: a stripe across it; blazon: look, ordinary and detail in words, the caption of a hit. kind: of a question (hop2), of an
+expression that points at something (order), of a turn (gaze). setting: which sort of wall (SETTINGS). mix: a list of (kind, setting,
+weight). target: what must be found. slip: a mistake that the expert makes on purpose.
 
-Reading order: names -> arms -> entities and worlds -> scenes -> referring expressions -> questions -> folder worlds (skip at first). From tools.py
-comes what these need: a user's files (`lines`, `as_row`, `image_path`, `atomic`), pictures (`describe`: rows whose dot product is the similarity; `flat`: transparent parts grey; `to_pixels`), texts (`normalise`, `unaccented`).
+Reading order: names -> arms -> entities and worlds -> scenes -> referring expressions -> questions -> folder worlds (skip at first). From
+tools.py comes what these need: a user's files (`lines`, `as_row`, `image_path`, `atomic`), pictures (`describe`: rows whose dot product is
+the similarity; `on_grey`: transparent parts grey; `to_pixels`), texts (`normalise`, `unaccented`).
 Boxes are (x0, y0, x1, y1), integers 0..99: percent of the picture's width and height. The policy, the expert and the scenes know no other
-format. (Pixels: only inside the crop, the image index and drawing. 0..1: only the labels from which the vision encoder, "the eyes", learns.)
+format. (Pixels: only inside the crop, the image index and drawing. 0..1: only the labels from which the vision encoder, "the eyes",
+learns.)
 """
 import argparse
 import colorsys
@@ -63,7 +67,9 @@ VALUES = {  # relation -> how an invented value is drawn. Many, or a policy woul
     **dict.fromkeys(("towers", "number of wells", "number of mills"), lambda r: str(r.randint(2, 98))),
     **dict.fromkeys(("anthem", "dance"), lambda r: f"{r.choice(['Song', 'March', 'Hymn'])} of {word(r)}")}
 ALL_TOWNS = ("ruler", "towers")  # facts of every town; four others of VALUES and two of TOWN_LINKS, by lot, and its region
-TOWN_LINKS = ("twin", "rival", "ally", "neighbour")  # values that lead on to another town. One word each: thoughts copy "river of the twin" from the question word by word, and behind a longer name it is harder to tell where to go on
+# values that lead on to another town. One word each: thoughts copy "river of the twin" from the question word by word, and behind a longer
+# name it is harder to tell where to go on
+TOWN_LINKS = ("twin", "rival", "ally", "neighbour")
 REGION_LINKS = ("capital", "stronghold")  # .. and from a region back to a town
 
 # ----------------------------------------------------------------------------------------------------------------- arms
@@ -197,7 +203,9 @@ def heraldry(seed=0, towns=3000):
     facts = lambda keys, more: {k: VALUES[k](rng) for k in (*keys, *rng.sample([k for k in VALUES if k not in keys], more))}
     entities = {n: Entity.with_arms(n, {**facts(ALL_TOWNS, 4), "region": rng.choice(regions)}, a) for n, a in zip(names, shields)}
     splits = split_names(names, rng)
-    for group in splits.values():  # links stay within a split; a region's capital may be of any but `late`: so a name and facts of another split may be read in training, but its arms are never asked about there
+    # links stay within a split; a region's capital may be of any but `late`: so a name and facts of another split may be read in training,
+    # but its arms are never asked about there
+    for group in splits.values():
         for n in group:
             entities[n].facts.update({link: rng.choice([t for t in group if t != n] or [n]) for link in rng.sample(TOWN_LINKS, 2)})
     for r in regions:
@@ -206,7 +214,8 @@ def heraldry(seed=0, towns=3000):
 
 
 def with_strangers(world, n):
-    """The same world with more towns to be found by a search, that no question is about (they join the training split): of `n` drawn by lot those whose names and arms nobody else has."""
+    """The same world with more towns to be found by a search, that no question is about (they join the training split): of `n` drawn by lot
+    those whose names and arms nobody else has."""
     rng, taken = random.Random(f"strangers/{world.seed}"), {e.arms for e in world.pictured(*world.splits)}
     drawn = {arms: name for arms, name in ((Arms.draw(rng), town_name(rng)) for _ in range(n)) if arms not in taken and name not in world.entities}
     more = {name: Entity.with_arms(name, {k: VALUES[k](rng) for k in rng.sample(list(VALUES), 6)}, arms) for arms, name in drawn.items()}
@@ -265,7 +274,8 @@ def hang(entities, noun, rng, cells=3, sizes=(0.62, 0.95)):
     pitch, boxes = 99 / cells, []
     for e, cell in zip(entities, rng.sample(range(cells * cells), len(entities))):
         long = pitch * rng.choice((sizes[0], sum(sizes) / 2, sizes[1]))
-        w, h = (max(3, side) for side in ((long, long / e.aspect) if e.aspect > 1 else (long * e.aspect, long)))  # at least 3: less of a ribbon could not be gazed at
+        # at least 3: less of a ribbon could not be gazed at
+        w, h = (max(3, side) for side in ((long, long / e.aspect) if e.aspect > 1 else (long * e.aspect, long)))
         slack = lambda side: (pitch - side) * rng.uniform(0.35, 0.65)
         x, y = cell % cells * pitch + slack(w), cell // cells * pitch + slack(h)
         boxes.append((round(x), round(y), round(x + w), round(y + h)))
@@ -274,7 +284,8 @@ def hang(entities, noun, rng, cells=3, sizes=(0.62, 0.95)):
 
 # ------------------------------------------------------------------------------------------------- referring expressions
 
-# Where an object hangs among all, from left to right ("across") and from the top ("down"), and how large it is. The first word of each: nothing clear to say
+# Where an object hangs among all, from left to right ("across") and from the top ("down"), and how large it is. The first word of each:
+# nothing clear to say
 ACROSS, DOWN, SIZE = ("", "leftmost", "rightmost"), ("", "topmost", "lowest"), ("", "largest", "smallest")
 ZONES = ("top left", "top middle", "top right", "middle left", "centre", "middle right", "bottom left", "bottom middle", "bottom right")
 SIDES = {"left of": -1, "right of": 1, "above": -1j, "below": 1j}  # x + yj, as all of `layout` counts
@@ -292,9 +303,12 @@ def layout(scene):
         for word, (i, *rest) in zip(words[1:], (order, order[::-1])):  # the first and the last, where the next one is far enough
             if rest and abs(values[i] - values[rest[0]]) > gap:
                 out[i][relation] = word
-    for j in range(n):  # who stands beside j? The only one within 45 on that side, if it is more than 18 away and at most 14 out of line (percent, between middles)
+    # who stands beside j? The only one within 45 on that side, if it is more than 18 away and at most 14 out of line (percent, between
+    # middles)
+    for j in range(n):
         for side, toward in SIDES.items():
-            away = [(complex(*c) - complex(*centre[j])) / toward for c in centre]  # of every object: how far it is on that side (real), and out of line
+            # of every object: how far it is on that side (real), and out of line
+            away = [(complex(*c) - complex(*centre[j])) / toward for c in centre]
             near = [i for i, d in enumerate(away) if 0 < d.real <= 45 and abs(d.imag) <= 45]
             if len(near) == 1 and away[near[0]].real > 18 and abs(away[near[0]].imag) <= 14:
                 out[near[0]][side] = j
@@ -304,7 +318,8 @@ def layout(scene):
 def references(scene):
     """Unambiguous ways to point at each object, at most one of a kind: list over objects of {kind: expression without 'the'}."""
     noun, looks, places = scene.noun, [e.look for e in scene.entities], layout(scene)
-    seen = [set((e.look if e.arms else e.blazon.replace(",", "")).split()) for e in scene.entities]  # a flag is of all its colours, a shield of one
+    # a flag is of all its colours, a shield of one
+    seen = [set((e.look if e.arms else e.blazon.replace(",", "")).split()) for e in scene.entities]
     out, tells = [{} for _ in looks], lambda words: sum(set(words.split()) <= s for s in seen) == 1
     for i, (look, place) in enumerate(zip(looks, places)):
         if tells(look):
@@ -351,10 +366,12 @@ VISUAL = ("colour", "shape", "count")
 SETTINGS = {  # name: (least, most objects, cells, sizes, look-alikes of the target)
     "single": (1, 1, 1, (0.45, 0.8), 0), "normal": (2, 6, 3, (0.66, 0.98), 0), "alike": (3, 6, 3, (0.66, 0.98), 2),
     "small": (4, 6, 3, (0.52, 0.72), 2), "crowd": (7, 10, 4, (0.7, 0.98), 0)}
-LESSON_WALLS = {"single": 2, "normal": 4, "alike": 3, "small": 4, "crowd": 2}  # how often the base model's lessons draw each: where shields hang freely (one alone, small ones) takes more practice than a full wall
+# how often the base model's lessons draw each: where shields hang freely (one alone, small ones) takes more practice than a full wall
+LESSON_WALLS = {"single": 2, "normal": 4, "alike": 3, "small": 4, "crowd": 2}
 SFT_MIX = [("colour", "normal", 3), ("shape", "normal", 2), ("count", "normal", 6), ("colour", "single", 1), ("shape", "single", 1), ("name", "single", 1), ("hop1", "single", 1),
            ("name", "normal", 2), ("hop1", "normal", 4), ("name", "alike", 1), ("hop1", "alike", 2), ("hop2", "normal", 0.9), ("hop3", "normal", 0.3), ("hop2", "single", 0.3), ("hop3", "single", 0.2), ("compare", "normal", 1)]
-# Of RL: mostly long chains (why: grpo.py, 6). The last three keep up gazing: chains about a single shield are solved by a glance, and a policy that only glances finds nothing on a crowded wall
+# Of RL: mostly long chains (why: grpo.py, 6). The last three keep up gazing: chains about a single shield are solved by a glance, and a
+# policy that only glances finds nothing on a crowded wall
 RL_MIX = [("count", "normal", 1), ("hop2", "normal", 1), ("hop3", "single", 1), ("hop3", "normal", 2), ("hop4", "single", 3), ("hop4", "normal", 4), ("hop5", "single", 2),
           ("hop1", "crowd", 1), ("hop2", "crowd", 1), ("hop1", "small", 2)]
 
@@ -374,10 +391,12 @@ def ask(world, kind, setting, split, rng):
         colour = rng.choice(shown).look.split()[0]
         return Question(f"How many {scene.noun}s are {colour}?", (str(sum(e.look.split()[0] == colour for e in shown)),), scene, kind, setting)
     if kind == "compare":
-        relation = "towers" if world.noun == "shield" else "number of neighbours"  # whole numbers: 2 to 98; a folder's may be larger, and no lesson compares such
+        # whole numbers: 2 to 98; a folder's may be larger, and no lesson compares such
+        relation = "towers" if world.noun == "shield" else "number of neighbours"
         other = [i for i in range(len(shown)) if i != targets[0] and scene.entities[i].facts.get(relation, "").isdecimal()]
         targets += rng.sample(other, min(1, len(other)))
-    # of every target a (kind, expression) by lot, None where nothing is unambiguous. Where look-alikes hang, always by the detail (though "the leftmost" would do, too), so that a closer look is needed; elsewhere never
+    # of every target a (kind, expression) by lot, None where nothing is unambiguous. Where look-alikes hang, always by the detail (though
+    # "the leftmost" would do, too), so that a closer look is needed; elsewhere never
     usable = lambda i: sorted((k, t) for k, t in ways[i].items() if (k == "detail") == bool(look_alikes))
     pointed = [rng.choice(usable(i) or [None]) for i in targets]
     if None in pointed or kind == "compare" and len(targets) < 2:
@@ -387,7 +406,8 @@ def ask(world, kind, setting, split, rng):
     phrases = tuple(f"{e.look}, {e.detail}" if k == "detail" else e.look for e, k in zip(found, pointed_by))
     made = lambda text, answer, chain=(): Question(text, (answer,), scene, kind, setting, tuple(targets), phrases, chain, pointed_by)
     if kind in VISUAL:
-        useless = pointed_by[0] in ("look", "detail", kind) or kind == "shape" and world.noun != "shield"  # it would contain its answer; and nearly all flags have one shape
+        # it would contain its answer; and nearly all flags have one shape
+        useless = pointed_by[0] in ("look", "detail", kind) or kind == "shape" and world.noun != "shield"
         return None if useless else made(f"What is the {kind} of the {expressions[0]}?", target.look.split()[VISUAL.index(kind)])
     if kind == "compare":
         a, b = (e.facts.get(relation, "") for e in found)  # b is a number: `other` holds only such
@@ -410,7 +430,8 @@ def fits(text):
 
 
 def questions(world, mix, n, seed, split=("train",)):
-    """`n` questions drawn from a mix of (kind, setting, weight). Same arguments, same questions. WorldError if the world has none of these kinds."""
+    """`n` questions drawn from a mix of (kind, setting, weight). Same arguments, same questions. WorldError if the world has none of these
+    kinds."""
     rng, out, lots = random.Random(f"{world.name}/{world.seed}/{seed}"), [], 0
     while len(out) < n:
         if (lots := lots + 1) > 60 and not out:
@@ -433,7 +454,8 @@ def folder_world(path, seed=0):
         folder_entity(entities, root, where, line)
     if len(entities) < 8:
         raise WorldError(f"{root / 'entities.jsonl'}: {len(entities)} entities, and splits need at least 8. Add more")
-    return World(root.resolve().name, "flag" if root.resolve().name == "countries" else "picture", entities,  # what questions call them: the world that comes with the code has flags
+    # what questions call them: the world that comes with the code has flags
+    return World(root.resolve().name, "flag" if root.resolve().name == "countries" else "picture", entities,
                  split_names(entities, random.Random(f"folder/{seed}")), seed, tuple(own_question(root, *line) for line in lines(root / "questions.jsonl", optional=True)))
 
 
@@ -451,12 +473,14 @@ def folder_entity(known, root, where, line):
 
 
 def plain(text):
-    """Can it be told, copied and compared? A text of 1 to 200 characters without tags, line breaks and " | ", of which something counts in an answer."""
+    """Can it be told, copied and compared? A text of 1 to 200 characters without tags, line breaks and " | ", of which something counts in
+    an answer."""
     return isinstance(text, str) and len(text) <= 200 and normalise(text) and not any(mark in text for mark in ("<", ">", "\n", "\r", " | "))
 
 
 def own_question(root, where, line):
-    """One line of the optional `questions.jsonl`: {"image", "question", "answers": [..], "box": [x0, y0, x1, y1] of the target or left out}."""
+    """One line of the optional `questions.jsonl`: {"image", "question", "answers": [..], "box": [x0, y0, x1, y1] of the target or left
+    out}."""
     row = as_row(where, line)
     text, answers, box = row.get("question"), row.get("answers"), row.get("box", [])
     if not plain(text) or not fits(text) or not isinstance(answers, list) or not answers or not all(map(plain, answers)):
@@ -497,7 +521,8 @@ HUES = {t: colorsys.rgb_to_hsv(*rgb)[0] for t, rgb in TINCTURES.items() if t not
 
 
 def _tincture(rgb):
-    """The tincture that a person would call a colour (0..255 each): black or white where it is dark or pale, else that of the nearest hue. Navy is blue, not black."""
+    """The tincture that a person would call a colour (0..255 each): black or white where it is dark or pale, else that of the nearest hue.
+    Navy is blue, not black."""
     hue, saturation, value = colorsys.rgb_to_hsv(*(c / 255 for c in rgb))
     if saturation < 0.25 or value < 0.2:
         return "white" if value > 0.5 else "black"

@@ -9,13 +9,16 @@ One whole trajectory (the protocol of its turns is tools.py's):
     <think> twin is Karvel Ost, for the river</think><search> Karvel Ost river</search>
         As for Karvel Ost, its river is Ilm. | In Karvel Ost the ruler is Te Gal IV.
     <think> river is Ilm</think><answer> Ilm</answer>
-The first thought always names the look of the shield that is meant, also where the question only says where it hangs: a hit is compared with that.
-Had the crop shown a blue square: <think> want red round, see blue square: no, look at red round, for the river of the twin</think><gaze> ...
+The first thought always names the look of the shield that is meant, also where the question only says where it hangs: a hit is compared
+with that. Had the crop shown a blue square: <think> want red round, see blue square: no, look at red round, for the river of the
+twin</think><gaze> ...
 
-From the paper: Selective Gaze (the policy chooses at each turn: the whole picture, or a part of it); reflection after a wrong gaze; six benchmarks, two in-domain and four out of it; full-search, direct and no-gaze baselines.
+From the paper: Selective Gaze (the policy chooses at each turn: the whole picture, or a part of it); reflection after a wrong gaze; six
+benchmarks, two in-domain and four out of it; full-search, direct and no-gaze baselines.
 Here instead: a program as the expert, where the paper filters a strong model's trajectories.
 
-Reading order: rollout -> the expert, and chance -> evaluation -> tables and curves -> what there is to look at: pictures, reports, one question.
+Reading order: rollout -> the expert, and chance -> evaluation -> tables and curves -> what there is to look at: pictures, reports, one
+question.
 """
 import argparse
 import base64
@@ -40,7 +43,9 @@ from model import Cache, CheckpointError, gathered, load, pick, share
 from tools import ACTIONS, PASSAGES, Environment, Turn, atomic, on_grey, make_toolbox, normalise, parse, to_array, to_pixels, unaccented
 
 MAX_TURNS, TURN_TOKENS = 8, 90  # a gaze, five searches and the answer are seven turns: one is left for a look in vain
-KNOWN = 75  # where no hit scores so much, the picture probably shows nothing that the index knows. Look-alikes score more, too (careful crops of what the index knows: 82 or more in 99 of 100; of flags that it lacks: below 75 in half)
+# where no hit scores so much, the picture probably shows nothing that the index knows. Look-alikes score more, too (careful crops of what
+# the index knows: 82 or more in 99 of 100; of flags that it lacks: below 75 in half)
+KNOWN = 75
 FREE = [ACTIONS] * MAX_TURNS  # the schedule of a policy that may do what it wants
 
 # -------------------------------------------------------------------------------------------------------------- rollout
@@ -48,9 +53,8 @@ FREE = [ACTIONS] * MAX_TURNS  # the schedule of a policy that may do what it wan
 @torch.no_grad()
 def rollout(policy, env, questions, group=1, temperature=1.0, schedule=FREE, generator=None, rows=256, room=832, progress=None):
     """Let the policy answer questions: list of Q * group trajectories, a question's group side by side.
-
-    schedule: the actions allowed, turn by turn; at its end a trajectory ends, too. rows: batch size.
-    room: tokens a trajectory may have (the longest demonstrations have some 600); the next turn must fit in, or it ends. generator: torch.Generator on the policy's device.
+ schedule: the actions allowed, turn by turn; at its end a trajectory ends, too. rows: batch size. room: tokens a trajectory may have (the
+    longest demonstrations have some 600); the next turn must fit in, or it ends. generator: torch.Generator on the policy's device.
     """
     mine, out, per_batch = share(questions), [], max(1, rows // group)
     for start in tqdm(range(0, len(mine), per_batch), desc=progress, unit="batch", leave=False, disable=progress is None):
@@ -59,8 +63,9 @@ def rollout(policy, env, questions, group=1, temperature=1.0, schedule=FREE, gen
 
 
 def _rollout_batch(policy, env, questions, group, temperature, schedule, generator, room):
-    """Read the prompts once, copy the cache for every rollout of a group, then turn by turn: sample, run the tools, read what they answer. A trajectory leaves the batch at an answer,
-    at a turn of TURN_TOKENS tokens without <stop>, or where another turn would not fit into `room`."""
+    """Read the prompts once, copy the cache for every rollout of a group, then turn by turn: sample, run the tools, read what they answer.
+    A trajectory leaves the batch at an answer, at a turn of TURN_TOKENS tokens without <stop>, or where another turn would not fit into
+    `room`."""
     walls = [q.scene.picture() for q in questions]
     shrunk = [to_array(w, env.side) for w in walls]
     cache = Cache(policy.config, len(questions), room, policy.device, policy.embed_tokens.weight.dtype)
@@ -74,7 +79,8 @@ def _rollout_batch(policy, env, questions, group, temperature, schedule, generat
         sampled = _sample_turn(policy, env.v, cache, hidden, temperature, allowed, generator)
         for t, (ids, logprobs) in zip(live, sampled):
             t.act(ids, logprobs)
-        stop, unread = env.v.id["<stop>"], [len(t.ids) - 1 for t in live]  # where the next chunk begins: <stop> has been sampled, but not yet read into the cache
+        # where the next chunk begins: <stop> has been sampled, but not yet read into the cache
+        stop, unread = env.v.id["<stop>"], [len(t.ids) - 1 for t in live]
         turns = [parse(env.v.decode(ids[:-1])) if ids[-1] == stop else Turn("malformed", "the turn is too long") for ids, _ in sampled]
         env.step(live, turns, walls)
         keep = [i for i, (t, (ids, _)) in enumerate(zip(live, sampled)) if t.answer is None and ids[-1] == stop and len(t.ids) + TURN_TOKENS < room]
@@ -103,8 +109,8 @@ def _allowed(env, actions, device):
 
 
 def _sample_turn(policy, v, cache, hidden, temperature, allowed, generator):
-    """Sample one turn for every row: list of (ids, logprobs), stop token included. A row that has stopped is still fed, but its length stays, so its
-    next real token overwrites that slot; when more than half have stopped, the others go on in a smaller cache."""
+    """Sample one turn for every row: list of (ids, logprobs), stop token included. A row that has stopped is still fed, but its length
+    stays, so its next real token overwrites that slot; when more than half have stopped, the others go on in a smaller cache."""
     out, rows, part = [([], []) for _ in hidden], torch.arange(len(hidden), device=hidden.device), cache
     live = torch.ones_like(rows, dtype=torch.bool)
     for step in range(1, TURN_TOKENS + 1):
@@ -139,11 +145,11 @@ class Slip(str):
 
 def expert(q, rng, wrong_gaze=0.0, missed=None):
     """The demonstrator, a generator: yields the text of a turn, is sent the observation. It knows boxes, looks and plan, but reads every
-    name and fact from the tools. Its thoughts are its memory: what is still to be looked up (in the question's own order, the
-    next step last), and what was found of the first of two. After each look it states what it wants and what it sees, and goes on where they differ.
-
-    missed: {target: (look that the base model named, box that it chose)}, where its own gaze missed (grpo.misses): the expert begins with this very mistake, then recovers. wrong_gaze: if there
-    is none, the chance of an invented one, at another object or at bare wall. Where several hang, a useless glance comes first with a quarter of that chance. All three are slips.
+    name and fact from the tools. Its thoughts are its memory: what is still to be looked up (in the question's own order, the next step
+    last), and what was found of the first of two. After each look it states what it wants and what it sees, and goes on where they differ.
+ missed: {target: (look that the base model named, box that it chose)}, where its own gaze missed (grpo.misses): the expert begins with this
+    very mistake, then recovers. wrong_gaze: if there is none, the chance of an invented one, at another object or at bare wall. Where
+    several hang, a useless glance comes first with a quarter of that chance. All three are slips.
     """
     if q.search_free:
         yield (count_aloud(q.scene, q.text.split()[-1].strip("?")) if q.kind == "count" else
@@ -156,7 +162,8 @@ def expert(q, rng, wrong_gaze=0.0, missed=None):
             return  # the tools did not find it, or found what the base model's mistake looks like: grpo.instruct drops this demonstration
         value = name
         for k, relation in enumerate(q.chain):
-            query = f"<search> {value} {relation}</search>"  # the name first: it is copied from its first token on, and that is found more surely right behind <search> (results/trials.md)
+            # the name first: it is copied from its first token on, and that is found more surely right behind <search> (results/trials.md)
+            query = f"<search> {value} {relation}</search>"
             obs = yield from _try(f"<think> {thought}</think>{query}", query)
             value = _read(obs, value, relation)
             if not value:
@@ -173,15 +180,16 @@ def expert(q, rng, wrong_gaze=0.0, missed=None):
 
 def _find(q, target, phrase, kind, rng, missed_here, wrong_gaze, thought, memory):
     """The expert's looks at one target, slips among them, until a hit fits what is wanted: returns (its name or None, what to think next).
-
-    phrase: the true look, of a look-alike (kind "detail") its detail, too; kind: how the question points; missed_here: (look, box) of the base model's own mistake, or None; thought: the end of
-    the last thought; memory: what was found of the first of two. Of look-alikes every box is tried in turn: looks in vain, but no slips."""
+ phrase: the true look, of a look-alike (kind "detail") its detail, too; kind: how the question points; missed_here: (look, box) of the base
+    model's own mistake, or None; thought: the end of the last thought; memory: what was found of the first of two. Of look-alikes every box
+    is tried in turn: looks in vain, but no slips."""
     looks, boxes = [e.look for e in q.scene.entities], q.scene.boxes
     if kind not in ("look", "colour", "detail") and (also := also_looks(q.scene.entities[target])):
         phrase = rng.choice([phrase, *also])  # the question names no colour, so any will do
     alike, others = ([b for b, l in zip(boxes, looks) if (l == looks[target]) == same] for same in (True, False))
     places = ["glance"] if len(looks) == 1 else left_to_right(alike) if kind == "detail" else [boxes[target]]
-    tries = [(phrase, place, False) for place in places]  # (the look that the thought names, where to look, is it a slip?); it is the true look but in the base model's own mistake
+    # (the look that the thought names, where to look, is it a slip?); it is the true look but in the base model's own mistake
+    tries = [(phrase, place, False) for place in places]
     elsewhere = [b for b in (rng.choice(others or [None]), _bare_wall(boxes, rng)) if b]
     if missed_here:
         tries = [(*missed_here, True), *tries]
@@ -200,19 +208,21 @@ def _find(q, target, phrase, kind, rng, missed_here, wrong_gaze, thought, memory
         thought = compare_aloud(wanted, seen)
         if name:
             break
-    # `named` is not `phrase` only in the base model's own mistake: a hit that fits it is a stranger, so no name. (A stranger that fits `phrase` leads to a wrong answer. grpo.instruct drops both.)
+    # `named` is not `phrase` only in the base model's own mistake: a hit that fits it is a stranger, so no name. (A stranger that fits
+    # `phrase` leads to a wrong answer. grpo.instruct drops both.)
     return (name if named == phrase else None), with_commas(thought, name, plan(q.chain), memory)
 
 
 def _bare_wall(boxes, rng):
-    """A box where nothing hangs, as one who mixes up two objects sees it: the columns of one, the rows of another. None if the lot fell badly."""
+    """A box where nothing hangs, as one who mixes up two objects sees it: the columns of one, the rows of another. None if the lot fell
+    badly."""
     (x0, _, x1, _), (_, y0, _, y1) = rng.choice(boxes), rng.choice(boxes)
     return (x0, y0, x1, y1) if all(data.iou((x0, y0, x1, y1), b) < 0.2 for b in boxes) else None
 
 
 def plan(chain):
-    """What is still to be looked up, in the question's own words, the next step last. Every thought repeats it, less what has been found: to copy a list
-    and stop one earlier is easier than to turn it round (results/trials.md)."""
+    """What is still to be looked up, in the question's own words, the next step last. Every thought repeats it, less what has been found:
+    to copy a list and stop one earlier is easier than to turn it round (results/trials.md)."""
     return f"for the {' of the '.join(reversed(chain))}" if chain else ""
 
 
@@ -226,30 +236,35 @@ def gaze(box):
 
 
 def left_to_right(boxes):
-    """Boxes column by column, each from top to bottom: their left edges alone would order a column by its jitter, which nobody can learn."""
+    """Boxes column by column, each from top to bottom: their left edges alone would order a column by its jitter, which nobody can
+    learn."""
     ordered = sorted(boxes, key=lambda b: b[0] + b[2])
-    columns = itertools.accumulate(b[0] + b[2] - a[0] - a[2] > 16 for a, b in zip(ordered[:1] + ordered, ordered))  # a new one where centres are 8 apart
+    # a new one where centres are 8 apart
+    columns = itertools.accumulate(b[0] + b[2] - a[0] - a[2] > 16 for a, b in zip(ordered[:1] + ordered, ordered))
     return [b for _, _, b in sorted((column, b[1], b) for column, b in zip(columns, ordered))]
 
 
 def spots(boxes):
-    """Where look-alikes hang that are still to be looked at, the next last, as in `plan`: every thought drops one, so that nobody looks there twice."""
+    """Where look-alikes hang that are still to be looked at, the next last, as in `plan`: every thought drops one, so that nobody looks
+    there twice."""
     return " at " + ", ".join(f"{(x0 + x1) // 2} {(y0 + y1) // 2}" for x0, y0, x1, y1 in reversed(boxes)) if boxes else ""
 
 
 def must_match(kind, phrase):
-    """The words that a hit must match: asked for "the round shield" only "round", as the colour in the thought is a guess; asked for "the red shield" only "red"; else the whole phrase."""
+    """The words that a hit must match: asked for "the round shield" only "round", as the colour in the thought is a guess; asked for "the
+    red shield" only "red"; else the whole phrase."""
     return phrase.split()[0] if kind == "colour" else phrase.split()[-1] if kind == "shape" else phrase
 
 
 def also_looks(e):
-    """A flag has several colours, and nobody can say which of them strikes the eye from afar: its look by those that its caption does not begin with."""
+    """A flag has several colours, and nobody can say which of them strikes the eye from afar: its look by those that its caption does not
+    begin with."""
     return [f"{colour} {e.look.split()[1]}" for colour in e.detail.split(" and ") if colour in data.TINCTURES]
 
 
 def look_thought(scene, i, kind, phrase):
-    """What to think before a look at object i. By its shape: that shape first, or its colour would be named before the shape has been read. By its
-    neighbour it is found in two steps: where does that one hang, and what is beside it?"""
+    """What to think before a look at object i. By its shape: that shape first, or its colour would be named before the shape has been read.
+    By its neighbour it is found in two steps: where does that one hang, and what is beside it?"""
     if kind != "neighbour":
         return (f"{phrase.split()[-1]}, " if kind == "shape" else "") + f"look at {phrase}"
     looks = [e.look for e in scene.entities]
@@ -258,8 +273,9 @@ def look_thought(scene, i, kind, phrase):
 
 
 def compare_aloud(wanted, seen):
-    """What to think about what was found: part by part (look, then detail), up to the first that differs. Five words at once are too much for a small
-    model: of look-alikes that differ in one of them some kind, by luck of the run, went unnoticed nearly always (results/trials.md)."""
+    """What to think about what was found: part by part (look, then detail), up to the first that differs. Five words at once are too much
+    for a small model: of look-alikes that differ in one of them some kind, by luck of the run, went unnoticed nearly always
+    (results/trials.md)."""
     pairs = list(zip(wanted.split(", "), seen.split(", ")))
     differ = next((i for i, (w, s) in enumerate(pairs) if w != s), len(pairs) - 1)
     return ", ".join(f"want {w}, see {s}: {'yes' if w == s else 'no'}" for w, s in pairs[:differ + 1])
@@ -281,8 +297,8 @@ def _try(turn, action, patience=3):
 
 
 def _best_hit(obs, phrase, kind):
-    """(name, what the best hit shows): name is None if the hit does not fit the phrase. What it shows is cut to what the phrase tells: colour, shape, look (of a flag: by any of
-    its colours), or look and detail."""
+    """(name, what the best hit shows): name is None if the hit does not fit the phrase. What it shows is cut to what the phrase tells:
+    colour, shape, look (of a flag: by any of its colours), or look and detail."""
     name, _, blazon = (obs or "").split(" | ")[0].partition(": ")
     look, *_, detail = blazon.split(", ") if ", " in blazon else (blazon, "")
     if phrase.split()[0] in detail.split(" and ") and "," not in phrase:  # "gold banner, red and green" is a red banner, too
@@ -330,13 +346,19 @@ def next_turn(script, observation):
 # ------------------------------------------------------------------------------------------------------------ evaluation
 
 SUITES = {  # the six held-out suites, as (kind, setting, weight): what each isolates (the paper's benchmark that it stands for)
-    "facts": [("hop1", "normal", 5), ("name", "normal", 2), ("colour", "normal", 1), ("shape", "normal", 1), ("count", "normal", 1)],  # FVQA
+    # FVQA
+    "facts": [("hop1", "normal", 5), ("name", "normal", 2), ("colour", "normal", 1), ("shape", "normal", 1), ("count", "normal", 1)],
     "fine": [("name", "small", 1), ("hop1", "small", 1)],  # InfoSeek: small target among look-alikes
-    "plain": [("name", "single", 2), ("hop1", "single", 3), ("colour", "single", 1), ("shape", "normal", 2), ("count", "normal", 2)],  # SimpleVQA
-    "crowd": [("name", "crowd", 1), ("hop1", "crowd", 2)],  # MMSearch: more and smaller objects than in any demonstration (lessons in pointing know them; RL asks two parts of 18, of the training split)
+    # SimpleVQA
+    "plain": [("name", "single", 2), ("hop1", "single", 3), ("colour", "single", 1), ("shape", "normal", 2), ("count", "normal", 2)],
+    # MMSearch: more and smaller objects than in any demonstration (lessons in pointing know them; RL asks two parts of 18, of the training
+    # split)
+    "crowd": [("name", "crowd", 1), ("hop1", "crowd", 2)],
     "live": [("hop1", "normal", 3), ("hop2", "normal", 1)],  # LiveVQA: facts rewritten, entities added after training
-    "hops": [("hop4", "normal", 3), ("hop5", "normal", 1)]}  # DynVQA: more hops than any demonstration shows (lessons without pictures do; RL asks such, of the training split: data.RL_MIX)
-DEV_MIX = [(kind, setting, weight / sum(w for *_, w in mix)) for mix in SUITES.values() for kind, setting, weight in mix]  # the mixes of all suites, each as heavy as the others
+    # DynVQA: more hops than any demonstration shows (lessons without pictures do; RL asks such, of the training split: data.RL_MIX)
+    "hops": [("hop4", "normal", 3), ("hop5", "normal", 1)]}
+# the mixes of all suites, each as heavy as the others
+DEV_MIX = [(kind, setting, weight / sum(w for *_, w in mix)) for mix in SUITES.values() for kind, setting, weight in mix]
 
 
 def suite(world, name, n=300):
@@ -378,10 +400,9 @@ def looked_elsewhere(t):
 
 def behaviour(trajectories):
     """What a policy does: {metric: value}, over a list of trajectories. Shares are 0..1, of trajectories or (action_share) of turns.
-
-    no / single / mixed_search: none, one kind or several kinds of tool; gaze_correct: gazes with IoU >= 0.5 with a target; target_found: some
-    gaze of the trajectory had (of questions that need a tool, about more than one object); reflection: vain gazes that a gaze elsewhere follows;
-    truncated: ended without an answer.
+ no / single / mixed_search: none, one kind or several kinds of tool; gaze_correct: gazes with IoU >= 0.5 with a target; target_found: some
+    gaze of the trajectory had (of questions that need a tool, about more than one object); reflection: vain gazes that a gaze elsewhere
+    follows; truncated: ended without an answer.
     """
     mean = lambda values: float(np.mean(values)) if len(values) else float("nan")
     kinds = [{t.kind for t in x.turns} & {"search", "glance", "gaze"} for x in trajectories]
@@ -409,12 +430,14 @@ def by_size(trajectories):
 
 
 def evaluate(policy, env, questions, row="", seed=0, turns=MAX_TURNS, progress=None):
-    """Greedy trajectories of one row of the main table (default: no baseline), at most so many turns (of a row without a schedule); `policy` may be None for oracle and random."""
+    """Greedy trajectories of one row of the main table (default: no baseline), at most so many turns (of a row without a schedule);
+    `policy` may be None for oracle and random."""
     rng = random.Random(f"{row}/{seed}")
     if row in ("oracle", "random"):
         words = sorted({a for q in questions for a in q.answers})  # possible answers
         return play_scripts(env, questions, [expert(q, rng) if row == "oracle" else chance(q, rng, words) for q in questions], progress=progress)
-    return rollout(policy, env, questions, 1, 0.0, schedule=SCHEDULES.get(row, [ACTIONS] * turns), rows=320, progress=progress)  # a whole suite at once
+    # a whole suite at once
+    return rollout(policy, env, questions, 1, 0.0, schedule=SCHEDULES.get(row, [ACTIONS] * turns), rows=320, progress=progress)
 
 
 # ----------------------------------------------------------------------------------------------------- tables and curves
@@ -431,7 +454,8 @@ STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.
 
 
 def pooled(measured, row, size):
-    """Accuracy in percent where the target has one of SIZES, of all suites together: mean of the seeds in `measured` (rows of results.csv); "" where there is none."""
+    """Accuracy in percent where the target has one of SIZES, of all suites together: mean of the seeds in `measured` (rows of results.csv);
+    "" where there is none."""
     seeds = {}
     for r in (r for r in measured if (r["row"], r["metric"]) == (row, f"accuracy_{size}")):
         seeds.setdefault(r["seed"], []).append((float(r["value"]), int(r["n"])))
@@ -439,14 +463,16 @@ def pooled(measured, row, size):
 
 
 def grid_tables(tables, measured, paper):
-    """Markdown of {table: its rows}: accuracy in percent, the mean of the seeds in `measured` (rows of results.csv) +- half of its 95 % interval, beside the paper's mean. The last column compares
-    with the SFT policy of the same seed: base models differ more from seed to seed than most rows from each other."""
+    """Markdown of {table: its rows}: accuracy in percent, the mean of the seeds in `measured` (rows of results.csv) +- half of its 95 %
+    interval, beside the paper's mean. The last column compares with the SFT policy of the same seed: base models differ more from seed to
+    seed than most rows from each other."""
     accuracy = {(r["row"], r["seed"], r["suite"]): (float(r["value"]), int(r["n"])) for r in measured if r["metric"] == "accuracy"}
     suites = [s for s in SUITES if any(s == suite for *_, suite in accuracy)]
     text = ("Accuracy in percent, mean of the seeds +- half of the 95 % interval: over seeds (Student), or, where there is one seed, over questions (binomial). Over SFT: the mean "
             "less that of the SFT policy of the same seed. Small, medium, large: questions that need a tool and whose target fills up to 4 %, up to 9 %, or more of the picture, all "
             "suites together. Empty: not measured yet.\n")
-    cells = lambda row, seeds: np.array([[accuracy[row, s, suite] for suite in suites] for s in seeds]).transpose(2, 0, 1)  # (seeds, suites, 2) -> two of (seeds, suites)
+    # (seeds, suites, 2) -> two of (seeds, suites)
+    cells = lambda row, seeds: np.array([[accuracy[row, s, suite] for suite in suites] for s in seeds]).transpose(2, 0, 1)
     for name, rows in tables.items():
         text += f"\n## {name}\n\n| row | paper, mean | {' | '.join(suites)} | mean | over SFT | {' | '.join(SIZES)} | seeds |\n" + "|---" * (len(suites) + 8) + "|\n"
         for row in rows:
@@ -454,7 +480,8 @@ def grid_tables(tables, measured, paper):
             shown = [""] * (len(suites) + 2)
             if seeds:
                 (p, n), (q, _) = cells(row, seeds), cells("sft", seeds)
-                every, v, w = np.column_stack([p, p.mean(1), (p - q).mean(1)]), *((x * (1 - x) / n)[0] for x in (p, q))  # (seeds, suites + 2), two of (suites,)
+                # (seeds, suites + 2), two of (suites,)
+                every, v, w = np.column_stack([p, p.mean(1), (p - q).mean(1)]), *((x * (1 - x) / n)[0] for x in (p, q))
                 half = STUDENT.get(len(seeds), 2.26) * every.std(0, ddof=1) / len(seeds) ** 0.5 if seeds[1:] else 1.96 * np.array([*v, v.mean() / len(v), (v + w).mean() / len(v)]) ** 0.5
                 shown = [f"{100 * m:.1f} +- {100 * h:.1f}" for m, h in zip(every.mean(0), half)]
             text += f"| {row} | {paper.get(row, '')} | {' | '.join(shown)} | {' | '.join(pooled(measured, row, size) for size in SIZES)} | {len(seeds)} |\n"
@@ -511,8 +538,9 @@ def poster(t, width=760, line=19):
 
 
 def record(t, world, v, pictures):
-    """A trajectory as report.html shows it and report.jsonl keeps it: all of it but who did it, its reward and advantage (train.report_entry adds those). `pictures`: {scene or name: (its number, its size,
-    data URI)}, to which those of the scene and of the hits are added; each is drawn once."""
+    """A trajectory as report.html shows it and report.jsonl keeps it: all of it but who did it, its reward and advantage
+    (train.report_entry adds those). `pictures`: {scene or name: (its number, its size, data URI)}, to which those of the scene and of the
+    hits are added; each is drawn once."""
     def add(key, what, px):  # what: a scene or an entity, px: how large
         if key not in pictures:
             picture = on_grey(what.picture(px)).copy()
@@ -526,7 +554,8 @@ def record(t, world, v, pictures):
         return add(entity.name, entity, 48)[0] if entity and entity.look and line[0].isdigit() else None
 
     image = v.id["<image>"]
-    tokens = [("[picture]" if i == image else v.decode([i]), int(own)) for i, own, before in zip(t.ids, t.trained, [None, *t.ids]) if not i == before == image]  # a picture is many tokens
+    # a picture is many tokens
+    tokens = [("[picture]" if i == image else v.decode([i]), int(own)) for i, own, before in zip(t.ids, t.trained, [None, *t.ids]) if not i == before == image]
     turns = [dict(kind=x.kind, argument=x.argument, thought=x.thought, ok=x.ok, iou=overlap(t, x.argument) if x.kind == "gaze" and t.question.targets else None,
                   found=[dict(text=line, picture=shown(line) if x.kind in ("glance", "gaze") else None) for line in x.observation.split(" | ") if line]) for x in t.turns]
     q = t.question
@@ -536,11 +565,12 @@ def record(t, world, v, pictures):
 
 
 def write_report(path, title, about, tries, pictures, table=None, curves=None):
-    """One page that needs nothing else (viewer.html, filled), and beside it the tries as jsonl. tries: `record` and what sets each apart; table: {columns, rows};
-    curves: {name: values}."""
+    """One page that needs nothing else (viewer.html, filled), and beside it the tries as jsonl. tries: `record` and what sets each apart;
+    table: {columns, rows}; curves: {name: values}."""
     content = dict(title=title, about=about, table=table or dict(columns=[], rows=[]), curves=[dict(name=c, values=y) for c, y in (curves or {}).items() if y],
                 pictures=[uri for *_, uri in pictures.values()], trajectories=tries)
-    page, text = (data.Path(__file__).parent / "viewer.html").read_text(encoding="utf-8"), json.dumps(content, allow_nan=False).replace("<", "\\u003c")  # no text can end the script that it stands in
+    # no text can end the script that it stands in
+    page, text = (data.Path(__file__).parent / "viewer.html").read_text(encoding="utf-8"), json.dumps(content, allow_nan=False).replace("<", "\\u003c")
     atomic(path, lambda p: p.write_text(page.replace(">DATA<", f">{text}<"), encoding="utf-8"))
     atomic(data.Path(path).with_suffix(".jsonl"), lambda p: p.write_text("".join(json.dumps(t) + "\n" for t in tries), encoding="utf-8"))
     print(f"to look at: {path}", file=sys.stderr)
@@ -558,10 +588,13 @@ def tell(t):
 
 
 def doubts(t):
-    """What speaks against the answer of a trajectory, in words; "" where nothing does. A policy answers anyway: it has never seen a question without an answer."""
-    scores = [turn.observation.split(" ")[0] for turn in t.turns if turn.kind in ("glance", "gaze") and turn.ok]  # of the best hit of every look
+    """What speaks against the answer of a trajectory, in words; "" where nothing does. A policy answers anyway: it has never seen a
+    question without an answer."""
+    # of the best hit of every look
+    scores = [turn.observation.split(" ")[0] for turn in t.turns if turn.kind in ("glance", "gaze") and turn.ok]
     found = normalise(" ".join(turn.observation for turn in t.turns if turn.kind != "malformed"))
-    seen = t.answer is None or normalise(t.answer) in (*data.TINCTURES, *data.OUTLINES, *map(str, range(20)))  # what can be told without a search
+    # what can be told without a search
+    seen = t.answer is None or normalise(t.answer) in (*data.TINCTURES, *data.OUTLINES, *map(str, range(20)))
     reasons = {"it ended without an answer": t.answer is None, "nothing was looked up": not found and not seen,
                "the answer stands in nothing that was found": found and f" {normalise(t.answer or '')} " not in f" {found} ", 
                "the picture is like nothing that is known": scores and not any(s.isdecimal() and int(s) >= KNOWN for s in scores)}

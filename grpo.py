@@ -7,22 +7,23 @@ Here instead, numbered:
   2. A group whose r_acc are all equal (all right, or all wrong) has no advantage and leaves loss and denominator; it is counted as dead.
      Groups are judged on r_acc, not reward: with division by the standard deviation a group that differs only in format would
      turn lambda = 0.1 into a full +-1.
-  3. One update a batch, so the ratio is 1 (up to the rounding of bfloat16, where that is used) and the clip hardly ever binds (the loss is the
-     general one).
-  4. The value of the loss tells nothing about progress: the advantages of a group sum to 0, so it stays near 0.1 whatever happens (not at 0,
-     as wrong trajectories have more tokens than right ones). Watch accuracy and entropy instead.
-  5. `fresh`, the default curriculum: a pass rate p is kept for each kind of question (four hops, counting ..), not for each question. A kind is drawn with its weight
-     in data.RL_MIX times 0.02 + p(1-p), a new question of it is asked, and p follows the rollouts: what is too easy or too hard now teaches nothing now. In an early trial (AdamW,
-     another mix: results/trials.md) 800 questions that were scored first gained 9.5 points on themselves and 3.9 on others; `fresh` gained 4.1 on others, and nothing must be
-     scored first. `level2` is the paper's curriculum, `adaptive` draws as `fresh` does, from questions that were scored first.
-  6. A pass rate cannot tell what is half learnt from what is half luck: look-alikes and comparisons succeed half of the time, too, and their
-     gradients have nothing in common (`signal`, grpo_step). So data.RL_MIX has few look-alikes (two parts of 18, against forgetting) and no
-     comparisons: two batches of 256 rollouts of chains and counting had a cosine of 0.16, with many look-alikes among them 0.03. (`signal` compares
-     the two halves of one batch, of a policy that has begun to learn: 0.03 on average in the published run.)
+  3. One update a batch, so the ratio is 1 (up to the rounding of bfloat16, where that is used) and the clip hardly ever binds (the loss is
+     the general one).
+  4. The value of the loss tells nothing about progress: the advantages of a group sum to 0, so it stays near 0.1 whatever happens (not at
+     0, as wrong trajectories have more tokens than right ones). Watch accuracy and entropy instead.
+  5. `fresh`, the default curriculum: a pass rate p is kept for each kind of question (four hops, counting ..), not for each question. A
+     kind is drawn with its weight in data.RL_MIX times 0.02 + p(1-p), a new question of it is asked, and p follows the rollouts: what is
+     too easy or too hard now teaches nothing now. In an early trial (AdamW, another mix: results/trials.md) 800 questions that were scored
+     first gained 9.5 points on themselves and 3.9 on others; `fresh` gained 4.1 on others, and nothing must be scored first. `level2` is
+     the paper's curriculum, `adaptive` draws as `fresh` does, from questions that were scored first.
+  6. A pass rate cannot tell what is half learnt from what is half luck: look-alikes and comparisons succeed half of the time, too, and
+     their gradients have nothing in common (`signal`, grpo_step). So data.RL_MIX has few look-alikes (two parts of 18, against forgetting)
+     and no comparisons: two batches of 256 rollouts of chains and counting had a cosine of 0.16, with many look-alikes among them 0.03.
+     (`signal` compares the two halves of one batch, of a policy that has begun to learn: 0.03 on average in the published run.)
   7. A base model of our own, where the paper takes one from the shelf: labels for the eyes, lessons in words, an exam.
 
-Reading order: reward and advantage -> policy loss -> one step of each stage -> what they learn from: GoG-Instruct (SFT), levels and curriculum
-    (RL) -> the base model: what it can spell -> labels for the eyes -> lessons in words -> exam, replay.
+Reading order: reward and advantage -> policy loss -> one step of each stage -> what they learn from: GoG-Instruct (SFT), levels and
+    curriculum (RL) -> the base model: what it can spell -> labels for the eyes -> lessons in words -> exam, replay.
 
 Alphabet: Q questions, G rollouts a question (the group), M trained tokens; `a`: the flags (train.Args), `env.v`: the vocabulary.
 """
@@ -46,7 +47,8 @@ from tools import PROCESSES, Trajectory, crop, parse, to_array
 
 
 def accuracy_reward(t, search_penalty=0.0):
-    """r_acc of a trajectory, in [0, 1]: exact match, 0 or 1, times 1 - search_penalty if it used a tool (no penalty in the paper; 0.1 in MMSearch-R1)."""
+    """r_acc of a trajectory, in [0, 1]: exact match, 0 or 1, times 1 - search_penalty if it used a tool (no penalty in the paper; 0.1 in
+    MMSearch-R1)."""
     return t.correct * (1 - search_penalty * any(turn.kind in ("search", "glance", "gaze") for turn in t.turns))
 
 
@@ -83,18 +85,21 @@ def policy_loss(logp, old_logp, advantage, low=0.2, high=0.2, reference=None, be
 # ------------------------------------------------------------------------------------------------ one step of each stage
 
 def token_logprobs(policy, env, trajectories, temperature=1.0):
-    """Log-probability of every trained token, flat (M,), and of every id that could stand there, (M, vocab). Only tokens with `trained` count, and only ids that may be sampled compete: the same for SFT and RL."""
+    """Log-probability of every trained token, flat (M,), and of every id that could stand there, (M, vocab). Only tokens with `trained`
+    count, and only ids that may be sampled compete: the same for SFT and RL."""
     ids, trained, lengths, pictures = packed(trajectories, env.v.id["<pad>"], policy.device)
     hidden = policy(ids, pictures, env.image_ids[0], lengths=lengths)
-    wanted = trained[:, 1:]  # token t is predicted at position t - 1; a trajectory's first is <bos>, never trained, so none is predicted from its neighbour
+    # token t is predicted at position t - 1; a trajectory's first is <bos>, never trained, so none is predicted from its neighbour
+    wanted = trained[:, 1:]
     logits = policy.logits(hidden[:, :-1][wanted]).masked_fill(~torch.tensor(env.sampleable, device=policy.device), float("-inf"))
     all_logp = F.log_softmax(logits.float() / temperature, -1)
     return all_logp.gather(1, ids[:, 1:][wanted][:, None])[:, 0], all_logp
 
 
 def supervised_step(policy, env, batch, opts, budget=4000):
-    """One optimiser step of the causal LM loss on the tokens to be learnt (`trained`: the expert's own, or the answers of a lesson); the denominator is the whole batch's (of all
-    processes: `batch` is this one's share), so the size of micro-batches does not change the gradient."""
+    """One optimiser step of the causal LM loss on the tokens to be learnt (`trained`: the expert's own, or the answers of a lesson); the
+    denominator is the whole batch's (of all processes: `batch` is this one's share), so the size of micro-batches does not change the
+    gradient."""
     total, loss = summed(sum(sum(t.trained) for t in batch)).item(), 0.0
     for part in micro_batches(batch, [len(t.ids) for t in batch], budget):
         logp, _ = token_logprobs(policy, env, part)
@@ -104,8 +109,9 @@ def supervised_step(policy, env, batch, opts, budget=4000):
 
 
 def grpo_step(policy, reference, env, batch, advantages, opts, a):
-    """One update from rollouts (list of Q*G) and their advantages (Q*G,). Rollouts whose advantage is 0 are left out; the loss is divided by the trained tokens of
-    the rest. `signal`: cosine of the gradients of the even and of the odd questions; 1: both halves ask for the same change, 0: they have nothing in common, all is luck."""
+    """One update from rollouts (list of Q*G) and their advantages (Q*G,). Rollouts whose advantage is 0 are left out; the loss is divided
+    by the trained tokens of the rest. `signal`: cosine of the gradients of the even and of the odd questions; 1: both halves ask for the
+    same change, 0: they have nothing in common, all is luck."""
     alive = advantages.nonzero()[:, 0].tolist()
     if not a.mask:  # to see why the mask is there: every token counts as the policy's own, what tools have answered, too
         env, batch = copy(env), [replace(t, trained=[False] + [True] * (len(t.ids) - 1)) for t in batch]
@@ -157,7 +163,8 @@ def iteration(policy, reference, env, questions, opts, a, generator):
 # ------------------------------------------------------------------------------- what they learn from: demonstrations, levels
 
 def level(p):
-    """Complexity level of a pass rate p in [0, 1]: 0 easy, 1 about a half (1/2 to 5/8: of four tries two, of eight four or five), 2 hard (below 1/2, the paper trains on these)."""
+    """Complexity level of a pass rate p in [0, 1]: 0 easy, 1 about a half (1/2 to 5/8: of four tries two, of eight four or five), 2 hard
+    (below 1/2, the paper trains on these)."""
     return 2 if p < 0.5 else 1 if p <= 0.625 else 0
 
 
@@ -170,7 +177,8 @@ def pass_rates(policy, env, pool, n=4, temperature=1.0, seed=0):
 
 
 def uncertain(policy, env, pool, n=4, seed=0):
-    """The uncertainty filter: keeps a question unless n sampled answers (temperature 1) without any tool are all right. Where the first is wrong, no more are drawn."""
+    """The uncertainty filter: keeps a question unless n sampled answers (temperature 1) without any tool are all right. Where the first is
+    wrong, no more are drawn."""
     generator, sure = torch_rng(policy.device, "filter", seed), list(range(len(pool)))
     for tries in (1, n - 1):  # the others side by side: they share the reading of their prompt
         answered = gog.rollout(policy, env, [pool[i] for i in sure], tries, schedule=gog.SCHEDULES["direct"], generator=generator, rows=1024, progress="uncertainty filter")
@@ -182,7 +190,8 @@ def instruct(policy, env, world, n=5750, seed=0, wrong_gaze=0.2):
     """GoG-Instruct: `n` expert trajectories, 43.5 % of them search-free, of questions that survive the filter; every one is
     checked: the answer is right, and the last gaze lies on a target."""
     quota = {True: round(0.435 * n), False: n - round(0.435 * n)}
-    mix = [(kind, setting, w) for kind, setting, w in data.SFT_MIX if env.may_gaze or setting == "single" or kind in (*data.VISUAL, "count")]  # what can be told without a gaze
+    # what can be told without a gaze
+    mix = [(kind, setting, w) for kind, setting, w in data.SFT_MIX if env.may_gaze or setting == "single" or kind in (*data.VISUAL, "count")]
     chosen, asked, dropped, rng, part = {True: [], False: []}, 0, 0, random.Random(f"expert/{seed}"), 0
     bar = tqdm(total=n, desc="demonstrations")
     while any(len(chosen[free]) < quota[free] for free in quota):
@@ -205,8 +214,8 @@ def instruct(policy, env, world, n=5750, seed=0, wrong_gaze=0.2):
 
 
 def misses(policy, env, questions, rows=256):
-    """Where the base model points in vain (IoU < 0.5), for every question: {target: (the look that it named, the box that it chose)}. With these
-    mistakes the expert begins, to show how to recover."""
+    """Where the base model points in vain (IoU < 0.5), for every question: {target: (the look that it named, the box that it chose)}. With
+    these mistakes the expert begins, to show how to recover."""
     out = [{} for _ in questions]
     asked = [(i, target, data.references(q.scene)[target][kind]) for i, q in enumerate(questions) if len(q.scene.boxes) > 1 and not q.search_free
              for target, kind in zip(q.targets, q.pointed_by) if kind != "detail"]  # look-alikes must all be looked at, anyway
@@ -216,15 +225,17 @@ def misses(policy, env, questions, rows=256):
         pictures = [to_array(questions[i].scene.picture(), env.side) for i, *_ in batch]
         for (i, target, _), turn in zip(batch, gog.respond(policy, env, prompts, pictures)):
             x0, y0, x1, y1 = box = turn.argument if turn.kind == "gaze" else (0, 0, 0, 0)
-            taken_for = re.split("look at |it ", turn.thought)[-1]  # thoughts end in "look at LOOK" or, by a neighbour, in "left of it LOOK" (gog.look_thought)
+            # thoughts end in "look at LOOK" or, by a neighbour, in "left of it LOOK" (gog.look_thought)
+            taken_for = re.split("look at |it ", turn.thought)[-1]
             if taken_for and min(x1 - x0, y1 - y0) >= 3 and data.iou(box, questions[i].scene.boxes[target]) < 0.5:
                 out[i][target] = taken_for, box
     return out
 
 
 class Curriculum:
-    """Decides what is asked next. `pass_rates` holds one rate a question (modes "level1", "level2", "all", "learnable": 0 < p < 1/2, "adaptive") or one a kind of question ("fresh").
-    `draw` gives indices into it. `worth`: weight of each entry, default 1; `pool`: the indices that may be drawn, default: what the mode allows."""
+    """Decides what is asked next. `pass_rates` holds one rate a question (modes "level1", "level2", "all", "learnable": 0 < p < 1/2,
+    "adaptive") or one a kind of question ("fresh"). `draw` gives indices into it. `worth`: weight of each entry, default 1; `pool`: the
+    indices that may be drawn, default: what the mode allows."""
 
     def __init__(self, pass_rates, mode="fresh", seed=0, pool=None, worth=None):
         self.pass_rates, self.mode, self.seed, self.worth = pass_rates, mode, seed, worth or [1] * len(pass_rates)
@@ -234,21 +245,23 @@ class Curriculum:
             raise data.WorldError(f"no question is left for --curriculum {mode}: use --curriculum all")
 
     def draw(self, n, step):
-        """Indices of the n entries of a step, by lot: all different where the pool is large enough. adaptive, fresh: with replacement, by weight times 0.02 + p(1-p); p(1-p) is the variance of one
-        try, and 0.02 is left so that nothing is given up for good."""
+        """Indices of the n entries of a step, by lot: all different where the pool is large enough. adaptive, fresh: with replacement, by
+        weight times 0.02 + p(1-p); p(1-p) is the variance of one try, and 0.02 is left so that nothing is given up for good."""
         rng = random.Random(f"curriculum/{self.seed}/{step}")
         if self.mode not in ("adaptive", "fresh"):
             return rng.sample(self.pool * -(-n // len(self.pool)), n)
         return rng.choices(self.pool, [self.worth[i] * (0.02 + self.pass_rates[i] * (1 - self.pass_rates[i])) for i in self.pool], k=n)
 
     def seen(self, indices, rates):
-        """Re-score what the rollouts just made belong to, by an exponential mean of the pass rate: long for a kind, as its questions differ."""
+        """Re-score what the rollouts just made belong to, by an exponential mean of the pass rate: long for a kind, as its questions
+        differ."""
         for i, p in zip(indices, rates):
             self.pass_rates[i] += (0.1 if self.mode == "fresh" else 0.5) * (p - self.pass_rates[i])
 
 
 def kinds(world):
-    """What `fresh` draws from: every kind of RL_MIX that can be asked of this world, as (kind, setting, weight), and the user's own questions."""
+    """What `fresh` draws from: every kind of RL_MIX that can be asked of this world, as (kind, setting, weight), and the user's own
+    questions."""
     can_be_asked = lambda kind, setting: any(data.ask(world, kind, setting, ("train",), random.Random(i)) for i in range(200))
     return [*world.own[::2], *((kind, setting, weight) for kind, setting, weight in data.RL_MIX if can_be_asked(kind, setting))]
 
@@ -258,7 +271,8 @@ def ask_each(world, wanted, seed):
     return [w if isinstance(w, data.Question) else data.questions(world, [w], 1, f"{seed}/{i}")[0] for i, w in enumerate(wanted)]
 
 
-# ======================================================= from here on: how the base model is made. For GRPO alone, stop here and go on to train.py.
+# ======================================================= from here on: how the base model is made. For GRPO alone, stop here and go on to
+# train.py.
 # ----------------------------------------------------------------------- base model: what it can spell, labels for the eyes
 
 def corpus(seed=0):
@@ -272,18 +286,22 @@ def corpus(seed=0):
 
 
 # Label k of a part is its k-th value here (None: there is nothing of the kind); label -1 is left out of the loss.
-PARTS = {  # (tincture and outline first: `lay_on_grid`) what can be told about the shield that a cell shows (None: bare wall, or nobody on that side), how it hangs, and what is beside it
+# (tincture and outline first: `lay_on_grid`) what can be told about the shield that a cell shows (None: bare wall, or nobody on that side),
+# how it hangs, and what is beside it
+PARTS = {
     "tincture": [None, *data.TINCTURES], "outline": [None, *data.OUTLINES], "ordinary": list(data.ORDINARIES), "ordinary_tincture": list(data.TINCTURES),
     "charge": [None, *data.CHARGES], "charge_tincture": list(data.TINCTURES), "count": [1, 2, 3], "across": data.ACROSS, "down": data.DOWN, "size": data.SIZE,
     **{(side, k): [None, *kinds] for side in data.SIDES for k, kinds in enumerate((data.TINCTURES, data.OUTLINES))}}
 FINE = ("ordinary", "ordinary_tincture", "charge", "charge_tincture", "count")  # not to be told from afar
-TIED = ("tincture", "outline", "across", "down", "size", "charge")  # parts whose labels 1, 2, .. are words; image tokens are drawn towards the embeddings of these words (see_step)
+# parts whose labels 1, 2, .. are words; image tokens are drawn towards the embeddings of these words (see_step)
+TIED = ("tincture", "outline", "across", "down", "size", "charge")
 
 
 def labelled_pictures(config, seed, size, i):
-    """Batch i of pictures with dense labels, on every patch and on every image token: where are the edges of the shield that covers most of it, what is
-    it, how does it hang. Depends on (seed, i) only; of several processes this one's share. In numpy (tensors would travel between processes through a socket): pictures uint8 (B, 3, S, S),
-    boxes float (B, P + N, 4) in 0..1, labels int (B, P + N, parts), -1 where nothing can be told."""
+    """Batch i of pictures with dense labels, on every patch and on every image token: where are the edges of the shield that covers most of
+    it, what is it, how does it hang. Depends on (seed, i) only; of several processes this one's share. In numpy (tensors would travel
+    between processes through a socket): pictures uint8 (B, 3, S, S), boxes float (B, P + N, 4) in 0..1, labels int (B, P + N, parts), -1
+    where nothing can be told."""
     return [np.stack(x) for x in zip(*(labelled_picture(config, random.Random(f"sights/{seed}/{i}/{k}")) for k in share(range(max(size, PROCESSES)))))]
 
 
@@ -303,7 +321,8 @@ def labelled_picture(config, rng):
 def part_labels(town, place, towns, box):
     """The label of every part of one shield."""
     shown = {**vars(town.arms), **place, **{(side, k): towns[place[side]].look.split()[k] if side in place else None for side in data.SIDES for k in (0, 1)}}
-    return [-1 if part in FINE and box[3] - box[1] < 35 else values.index(shown[part]) for part, values in PARTS.items()]  # 35 % of the wall's height
+    # 35 % of the wall's height
+    return [-1 if part in FINE and box[3] - box[1] < 35 else values.index(shown[part]) for part, values in PARTS.items()]
 
 
 def lay_on_grid(boxes, labels, grid):
@@ -313,7 +332,8 @@ def lay_on_grid(boxes, labels, grid):
     along = lambda low, high: (np.minimum(high[:, None], edge[1:]) - np.maximum(low[:, None], edge[:-1])).clip(0)  # (n, grid)
     cover = along(b[:, 1], b[:, 3])[:, :, None] * along(b[:, 0], b[:, 2])[:, None]  # (n, grid, grid)
     best, none = cover.argmax(0).ravel(), (cover.max(0) * grid**2 < 0.02).ravel()
-    bare = [0, 0] + [-1] * (len(PARTS) - 2)  # a bare wall has no tincture and no outline (label 0 of the first two parts); of all others nothing can be told
+    # a bare wall has no tincture and no outline (label 0 of the first two parts); of all others nothing can be told
+    bare = [0, 0] + [-1] * (len(PARTS) - 2)
     return np.where(none[:, None], 0, b[best]).astype(np.float32), np.where(none[:, None], bare, labels[best])
 
 
@@ -329,8 +349,8 @@ def fresh_relation(rng, known, pieces):
 
 
 def strange_text(rng, pieces, share=0.5):
-    """In a `share` of cases a string of any tokens at all (Vocabulary.pieces), else "". A token that no lesson shows can never be copied: names of real countries
-    are full of letters that no town of heraldry has. Without pieces always ""."""
+    """In a `share` of cases a string of any tokens at all (Vocabulary.pieces), else "". A token that no lesson shows can never be copied:
+    names of real countries are full of letters that no town of heraldry has. Without pieces always ""."""
     return "".join(rng.choices(pieces, k=rng.randint(1, 5))).strip() if pieces and rng.random() < share else ""
 
 
@@ -340,20 +360,23 @@ def pieces_by_lot(env, rng):
 
 
 def see_step(policy, heads, batch, v, opts):
-    """One step of the eyes' dense loss: 50 times the L1 of the edges, relative to the sides of the box (as IoU counts it), plus cross-entropy of each part, that of charges twice, on
-    patches and on image tokens. And the token that shows the leftmost red round shall look like the words "red", "round" and "leftmost" in the
-    decoder's own embedding, so that the decoder finds what it reads about. `v`: the vocabulary. Only the gradient of the vision encoder is clipped, and told as the norm."""
+    """One step of the eyes' dense loss: 50 times the L1 of the edges, relative to the sides of the box (as IoU counts it), plus
+    cross-entropy of each part, that of charges twice, on patches and on image tokens. And the token that shows the leftmost red round shall
+    look like the words "red", "round" and "leftmost" in the decoder's own embedding, so that the decoder finds what it reads about. `v`:
+    the vocabulary. Only the gradient of the vision encoder is clipped, and told as the norm."""
     pictures, boxes, labels = batch
     patches, tokens = policy.vision(pictures)
     out, where, label = torch.cat([heads[0](patches), heads[1](tokens)], 1).flatten(0, 1), boxes.flatten(0, 1), labels.flatten(0, 1)
     inside = where[:, 2] > 0
     sides = (where[inside, 2:] - where[inside, :2]).repeat(1, 2)  # (n, 4): width, height, width, height
-    loss = 50 * ((out[inside, :4] - where[inside]).abs() / sides).sum() / summed(4 * inside.sum())  # with 15 instead of 50 the boxes of image tokens were a third worse (results/trials.md)
+    # with 15 instead of 50 the boxes of image tokens were a third worse (results/trials.md)
+    loss = 50 * ((out[inside, :4] - where[inside]).abs() / sides).sum() / summed(4 * inside.sum())
     for k, (part, logits) in enumerate(zip(PARTS, out[:, 4:].split([*map(len, PARTS.values())], 1))):
         loss = loss + (1 + (part == "charge")) * cell_loss(logits, label[:, k])  # charges are learnt last: they count twice
     shown, tokens = labels[:, patches.shape[1]:].flatten(0, 1), tokens.flatten(0, 1)  # (B*N, parts), (B*N, D)
     for part in TIED:
-        alike = 4 * tokens @ policy.embed_tokens.weight[[v.word(w) for w in PARTS[part][1:]]].T / tokens.shape[-1]**0.5  # (B*N, words); without the 4 these words grew to four times the length of others
+        # (B*N, words); without the 4 these words grew to four times the length of others
+        alike = 4 * tokens @ policy.embed_tokens.weight[[v.word(w) for w in PARTS[part][1:]]].T / tokens.shape[-1]**0.5
         alike = torch.cat([torch.zeros_like(alike[:, :1]), alike], 1)  # label 0, none of the words (bare wall, in the middle), scores 0
         loss = loss + (1 + (part == "charge")) * cell_loss(alike, shown[:, list(PARTS).index(part)])
     loss.backward()
@@ -361,7 +384,8 @@ def see_step(policy, heads, batch, v, opts):
 
 
 def cell_loss(logits, label):
-    """Mean cross-entropy over the cells where something can be told (label >= 0); 0, not nan, where a small batch shows nothing of the kind."""
+    """Mean cross-entropy over the cells where something can be told (label >= 0); 0, not nan, where a small batch shows nothing of the
+    kind."""
     return F.cross_entropy(logits, label, ignore_index=-1, reduction="sum") / summed((label >= 0).sum()).clamp_min(1)
 
 
@@ -406,11 +430,13 @@ def point_lesson(env, rng):
     return t
 
 
-RARE = {"shape": 2, "order": 2, "neighbour": 3, "size": 6}  # expressions that few objects of a wall have, and how much likelier they are taken
+# expressions that few objects of a wall have, and how much likelier they are taken
+RARE = {"shape": 2, "order": 2, "neighbour": 3, "size": 6}
 
 
 def wall_lesson(env, rng, questions=9):
-    """Objects on a wall, each asked for once, by an expression (if one were asked for twice, its box would be copied with closed eyes from the first answer):
+    """Objects on a wall, each asked for once, by an expression (if one were asked for twice, its box would be copied with closed eyes from
+    the first answer):
 
         <bos> <image> x 16 point to the leftmost shield<sep> [<think> look at red round</think><gaze> 3 36 30 63</gaze><stop>] What is the colour ..   (in brackets: trained)"""
     t, scene = wall(env, rng)
@@ -429,7 +455,8 @@ def wall_lesson(env, rng, questions=9):
 
 
 def ask_about(env, rng, t, scene, i, kind, names, left):
-    """Point to object i, or tell its colour or shape, by one kind of expression. `left`: who is asked for next; loses the one that is looked at in vain."""
+    """Point to object i, or tell its colour or shape, by one kind of expression. `left`: who is asked for next; loses the one that is
+    looked at in vain."""
     look = scene.entities[i].look
     lot, thought, k = rng.random(), f"<think> {gog.look_thought(scene, i, kind, look)}</think>", rng.randrange(2)
     alike = [j for j, e in enumerate(scene.entities) if e.look != look and set(e.look.split()) & set(look.split())]
@@ -488,8 +515,8 @@ def text_lesson(env, rng, searches=2):
 
 
 def ask_passages(env, rng, t, pieces, asked=3):
-    """A text search: two passages. What was searched for stands first in nine of ten (in 3,997 of 4,000 real searches). Mostly values of either are asked for after it, by lot: who
-    only ever copied the first would never read the question."""
+    """A text search: two passages. What was searched for stands first in nine of ten (in 3,997 of 4,000 real searches). Mostly values of
+    either are asked for after it, by lot: who only ever copied the first would never read the question."""
     facts = [(e.name, r, v) for e in (fresh_town(rng, 2, pieces), fresh_town(rng, 2, pieces)) for r, v in e.facts.items()]
     shown = rng.sample(facts, 2)
     wanted = [shown[rng.random() < 0.1], *rng.choices(shown, k=asked - 1)]
@@ -526,7 +553,8 @@ def hit_list(rng, towns):
 
 
 def plan_lesson(env, rng, plans=7):
-    """Nothing but plans: the first thought copies from the question what is to be looked up, in the question's own order. An errand has only one such thought.
+    """Nothing but plans: the first thought copies from the question what is to be looked up, in the question's own order. An errand has
+    only one such thought.
 
         <bos>What is the river of the twin of the red round shield?<sep> [<think> look at red round, for the river of the twin</think>] What ..   (in brackets: trained)"""
     t, world = begin(env), little_world(rng, pieces_by_lot(env, rng))
@@ -548,7 +576,8 @@ def errand(world, rng):
 
 def errand_lesson(env, rng):
     """A whole errand with closed eyes: what the expert thinks and asks, and what the tools would tell. Towns and relations are invented for
-    it, so that what is learnt is to plan and to remember. Boxes are shown, not learnt (there is no picture); thoughts, searches and answers are:
+    it, so that what is learnt is to plan and to remember. Boxes are shown, not learnt (there is no picture); thoughts, searches and answers
+    are:
 
         <bos>What is the river of the twin of the red round shield?<sep> [<think> look at red round, for the river of the twin</think>] <gaze> 3 36
         30 63</gaze><stop><obs> 97 Brenna: red round, gold bend, 2 white crowns | ..</obs> [<think> want red round, see red round: yes, Brenna, for
@@ -581,15 +610,19 @@ def little_world(rng, pieces=(), towns=8, links=5):
 
 
 def tools_answer(world, scene, turn, rng):
-    """What the tools would tell of a lesson's turn: two hits that begin with what lies under the gaze, or two passages about what is asked for."""
+    """What the tools would tell of a lesson's turn: two hits that begin with what lies under the gaze, or two passages about what is asked
+    for."""
     if turn.kind == "answer":
         return ""
     if turn.kind == "search":
         facts = [(e.name, r, v) for e in world.entities.values() for r, v in e.facts.items()]
         asked = next(f for f in facts if f"{f[0]} {f[1]}" == turn.argument)
-        return passage_list(rng, (asked, rng.choice([f for f in facts if f != asked and asked[0] in (f[0], f[2])])))  # and one that names the same town
-    under = [len(scene.boxes) == 1 if turn.kind == "glance" else data.iou(turn.argument, box) > 0.1 for box in scene.boxes]  # a glance at many finds a stranger
-    hit = scene.entities[under.index(True)] if True in under else rng.choice([e for e in world.entities.values() if e not in scene.entities])  # bare wall
+        # and one that names the same town
+        return passage_list(rng, (asked, rng.choice([f for f in facts if f != asked and asked[0] in (f[0], f[2])])))
+    # a glance at many finds a stranger
+    under = [len(scene.boxes) == 1 if turn.kind == "glance" else data.iou(turn.argument, box) > 0.1 for box in scene.boxes]
+    # bare wall
+    hit = scene.entities[under.index(True)] if True in under else rng.choice([e for e in world.entities.values() if e not in scene.entities])
     return hit_list(rng, (hit, rng.choice([e for e in world.entities.values() if e is not hit])))
 
 
@@ -612,12 +645,13 @@ def show(env, t, query, text):
     t.observe([*env.v.encode(query), env.v.id["<obs>"], *env.v.encode(text), env.v.id["</obs>"]])
 
 
-LESSONS = {point_lesson: 0.17, wall_lesson: 0.36, crop_lesson: 0.15, text_lesson: 0.14, errand_lesson: 0.12, plan_lesson: 0.04, decide_lesson: 0.08}  # how often each is drawn, relative to the others
+# how often each is drawn, relative to the others
+LESSONS = {point_lesson: 0.17, wall_lesson: 0.36, crop_lesson: 0.15, text_lesson: 0.14, errand_lesson: 0.12, plan_lesson: 0.04, decide_lesson: 0.08}
 
 
 def exam(policy, env, n, seed="exam"):
-    """The base model on about n walls, crops and names never seen (what asks nothing is left out), one question each, greedy: {topic: (score,
-    count)}. `iou KIND` is the mean IoU of pointing by that kind of expression; every other topic is the share of exact answers."""
+    """The base model on about n walls, crops and names never seen (what asks nothing is left out), one question each, greedy: {topic:
+    (score, count)}. `iou KIND` is the mean IoU of pointing by that kind of expression; every other topic is the share of exact answers."""
     rng, scores = random.Random(seed), {}
     for done in tqdm(range(0, n, 256), desc="exam", leave=False):
         drawn = (make(env, rng, 1) for make in rng.choices((wall_lesson, crop_lesson, text_lesson), (6, 2, 3), k=min(n - done, 256)))
@@ -629,12 +663,13 @@ def exam(policy, env, n, seed="exam"):
 
 
 def replay(env, seed, size, i):
-    """Lessons beside batch i of SFT, of what it would unlearn: demonstrations know no crowded walls (where gazes are learnt: not by who may not gaze), no long plans and no strange words."""
+    """Lessons beside batch i of SFT, of what it would unlearn: demonstrations know no crowded walls (where gazes are learnt: not by who may
+    not gaze), no long plans and no strange words."""
     return lessons(env, seed, size, i, dict.fromkeys((wall_lesson, errand_lesson, plan_lesson, text_lesson)[not env.may_gaze:], 1), "replay")
 
 
 def lessons(env, seed, size, i, weights=LESSONS, stream="lessons"):
-    """Batch i of the pretraining stream. Depends on (seed, i) only, so a resumed run sees what the unbroken one would have seen; each lesson
-    has random numbers of its own, and of several processes each makes its share."""
+    """Batch i of the pretraining stream. Depends on (seed, i) only, so a resumed run sees what the unbroken one would have seen; each
+    lesson has random numbers of its own, and of several processes each makes its share."""
     makers = random.Random(f"{stream}/{seed}/{i}").choices(list(weights), weights.values(), k=size)
     return [make(env, random.Random(f"{stream}/{seed}/{i}/{k}")) for k, make in share([*enumerate(makers)])]

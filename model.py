@@ -4,20 +4,22 @@
     token ids         -> embedding ----------------------------------------------------^  -> Llama decoder -> logits
 
 From the paper: nothing but the role. The authors fine-tune Qwen2.5-VL-7B and Qwen3-VL-8B.
-Here instead: 3 M parameters (`nano`) or 37 M (`small`), same shapes and nearly the same parameter names as the public Llama/SigLIP family (RMSNorm,
-    RoPE, grouped-query attention, SwiGLU, tied embeddings), so that an independent implementation can check our logits.
+Here instead: 3 M parameters (`nano`) or 37 M (`small`), same shapes and nearly the same parameter names as the public Llama/SigLIP family
+    (RMSNorm, RoPE, grouped-query attention, SwiGLU, tied embeddings), so that an independent implementation can check our logits.
 Additions that a small model on a small budget is glad of; the first two can be switched off in the configuration:
-  1. A convolutional stem: edges are cheaper to convolve than to discover (an early version, two convolutions instead of four, after two minutes
-     of telling for every patch which box covers it: IoU 0.66 with, 0.61 without).
+  1. A convolutional stem: edges are cheaper to convolve than to discover (an early version, two convolutions instead of four, after two
+     minutes of telling for every patch which box covers it: IoU 0.66 with, 0.61 without).
   2. `smear`, a short causal convolution over words: every position also sees the three embeddings before it, which is half of what a
      copying circuit needs, and lets <gaze> see both words of "red round" (grounding alone, 70 s from a fresh decoder: the right shield
      97 % of the time with three; 65 % with one; 43 % with three when image tokens, too, were mixed with their neighbours).
   3. Smooth starts: patch positions and the embeddings of 0..99 begin on waves, so that nearby places and numbers begin alike.
   4. Loud image tokens: the norm after the projector begins at 4.5 instead of 1 (why: Vision, below).
 
-Reading order: configuration -> vocabulary -> layers -> cache -> vision -> policy -> batches to train on -> sampling -> several processes -> optimiser -> save and load.
+Reading order: configuration -> vocabulary -> layers -> cache -> vision -> policy -> batches to train on -> sampling -> several processes ->
+optimiser -> save and load.
 
-Alphabet: B batch, T tokens, P patches, N image tokens a picture, D width of the decoder, W of the ViT, S side of a picture in pixels, H query heads, K key/value heads, C head width.
+Alphabet: B batch, T tokens, P patches, N image tokens a picture, D width of the decoder, W of the ViT, S side of a picture in pixels, H
+query heads, K key/value heads, C head width.
 """
 import itertools
 import json
@@ -98,7 +100,8 @@ class Vocabulary:
         return self.encode(f" {word}")[0]
 
     def encode(self, text):
-        """Plain text, from a world or a user: < and > become ‹ and ›, so that a tag spelt in it can never become a control token; half a character, as a shell may hand over, becomes "?"."""
+        """Plain text, from a world or a user: < and > become ‹ and ›, so that a tag spelt in it can never become a control token; half a
+        character, as a shell may hand over, becomes "?"."""
         return self.tokenizer.encode(text.replace("<", "‹").replace(">", "›").encode(errors="replace").decode()).ids if text else []
 
     def encode_turn(self, text):
@@ -130,9 +133,9 @@ def rotate(x, rope):
 
 
 class Cache:
-    """Keys and values of B growing rows, (layers, 2, B, K, slots, C). Token t of row b lives at slot t: `lengths` (B,) says how far a row has
-    come. Slots beyond are garbage that nobody attends to, so rows may differ in length and need no padding mask. Slots are added as rows grow, up
-    to `room`: to allot all at once is slower."""
+    """Keys and values of B growing rows, (layers, 2, B, K, slots, C). Token t of row b lives at slot t: `lengths` (B,) says how far a row
+    has come. Slots beyond are garbage that nobody attends to, so rows may differ in length and need no padding mask. Slots are added as
+    rows grow, up to `room`: to allot all at once is slower."""
 
     def __init__(self, config, rows, room, device, dtype):
         c, self.room = config, room
@@ -177,8 +180,8 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(c.heads * self.head, c.width, bias=False)
 
     def forward(self, x, rope, mask, cache=None, layer=0, positions=None, lengths=None):
-        """x (B, T, D) -> (B, T, D). Three ways. Neither `lengths` nor `cache`: causal. `lengths` (a list): packed, causal within each sequence. `cache`: the keys of earlier calls, too, as `mask`
-        (B, 1, H/K*T, slots) allows, which is added to the scores."""
+        """x (B, T, D) -> (B, T, D). Three ways. Neither `lengths` nor `cache`: causal. `lengths` (a list): packed, causal within each
+        sequence. `cache`: the keys of earlier calls, too, as `mask` (B, 1, H/K*T, slots) allows, which is added to the scores."""
         B, T, _ = x.shape
         split = lambda y, n: y.view(B, T, n, self.head).transpose(1, 2)  # (B, T, n*C) -> (B, n, T, C)
         q = rotate(split(self.q_proj(x), self.heads), rope)
@@ -255,7 +258,8 @@ class Vision(nn.Module):
         self.norm = nn.LayerNorm(w)
         self.projector = nn.Linear(w * c.shuffle**2, c.width, bias=False)
         self.projector_norm = RMSNorm(c.width)  # fixes their length, which otherwise grows without end
-        nn.init.constant_(self.projector_norm.weight, 4.5)  # loud, or what text-trained layers add to them would drown what they show (results/trials.md: pointing right in 55 % -> 92 %)
+        # loud, or what text-trained layers add to them would drown what they show (results/trials.md: pointing right in 55 % -> 92 %)
+        nn.init.constant_(self.projector_norm.weight, 4.5)
 
     def forward(self, pictures):
         """Features of every patch (B, P, W), and the image tokens (B, N, D)."""
@@ -303,18 +307,18 @@ class Policy(nn.Module):
         return self.embed_tokens.weight.device
 
     def freeze_eyes(self, frozen=True):
-        """Hold the vision encoder still, or (frozen=False) let it learn again; its projector always learns. Returns the policy. A still encoder needs no
-        backward pass (two thirds of its cost), and what it has learnt cannot be unlearnt under the language model's gradient."""
+        """Hold the vision encoder still, or (frozen=False) let it learn again; its projector always learns. Returns the policy. A still
+        encoder needs no backward pass (two thirds of its cost), and what it has learnt cannot be unlearnt under the language model's
+        gradient."""
         self.vision.requires_grad_(not frozen)
         self.vision.projector.requires_grad_(), self.vision.projector_norm.requires_grad_()
         return self
 
     def forward(self, ids, pictures=None, image_id=None, cache=None, valid=None, lengths=None):
         """Hidden states (B, T, D) of token ids (B, T).
-
-        pictures: uint8 (as many as there are, 3, S, S); their tokens fill, in order, the positions where ids == image_id.
-        cache: None (whole sequences, causal) or a Cache (ids continue its rows). valid: (B,) how many of T are real, default all.
-        lengths: None, or a list: ids are one row in which sequences of these lengths stand one behind the other (`packed`); not with a cache.
+ pictures: uint8 (as many as there are, 3, S, S); their tokens fill, in order, the positions where ids == image_id. cache: None (whole
+        sequences, causal) or a Cache (ids continue its rows). valid: (B,) how many of T are real, default all. lengths: None, or a list:
+        ids are one row in which sequences of these lengths stand one behind the other (`packed`); not with a cache.
         """
         B, T = ids.shape
         positions = torch.cat([torch.arange(n) for n in lengths or [T]]).to(ids.device).expand(B, T)  # from 0 in every sequence
@@ -327,11 +331,14 @@ class Policy(nn.Module):
             x = x.masked_scatter((ids == image_id)[..., None], self.vision(pictures)[1].to(x.dtype))
         mask = None
         if cache is not None:  # a query at position p sees slots 0..p: this alone hides every garbage slot
-            positions = positions.clamp(max=cache.room - 1)  # padding of a shorter row, or a row that has stopped, may point past the room; no real token does (prompts are short: data.fits; turns: gog.rollout)
+            # padding of a shorter row, or a row that has stopped, may point past the room; no real token does (prompts are short:
+            # data.fits; turns: gog.rollout)
+            positions = positions.clamp(max=cache.room - 1)
             upto = int(positions.max()) + 1
             cache.grow(upto)
             unseen = torch.arange(upto, device=ids.device) > positions[..., None]
-            mask = torch.where(unseen, float("-inf"), 0.0).repeat(1, self.config.heads // self.config.kv_heads, 1)[:, None]  # (B, 1, H/K*T, upto): added to scores; made once for all layers
+            # (B, 1, H/K*T, upto): added to scores; made once for all layers
+            mask = torch.where(unseen, float("-inf"), 0.0).repeat(1, self.config.heads // self.config.kv_heads, 1)[:, None]
         rope = rope_table(positions, self.config.width // self.config.heads)
         for i, block in enumerate(self.layers):
             x = block(x, rope, mask, cache, i, positions, lengths)
@@ -340,13 +347,15 @@ class Policy(nn.Module):
         return self.norm(x)
 
     def _before(self, x, positions, cache, valid):
-        """The embeddings before each position of x (B, T, D), nearest last: (B, T, smear * D); 0 before a sequence's first. The cache keeps the last `smear` embeddings of every row for the next call."""
+        """The embeddings before each position of x (B, T, D), nearest last: (B, T, smear * D); 0 before a sequence's first. The cache keeps
+        the last `smear` embeddings of every row for the next call."""
         (B, T, D), n = x.shape, self.config.smear
         row = torch.cat([x.new_zeros(B, n, D) if cache is None else cache.last, x], 1)  # (B, n + T, D): position t stands at n + t
         if cache is not None:
             count = torch.full_like(cache.lengths, T) if valid is None else valid
             cache.last = row[torch.arange(B, device=x.device)[:, None], count[:, None] + torch.arange(n, device=x.device)]
-        return torch.cat([row[:, k:k + T] * (positions >= n - k)[..., None] for k in range(n)], -1)  # packed: not those of the sequence in front
+        # packed: not those of the sequence in front
+        return torch.cat([row[:, k:k + T] * (positions >= n - k)[..., None] for k in range(n)], -1)
 
     def logits(self, hidden):
         with torch.autocast(hidden.device.type, enabled=False):  # bfloat16 would round a score of 16 to steps of 1/8
@@ -366,14 +375,15 @@ def number_line(embedding, ids, waves=12):
 # -------------------------------------------------------------------------------------------------- batches to train on
 
 def micro_batches(items, lengths, budget):
-    """Items (`lengths`: tokens of each), cut into lists of about `budget` tokens: those that end between the same two multiples of `budget` go together."""
+    """Items (`lengths`: tokens of each), cut into lists of about `budget` tokens: those that end between the same two multiples of `budget`
+    go together."""
     ends = list(itertools.accumulate(lengths))
     return [[items[i] for i in part] for _, part in itertools.groupby(range(len(ends)), lambda i: ends[i] // budget)]
 
 
 def packed(trajectories, pad, device, step=128):
-    """All trajectories in one row, one behind the other: ids (1, T), which of them are trained (1, T), the lengths, the pictures. Nothing is padding
-    but a last sequence that fills the row up to a multiple of `step`: bfloat16 kernels are compiled for every new shape."""
+    """All trajectories in one row, one behind the other: ids (1, T), which of them are trained (1, T), the lengths, the pictures. Nothing
+    is padding but a last sequence that fills the row up to a multiple of `step`: bfloat16 kernels are compiled for every new shape."""
     ids, trained = [i for t in trajectories for i in t.ids], [x for t in trajectories for x in t.trained]
     rest, pictures = -len(ids) % step, [p for t in trajectories for p in t.pictures]
     lengths = [len(t.ids) for t in trajectories] + [rest] * (rest > 0)
@@ -382,8 +392,8 @@ def packed(trajectories, pad, device, step=128):
 
 
 def autocast(device):
-    """A context in which matrix products are taken in bfloat16, if the processor has units for that (then training is up to 1.3 times as fast); else it
-    changes nothing. Enter it anew for every step: it remembers weights until it is left."""
+    """A context in which matrix products are taken in bfloat16, if the processor has units for that (then training is up to 1.3 times as
+    fast); else it changes nothing. Enter it anew for every step: it remembers weights until it is left."""
     units = {"cpu": torch.cpu.get_capabilities().get("avx512_bf16", False), "cuda": torch.cuda.is_available() and torch.cuda.is_bf16_supported()}
     return torch.autocast(device, torch.bfloat16, enabled=units.get(device, False))
 
@@ -450,8 +460,8 @@ def orthogonalise(g, steps=5):
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised (Jordan et al. 2024); update scaled to AdamW's size. Hidden matrices only, and convolutions, whose kernels (out, in,
-    k, k) are taken as matrices (out, in * k * k).
+    """Momentum, orthogonalised (Jordan et al. 2024); update scaled to AdamW's size. Hidden matrices only, and convolutions, whose kernels
+    (out, in, k, k) are taken as matrices (out, in * k * k).
 
     torch.optim.Muon is the same rule, but works in bfloat16 everywhere and one matrix at a time: 4.7 s a step for `nano` on a CPU without
     bf16 units, against 0.06 s for this one, which stacks matrices of one shape.
@@ -480,8 +490,8 @@ def optimisers(named, muon_lr, adam_lr):
 
 
 def lr_factor(step, steps, warmup=30, decay=0.9):
-    """Learning-rate factor in 0..1: linear warm-up, linear decay to 0 over the last `decay` of the run, flat in between (only where the run is long: SFT's 180 steps peak at 0.94).
-    Most of what the base model learns, it learns while the rate falls."""
+    """Learning-rate factor in 0..1: linear warm-up, linear decay to 0 over the last `decay` of the run, flat in between (only where the run
+    is long: SFT's 180 steps peak at 0.94). Most of what the base model learns, it learns while the rate falls."""
     return min(1.0, (step + 1) / warmup, (steps - step) / max(1, decay * steps))
 
 
@@ -493,7 +503,8 @@ def set_lr(opts, factor):
 
 
 class NotFinite(ArithmeticError):
-    """A loss, a gradient or a weight that is no number: nothing has been changed by it. Raised with the batch of trajectories that gave it, where there is one."""
+    """A loss, a gradient or a weight that is no number: nothing has been changed by it. Raised with the batch of trajectories that gave it,
+    where there is one."""
 
 
 def parameters(opts):
@@ -506,8 +517,9 @@ def flat_gradient(opts):
 
 
 def update(module, opts, batch=(), loss=0.0, clip=1.0):
-    """One step of the optimisers on the gradients of `batch`, those of `module` clipped to norm `clip`; returns the norm before that. NotFinite if that, or the loss, is no number.
-    Of several processes each has the gradient of its share of a batch: their sum is that of the batch, and all take the same step."""
+    """One step of the optimisers on the gradients of `batch`, those of `module` clipped to norm `clip`; returns the norm before that.
+    NotFinite if that, or the loss, is no number. Of several processes each has the gradient of its share of a batch: their sum is that of
+    the batch, and all take the same step."""
     if PROCESSES > 1:
         for p, g in zip(parameters(opts), flat_gradient(opts).split([p.numel() for p in parameters(opts)])):
             p.grad = g.view_as(p) if g.any() else None  # None: no loss depends on it, so momentum must not move it
@@ -527,7 +539,8 @@ class CheckpointError(ValueError):
 
 
 def write(path, tensors, meta):
-    """Tensors and `meta` (strings) in one safetensors file. OSError where the disk is full; NotFinite, with the file before left as it was, where a number has become none."""
+    """Tensors and `meta` (strings) in one safetensors file. OSError where the disk is full; NotFinite, with the file before left as it was,
+    where a number has become none."""
     if not all(t.isfinite().all() for t in tensors.values()):
         raise NotFinite(())
     atomic(path, lambda p: p.write_bytes(to_bytes({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, meta)))
@@ -545,7 +558,8 @@ def read(path):
 
 
 def load(path, device="cpu"):
-    """The policy that `save` wrote, its eyes held still, and the vocabulary that it was trained with. Raises CheckpointError if the file is missing, broken, or of another shape."""
+    """The policy that `save` wrote, its eyes held still, and the vocabulary that it was trained with. Raises CheckpointError if the file is
+    missing, broken, or of another shape."""
     if not Path(path).is_file():
         raise CheckpointError(f"{path}: no such checkpoint. Train one first: python train.py --stage sft")
     try:

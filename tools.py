@@ -1,5 +1,5 @@
-"""The environment: crop, image index, text index, the `Toolbox` that runs actions, the protocol in which a policy asks for them, the trajectory;
-and at its end what everybody needs to read a user's files and to write our own.
+"""The environment: crop, image index, text index, the `Toolbox` that runs actions, the protocol in which a policy asks for them, the
+trajectory; and at its end what everybody needs to read a user's files and to write our own.
 
 One turn of the policy:   [<think> text </think>]  exactly one action  <stop>
     <answer> text </answer>           ends the trajectory
@@ -18,7 +18,8 @@ Why: same call, same answer, with no account, no network and no learnt part that
     that a small model can make; and an answer is right by exact match, where the paper asks an LLM judge.
 
 Provenance is known at birth: `Trajectory.act` appends what the policy sampled or is to learn (trained), `Trajectory.observe` what the
-environment wrote, and an expert's slips (never trained). Token ids are never decoded and encoded again, so training sees exactly what was sampled.
+environment wrote, and an expert's slips (never trained). Token ids are never decoded and encoded again, so training sees exactly what was
+sampled.
 
 Reading order: crop -> how pictures and texts are compared -> the two indices -> toolbox -> turns -> trajectory and environment -> files.
 Boxes are (x0, y0, x1, y1), integers 0..99: percent of the picture's width and height.
@@ -158,7 +159,9 @@ def salient(picture):
 
 SHIFT = 0.07  # a careless box is off by so much of its side: the index knows each picture as such boxes would frame it
 FRAMINGS = [(0, 0, 0, 0)] + [tuple(SHIFT * s for s in signs) for signs in itertools.product((-1, 1), repeat=4)
-                             if np.prod(signs) > 0]  # how far left, top, right and bottom move outwards: of the 16 ways those 8 with an even number of sides moved inwards, as half of the memory is enough
+                             # how far left, top, right and bottom move outwards: of the 16 ways those 8 with an even number of sides moved
+                             # inwards, as half of the memory is enough
+                             if np.prod(signs) > 0]
 
 
 BLOCK = 512  # entities whose rows lie together: the products of a batch with one block fit the processor's cache
@@ -171,8 +174,8 @@ def framed(w, h, wide, moved):
 
 
 class ImageIndex:
-    """Exact nearest neighbour over pictures, each known in 9 framings: as it is, and its four sides moved in or out. 19.1 kB an entity (9 rows of
-    531 float32), plus at most 2 kB while it searches: a million entities are 21 GB."""
+    """Exact nearest neighbour over pictures, each known in 9 framings: as it is, and its four sides moved in or out. 19.1 kB an entity (9
+    rows of 531 float32), plus at most 2 kB while it searches: a million entities are 21 GB."""
 
     def __init__(self, items):
         """`items`: iterable of (name, caption, picture), of which only a block is held at a time."""
@@ -194,7 +197,8 @@ class ImageIndex:
         parts = {i: part for i, p in enumerate(pictures) if (part := salient(p))}
         seen, scores = describe([*pictures, *parts.values()]), np.empty((len(pictures) + len(parts), len(self.entries)), np.float32)
         for at, rows in zip(range(0, len(self.entries), BLOCK), self.blocks):
-            scores[:, at:at + BLOCK] = (seen @ rows.T).reshape(len(seen), len(FRAMINGS), -1).max(1)  # (views, 9 * entities of the block) -> (views, entities)
+            # (views, 9 * entities of the block) -> (views, entities)
+            scores[:, at:at + BLOCK] = (seen @ rows.T).reshape(len(seen), len(FRAMINGS), -1).max(1)
         for i, of_part in zip(parts, scores[len(pictures):]):
             np.maximum(scores[i], of_part, out=scores[i])
         return [[(min(1.0, max(0.0, float(s[j]))), *self.entries[j]) for j in top(s, k)] for s in scores[:len(pictures)]]
@@ -202,7 +206,8 @@ class ImageIndex:
 
 def top(scores, k):
     """Positions of the k largest of (n,) scores, largest first; the earlier one first where they tie."""
-    peaks = np.maximum.reduceat(scores, np.arange(0, len(scores), 256)) if len(scores) else scores  # the largest of every 256: the k-th largest peak is no more than the k-th best
+    # the largest of every 256: the k-th largest peak is no more than the k-th best
+    peaks = np.maximum.reduceat(scores, np.arange(0, len(scores), 256)) if len(scores) else scores
     some = np.flatnonzero(scores >= (np.partition(peaks, -k)[-k] if len(peaks) > k else -np.inf))  # all that may be among the best
     return some[np.argsort(-scores[some], kind="stable")[:k]].tolist()
 
@@ -335,7 +340,8 @@ CHATTER = ("Travellers praise the bridges of {n}.", "The market of {n} opens at 
 
 
 def passages(world, late=False):
-    """Every fact of a data.World as one sentence, worded by lot, with a little chatter between: [(entity's name, sentence)]. What came late stays unknown, unless `late`."""
+    """Every fact of a data.World as one sentence, worded by lot, with a little chatter between: [(entity's name, sentence)]. What came late
+    stays unknown, unless `late`."""
     hidden, out = set() if late else set(world.splits["late"]), []
     for e in (e for name, e in world.entities.items() if name not in hidden):
         rng = random.Random(f"{world.seed}/{e.name}")
@@ -370,7 +376,8 @@ TURN = re.compile(r"(?:<think>([^<>]*)</think>)?\s*<(answer|search|glance|gaze)>
 
 
 def parse(text):
-    """Text of one turn, without its stop token -> Turn. Never raises: whatever is no action is a malformed one, with the reason. (What stands between the tags of a glance does not matter.)"""
+    """Text of one turn, without its stop token -> Turn. Never raises: whatever is no action is a malformed one, with the reason. (What
+    stands between the tags of a glance does not matter.)"""
     if not (match := TURN.fullmatch(text)):
         return Turn("malformed", "one optional thought, then exactly one action")
     thought, kind, argument = (part.strip() if part else "" for part in match.groups())
@@ -399,7 +406,8 @@ class Trajectory:
     """Parallel lists over tokens, and the pictures that fill the image placeholders in order."""
     question: object  # data.Question
     ids: list = field(default_factory=list)
-    trained: list = field(default_factory=list)  # True: the policy's own token, to be learnt. False: written by the environment, or only shown
+    # True: the policy's own token, to be learnt. False: written by the environment, or only shown
+    trained: list = field(default_factory=list)
     logprobs: list = field(default_factory=list)  # of sampled tokens under the sampling policy, 0 elsewhere
     pictures: list = field(default_factory=list)  # uint8 (3, S, S)
     turns: list = field(default_factory=list)
@@ -435,12 +443,14 @@ def to_array(picture, side):
 
 
 class Environment:
-    """What stands around the policy: prompt, tools, observations. Holds the vocabulary, the picture format, and what a policy may say (gaze=False: never a gaze)."""
+    """What stands around the policy: prompt, tools, observations. Holds the vocabulary, the picture format, and what a policy may say
+    (gaze=False: never a gaze)."""
 
     def __init__(self, vocabulary, toolbox, config, withhold=False, gaze=True):
         self.v, self.toolbox, self.side, self.withhold, self.may_gaze = vocabulary, toolbox, config.picture, withhold, gaze
         self.image_ids = [vocabulary.id["<image>"]] * config.image_tokens
-        self.sampleable = [i >= vocabulary.id["<stop>"] and (gaze or i != vocabulary.id["<gaze>"]) for i in range(vocabulary.size)]  # of every id: may the policy say it?
+        # of every id: may the policy say it?
+        self.sampleable = [i >= vocabulary.id["<stop>"] and (gaze or i != vocabulary.id["<gaze>"]) for i in range(vocabulary.size)]
 
     def prompt(self, question, picture):
         """A new trajectory: <bos> picture question <sep>."""
@@ -474,7 +484,8 @@ LONGEST = 100_000  # characters a line: a file may be of any size, only one line
 
 
 def lines(path, optional=False):
-    """Yield ("file:line", text) of every line that is not blank, one at a time. WorldError if the file cannot be read; an `optional` one may be missing."""
+    """Yield ("file:line", text) of every line that is not blank, one at a time. WorldError if the file cannot be read; an `optional` one
+    may be missing."""
     if optional and not path.is_file():
         return
     try:
@@ -523,7 +534,8 @@ RANK, PROCESSES = (int(os.environ[k]) for k in ("RANK", "WORLD_SIZE")) if "TORCH
 
 
 def atomic(path, write):
-    """Call write(temporary path), flush it to disk, then rename onto `path`: a reader sees the old file or the new, never half. Of several processes only the first writes."""
+    """Call write(temporary path), flush it to disk, then rename onto `path`: a reader sees the old file or the new, never half. Of several
+    processes only the first writes."""
     if RANK:
         return
     temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.tmp")
@@ -555,7 +567,8 @@ def read_rows(path, columns=()):
 
 
 def write_rows(path, rows, columns, key=()):
-    """Rows (dicts) as a csv with these `columns`. `key`: of the rows in the file those stay whose values of it are others; without, none."""
+    """Rows (dicts) as a csv with these `columns`. `key`: of the rows in the file those stay whose values of it are others; without,
+    none."""
     name = lambda r: [str(r[k]) for k in key]
     old, new, text = key and read_rows(path, columns), [name(r) for r in rows], io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
@@ -565,8 +578,8 @@ def write_rows(path, rows, columns, key=()):
 
 
 def flags(kind, choices, ranges, about, argv=None):
-    """Command line -> `kind`, a dataclass: every field is a flag, its comment is the help. Texts are among `choices`, numbers within `ranges` (else 1 to a million, or 0.0 to 1.0); an
-    unknown flag is answered with the nearest one."""
+    """Command line -> `kind`, a dataclass: every field is a flag, its comment is the help. Texts are among `choices`, numbers within
+    `ranges` (else 1 to a million, or 0.0 to 1.0); an unknown flag is answered with the nearest one."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(kind), re.M))
     for f in fields(kind):

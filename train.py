@@ -1,11 +1,15 @@
-"""The command line: python train.py --stage pretrain | sft | rl | eval | reproduce. Each of the four stages is one loop (of eval: suites and rows), top to bottom; reproduce is a grid of them.
+"""The command line: python train.py --stage pretrain | sft | rl | eval | reproduce. Each of the four stages is one loop (of eval: suites
+and rows), top to bottom; reproduce is a grid of them.
 
 From the paper: SFT on reflective trajectories, then GRPO on the questions that the SFT model mostly fails.
 Here instead: one stage more. `pretrain` makes the base model that the paper takes from the shelf: first the eyes alone, with labels on
-    every patch and image token; then, with the eyes held still, lessons in words. A stage whose input is missing runs the one before it first.
-Under torchrun every process runs all of this file; they divide what is in a batch (model.share), agree on every step (model.update), and only the first one speaks and writes.
+    every patch and image token; then, with the eyes held still, lessons in words. A stage whose input is missing runs the one before it
+    first.
+Under torchrun every process runs all of this file; they divide what is in a batch (model.share), agree on every step (model.update), and
+only the first one speaks and writes.
 
-Reading order: the four stages -> the grid -> run folder -> tables -> flags. `a` is the flags everywhere (Args, below); `v` the vocabulary; `run` the run folder of a stage (Run, below).
+Reading order: the four stages -> the grid -> run folder -> tables -> flags. `a` is the flags everywhere (Args, below); `v` the vocabulary;
+`run` the run folder of a stage (Run, below).
 """
 import atexit
 import json
@@ -36,8 +40,8 @@ def ignore_ctrl_c(_):
 
 
 def stream(make, start, steps):
-    """Batches make(start) .. make(steps - 1), made by one background process while the model trains. The data set is the range of step numbers; `collate_fn`
-    makes each into its batch."""
+    """Batches make(start) .. make(steps - 1), made by one background process while the model trains. The data set is the range of step
+    numbers; `collate_fn` makes each into its batch."""
     return torch.utils.data.DataLoader(range(start, steps), batch_size=None, num_workers=1, prefetch_factor=4, collate_fn=make, worker_init_fn=ignore_ctrl_c)
 
 
@@ -51,7 +55,8 @@ def pretrain(a):
     number_line(policy.embed_tokens.weight, [v.word(n) for n in range(100)])
     heads = torch.nn.ModuleList(torch.nn.Linear(w, 4 + sum(map(len, grpo.PARTS.values()))) for w in (config.vit_width, config.width)).to(a.device)
     eye_opts = [*optimisers(policy.vision.named_parameters(), a.see_lr, a.see_adam_lr),
-                torch.optim.AdamW([*heads.parameters(), policy.embed_tokens.weight], a.see_adam_lr, weight_decay=0.0)]  # words, too: see_step draws them towards image tokens
+                # words, too: see_step draws them towards image tokens
+                torch.optim.AdamW([*heads.parameters(), policy.embed_tokens.weight], a.see_adam_lr, weight_decay=0.0)]
     word_opts = optimisers(((n, p) for n, p in policy.named_parameters() if "vision" not in n or "projector" in n), a.word_lr, a.word_lr)
     env = Environment(v, None, config)
     parts = (("see", 0, a.see_steps, eye_opts, partial(grpo.labelled_pictures, config, a.seed, a.see_batch)),
@@ -69,7 +74,8 @@ def pretrain(a):
                     loss, norm = grpo.supervised_step(policy, env, batch, opts, a.token_budget)
             run.log(step=before + at, part=part, loss=loss, grad_norm=norm, lr=lr, seconds=run.bar.format_dict["elapsed"])
             run.checkpoint([policy, heads], eye_opts + word_opts, a.save_every if at + 1 < steps else 1, step=before + at + 1)
-    began, scores = time.time(), grpo.exam(policy, env, a.exam)  # before the stage counts as done: if it is stopped here, --resume begins with the exam
+    # before the stage counts as done: if it is stopped here, --resume begins with the exam
+    began, scores = time.time(), grpo.exam(policy, env, a.exam)
     write_results(a, result_rows(a, "exam", "base", "lessons", "held-out", scores, began))
     save(policy, run.weights, tokenizer=v.text)
     run.close(("loss", "lr"))
@@ -77,7 +83,8 @@ def pretrain(a):
 
 
 def sft(a):
-    """Stage 1, reflective behaviour alignment: causal LM loss on the expert's own tokens, with some lessons of the base model in between."""
+    """Stage 1, reflective behaviour alignment: causal LM loss on the expert's own tokens, with some lessons of the base model in
+    between."""
     (policy, v), run = load(a.weights("pretrain"), a.device), Run(a, "sft")
     world = data.open_world(a.world, a.seed_world, a.towns)
     env = Environment(v, make_toolbox(world, a.failure_rate, a.seed), policy.config, gaze=a.gaze)
@@ -100,26 +107,30 @@ def sft(a):
 
 def development(policy, env, world, a):
     """Greedy accuracy on the development split, asked as the suites ask, and the trajectories. What is tuned is tuned here."""
-    asked, reliable = data.questions(world, gog.DEV_MIX, a.rl_dev, f"dev/{a.seed}", ("dev",)), Toolbox(env.toolbox.image_index, env.toolbox.text_index)  # tools that do not fail
+    # tools that do not fail
+    asked, reliable = data.questions(world, gog.DEV_MIX, a.rl_dev, f"dev/{a.seed}", ("dev",)), Toolbox(env.toolbox.image_index, env.toolbox.text_index)
     tries = gog.evaluate(policy, Environment(env.v, reliable, policy.config, gaze=a.gaze), asked, progress="development")
     return gog.behaviour(tries)["accuracy"], tries
 
 
 def rl(a):
-    """Stage 2, complexity-adaptive reinforcement learning: GRPO on kinds of questions (or on questions, scored by the SFT model first) drawn by pass rate."""
+    """Stage 2, complexity-adaptive reinforcement learning: GRPO on kinds of questions (or on questions, scored by the SFT model first)
+    drawn by pass rate."""
     (policy, v), run = load(a.weights("sft"), a.device), Run(a, a.name)
     world = data.open_world(a.world, a.seed_world, a.towns)
     env = Environment(v, make_toolbox(world, a.failure_rate, a.seed), policy.config, gaze=a.gaze)
     fresh = a.curriculum == "fresh"  # then the pool holds kinds of questions, and each is asked anew; else questions, scored once first
     askable = grpo.kinds(world) if fresh else data.questions(world, data.RL_MIX, a.rl_questions, f"rl/{a.seed}") + list(world.own[::2])
     reference = load(a.weights("sft"), a.device)[0].requires_grad_(False) if a.beta else None
-    # SGD: the gradients of two batches had a cosine of 0.16, those that AdamW would have made of them 0.06, and Muon's 0.02 (results/trials.md)
+    # SGD: the gradients of two batches had a cosine of 0.16, those that AdamW would have made of them 0.06, and Muon's 0.02
+    # (results/trials.md)
     opts = [torch.optim.SGD([p for p in policy.parameters() if p.requires_grad], a.rl_lr, momentum=0.9)]
     saved = run.begin(a.rl_steps, [policy], opts)
     rates = saved.get("pass_rates") or ([0.5] * len(askable) if fresh else grpo.pass_rates(policy, env, askable, 4, a.temperature, a.seed))
     curriculum = grpo.Curriculum(rates, a.curriculum, a.seed, pool=saved.get("pool"), worth=[w[2] if isinstance(w, tuple) else 1 for w in askable])
     shown, pictures, alarmed = [], {}, set()  # for the report, and alarms that have been told; empty whenever the run is started
-    best, champion = saved.get("best", [-1.0, 0]), run.weights.with_suffix(".best.safetensors")  # becomes the result only when the stage is done
+    # becomes the result only when the stage is done
+    best, champion = saved.get("best", [-1.0, 0]), run.weights.with_suffix(".best.safetensors")
     for step in range(saved["step"], a.rl_steps + 1):  # one pass more than updates: the last only validates
         score = ""
         if step % a.eval_every == 0 or step == a.rl_steps:  # keep the best by validation, not the last
@@ -139,12 +150,14 @@ def rl(a):
         batch, advantages, solved, stats = grpo.iteration(policy, reference, env, asked, opts, a, torch_rng(policy.device, "rl", a.seed, step))
         curriculum.seen(chosen, solved)
         run.log(step=step, **stats, lr=lr, development=score)  # that of the policy before this update
-        first = next((r for r in run.rows if float(r["dead"]) < 1), run.rows[0])  # a step at which nobody was alive has no entropy to fall from
+        # a step at which nobody was alive has no entropy to fall from
+        first = next((r for r in run.rows if float(r["dead"]) < 1), run.rows[0])
         for alarm in (x for x in alarms({k: float(v) for k, v in first.items() if v}, stats) if x.split()[0] not in alarmed):  # each once
             alarmed.add(alarm.split()[0]), tqdm.write(f"step {step}: {alarm}", file=sys.stderr)
         if step % a.show_every == 0:
             print("\n" + gog.tell(batch[int(advantages.argmax())]), file=sys.stderr)
-            shown, pictures = (shown, pictures) if len(shown) <= 200 else ([], {})  # the report of a long run begins anew, rather than grow without end
+            # the report of a long run begins anew, rather than grow without end
+            shown, pictures = (shown, pictures) if len(shown) <= 200 else ([], {})
             shown += [report_entry(a, t, world, v, pictures, key=f"{step} {i // a.group}", suite=f"step {step}", policy=f"rollout {i % a.group + 1}", advantage=advantages[i].item())
                       for i, t in enumerate(batch[:3 * a.group])]
             group_report(a, run, shown, pictures)
@@ -164,16 +177,18 @@ def group_report(a, run, shown, pictures):
 def alarms(first, now):
     """What looks like collapse, in words: the metrics of an iteration beside those of the first."""
     found = [f"{k} fell from {first[k]:.2f} to {now[k]:.2f}" for k in grpo.LOGGED if k.endswith("_share") and first[k] > 0.05 and now[k] < 0.2 * first[k]]
-    found += [f"{k} fell from {first[k]:.2f} to {now[k]:.2f}" for k, part in (("entropy", 0.2), ("reward", 0.7)) if now[k] < part * first[k] and now["dead"] < 1]  # entropy is that of live groups
+    # entropy is that of live groups
+    found += [f"{k} fell from {first[k]:.2f} to {now[k]:.2f}" for k, part in (("entropy", 0.2), ("reward", 0.7)) if now[k] < part * first[k] and now["dead"] < 1]
     return found + [f"tokens a trajectory rose from {first['tokens']:.0f} to {now['tokens']:.0f}"] * (now["tokens"] > 2 * first["tokens"])
 
 
 def evaluate(a):
-    """Six held-out suites (and a folder world's own questions), every baseline: results/results.csv, one measurement a row; rows of other worlds
-    and seeds in that file stay. Baselines that are schedules (gog.SCHEDULES) and `withheld` play the RL policy."""
+    """Six held-out suites (and a folder world's own questions), every baseline: results/results.csv, one measurement a row; rows of other
+    worlds and seeds in that file stay. Baselines that are schedules (gog.SCHEDULES) and `withheld` play the RL policy."""
     world, table, shown, pictures = data.with_strangers(data.open_world(a.world, a.seed_world, a.towns), a.strangers), [], [], {}
     policies = {row: load(a.weights(stage), a.device) for row, stage in (("base", "pretrain"), ("sft", "sft"), ("rl", "rl"))}
-    # label: the world in the tables; known: tools that know what was known at training time; named: the row of the policy under examination, "rl", or --name and what sets
+    # label: the world in the tables; known: tools that know what was known at training time; named: the row of the policy under
+    # examination, "rl", or --name and what sets
     # this examination apart from the usual one. Only "rl" brings all baselines with it
     label, known, named = a.label(a.world) + "-zero-shot" * bool(a.trained_on), make_toolbox(world, a.tools_fail, a.seed), a.row()
     for name in (*(["own"] if world.own[1:] else []), *gog.SUITES):
@@ -191,7 +206,8 @@ def evaluate(a):
             tries = gog.evaluate(policy, env, qs, row, a.seed, a.turns, progress=f"{name}, {row}")
             table += result_rows(a, "main", named if row == "rl" else row, label, name, {k: (x, len(qs)) for k, x in gog.behaviour(tries).items()} | gog.by_size(tries), began)
             if row == named == "rl" and not a.seed:
-                first = {"failure" if not t.correct else "recovery" if any(gog.looked_elsewhere(t)) else "success": t for t in reversed(tries)}  # the first of each
+                # the first of each
+                first = {"failure" if not t.correct else "recovery" if any(gog.looked_elsewhere(t)) else "success": t for t in reversed(tries)}
                 for what, t in first.items():
                     atomic(Path(a.results) / f"{label}-{name}-{what}.png", lambda p: gog.poster(t).save(p, format="PNG"))
             if row in policies:
@@ -201,7 +217,8 @@ def evaluate(a):
     print("\n".join(["", f"{'accuracy %':<12}" + "".join(f"{c:>8}" for c in accuracy["columns"]),
                      *(f"{row:<12}" + "".join(f"{'' if x is None else format(x, '.1f'):>8}" for x in values) for row, *values in accuracy["rows"])]))
     about = f"Preset {a.preset}, seed {a.seed}, on {a.place()}; the first {a.shown} questions of each suite, asked of {'the policies before SFT (base), after it (sft) and after RL (rl)' if named == 'rl' else named}."
-    page = "-".join(["report", *([label] if a.trained_on else []), *([named] if named != "rl" else [])])  # of another world, of another row: another page
+    # of another world, of another row: another page
+    page = "-".join(["report", *([label] if a.trained_on else []), *([named] if named != "rl" else [])])
     gog.write_report(a.folder() / f"{page}.html", f"{label}: what the policies do", about, shown, pictures, accuracy, gog.curve_values(read_rows(a.weights("rl").with_suffix(".csv")), CURVES))
 
 
@@ -212,23 +229,30 @@ def report_entry(a, t, world, v, pictures, **who):
 
 # ------------------------------------------------------------------------------------------------------------- the grid
 
-ROWS = ("random", "base", "direct", "full-search", "no-gaze", "sft", "rl", "withheld", "oracle")  # of the main table; all are examined with "rl"
+# of the main table; all are examined with "rl"
+ROWS = ("random", "base", "direct", "full-search", "no-gaze", "sft", "rl", "withheld", "oracle")
 EVAL_FLAGS = ("tools_fail", "turns", "stale", "strangers")  # flags of eval that ask another thing of the same policy
-GRID = {  # the flags of every row of the paper's tables, and of questions that it leaves open; a policy with a name of its own is trained first, by RL on as many rollouts (where rl_steps is 0: by SFT only)
+# the flags of every row of the paper's tables, and of questions that it leaves open; a policy with a name of its own is trained first, by
+# RL on as many rollouts (where rl_steps is 0: by SFT only)
+GRID = {
     "main": [{}],
-    "Selective Gaze": [dict(name="no-gaze-sft", gaze=False, rl_steps=0), dict(name="no-gaze-rl", gaze=False, search_penalty=0.1)],  # the second: as MMSearch-R1
+    # the second: as MMSearch-R1
+    "Selective Gaze": [dict(name="no-gaze-sft", gaze=False, rl_steps=0), dict(name="no-gaze-rl", gaze=False, search_penalty=0.1)],
     "robustness": [dict(tools_fail=0.05), dict(tools_fail=0.2), dict(stale=True), *(dict(turns=n) for n in (2, 4, 6, 10)), *(dict(strangers=n) for n in (10_000, 100_000))],
     "curriculum": [dict(name=mode, curriculum=mode) for mode in ("level1", "level2", "all", "learnable", "adaptive")],
     "GRPO": [dict(name="group-4", group=4, rl_batch=64), dict(name="group-16", group=16, rl_batch=16), dict(name="mean-only", advantage="mean"), dict(name="lambda-0", lam=0.0),
              dict(name="lambda-0.2", lam=0.2), dict(name="kl-0.001", beta=0.001), dict(name="no-mask", mask=False), dict(name="lr-0.01", rl_lr=0.01), dict(name="lr-0.1", rl_lr=0.1)],
     "scale": [dict(name=f"demos-{n}", demos=n, rl_steps=0) for n in (500, 2000, 20000)]}
-BESIDE = {"main": ROWS, "Selective Gaze": ["sft", "rl"], "scale": ["sft"]}  # rows that a table shows first, to compare with; of the others "rl"
-PAPER = {"direct": 20.3, "full-search": 44.4, "no-gaze-rl": 36.9, "sft": 43.3, "rl": 53.2, "no-gaze-sft": 41.8, "level1": 50.5, "level2": 53.2}  # means of Qwen2.5-VL-7B; no-gaze-rl: MMSearch-R1; no-gaze-sft: SFT without Selective Gaze; level1: the mean of its row (printed: 47.28)
+# rows that a table shows first, to compare with; of the others "rl"
+BESIDE = {"main": ROWS, "Selective Gaze": ["sft", "rl"], "scale": ["sft"]}
+# means of Qwen2.5-VL-7B; no-gaze-rl: MMSearch-R1; no-gaze-sft: SFT without Selective Gaze; level1: the mean of its row (printed: 47.28)
+PAPER = {"direct": 20.3, "full-search": 44.4, "no-gaze-rl": 36.9, "sft": 43.3, "rl": 53.2, "no-gaze-sft": 41.8, "level1": 50.5, "level2": 53.2}
 
 
 def reproduce(a):
-    """Every row of GRID for seeds 0 .. a.seeds - 1 that results.csv or the run folder lacks, training what must be; after each, all that is known goes to grid.md beside it. Stopped at
-    any time, it goes on where it was. A row that cannot be (no question of level 1, say) is left out, and said at the end."""
+    """Every row of GRID for seeds 0 .. a.seeds - 1 that results.csv or the run folder lacks, training what must be; after each, all that is
+    known goes to grid.md beside it. Stopped at any time, it goes on where it was. A row that cannot be (no question of level 1, say) is
+    left out, and said at the end."""
     if a.row() != "rl" or a.out or a.trained_on or PROCESSES > 1:
         raise CheckpointError("--stage reproduce chooses --name, --no-gaze, --out, --trained-on and the flags of eval itself, row by row, and is one process. Leave them out; without torchrun")
     path, failed = Path(a.results) / "results.csv", []
@@ -236,7 +260,8 @@ def reproduce(a):
     tables = {name: [*BESIDE.get(name, ["rl"]), *(replace(a, **changed).row() for changed in rows if changed)] for name, rows in GRID.items()}
     measured = lambda: [r for r in read_rows(path) if (r["world"], r["preset"]) == (a.label(a.world), a.preset)]
     for n, b in enumerate(todo, 1):
-        examined = {r["suite"] for r in measured() if (r["row"], r["seed"]) == (b.row(), str(b.seed)) and r["n"] in ("0", str(b.suite_size))}  # 0: left out
+        # 0: left out
+        examined = {r["suite"] for r in measured() if (r["row"], r["seed"]) == (b.row(), str(b.seed)) and r["n"] in ("0", str(b.suite_size))}
         skip = b.weights("rl").is_file() and examined >= {*gog.SUITES}
         print(f"grid, {n} of {len(todo)}: {b.row()}, seed {b.seed}{', is there' if skip else ''}", file=sys.stderr)
         try:
@@ -251,7 +276,9 @@ def reproduce(a):
 
 # ------------------------------------------------------------------------------------------------------------ run folder
 
-MATTERS = {  # flags that may not change when a stage goes on, or its second half would be of another experiment (learning rates may, and steps but those of the eyes)
+# flags that may not change when a stage goes on, or its second half would be of another experiment (learning rates may, and steps but those
+# of the eyes)
+MATTERS = {
     "pretrain": "seed see_steps see_batch word_batch", "sft": "seed world seed_world towns gaze demos wrong_gaze failure_rate sft_batch replay",
     "rl": "seed world seed_world towns gaze device failure_rate rl_questions rl_dev rl_batch group lam search_penalty beta clip_low clip_high advantage mask curriculum temperature"}
 
@@ -299,7 +326,8 @@ class Run:
             raise KeyboardInterrupt(f"{step} steps of {self.stage} are in {self.state}")
 
     def begin(self, steps, modules, opts):
-        """With --resume: load the state saved by `checkpoint` into modules and optimisers. Its `extra`, or just step 0 where there is none."""
+        """With --resume: load the state saved by `checkpoint` into modules and optimisers. Its `extra`, or just step 0 where there is
+        none."""
         meta = load_state(self.state, modules, opts) if self.going_on and self.state.is_file() else dict(rows="[]", extra='{"step": 0}')
         self.rows, extra = json.loads(meta["rows"]), json.loads(meta["extra"])
         self.bar = tqdm(total=steps, initial=extra["step"], desc=self.stage, unit="step")
@@ -309,7 +337,8 @@ class Run:
 
     def close(self, columns):
         """The stage is done: its metrics stay, with the curves of some columns, and its training state goes."""
-        stop = bool(summed(int(self.stopping)))  # the first process has saved its weights: all may go on with them, and delete what nobody needs any more
+        # the first process has saved its weights: all may go on with them, and delete what nobody needs any more
+        stop = bool(summed(int(self.stopping)))
         self.bar.close()
         write_rows(self.csv, self.rows, [*dict(*self.rows[:1])])
         sheet = gog.curve_sheet(self.stage, gog.curve_values(self.rows, columns))
@@ -324,7 +353,8 @@ class Run:
 # ---------------------------------------------------------------------------------------------------------------- tables
 
 COLUMNS, STAGE_COLUMNS = "table row world suite seed metric value n preset device minutes".split(), "stage preset world device minutes peak_memory_mb seed".split()
-CURVES = ("development", "accuracy", "reward", "dead", "entropy", "gaze_correct", "reflection", "turns", "signal", "loss")  # of rl.csv, that are drawn
+# of rl.csv, that are drawn
+CURVES = ("development", "accuracy", "reward", "dead", "entropy", "gaze_correct", "reflection", "turns", "signal", "loss")
 
 
 def result_rows(a, table, row, world, suite, metrics, began):
@@ -405,7 +435,8 @@ class Args:
         return f"-{self.demos}demos" * (self.demos != Args.demos) + "-no-gaze" * (not self.gaze)
 
     def label(self, world):
-        """The name of a world (heraldry or a path) with what sets it apart from the usual one: runs and results of different worlds never mix."""
+        """The name of a world (heraldry or a path) with what sets it apart from the usual one: runs and results of different worlds never
+        mix."""
         return Path(world).resolve().name + (f"-world{self.seed_world}" if self.seed_world else "") + (f"-{self.towns}towns" if self.towns != Args.towns else "")
 
     def place(self):
@@ -426,7 +457,8 @@ CHOICES = {"stage": [*STAGES, "reproduce"], "preset": list(PRESETS), "device": [
            "curriculum": ["level1", "level2", "all", "learnable", "adaptive", "fresh"]}
 
 RANGES = {"seed": (0, 2**32 - 1), "towns": (40, 20_000), "group": (2, 10_000), "temperature": (0.01, 10.0), "replay": (0.0, 100.0), "beta": (0.0, 100.0),
-          **dict.fromkeys(("seed_world", "see_steps", "word_steps", "rl_steps", "shown", "strangers"), (0, 10**6))}  # of the others: 1 to a million, or 0 to 1
+          # of the others: 1 to a million, or 0 to 1
+          **dict.fromkeys(("seed_world", "see_steps", "word_steps", "rl_steps", "shown", "strangers"), (0, 10**6))}
 
 
 arguments = partial(flags, Args, CHOICES, RANGES, __doc__)  # of a command line: Args
@@ -441,12 +473,14 @@ def timed_as(a, stage):
 def expected(a, stages):
     """In words: how many minutes these stages took when they last ran with this preset on such a device (best: in this world)."""
     rows = [r for r in read_rows(Path(a.results) / "stages.csv", STAGE_COLUMNS) if (r["preset"], r["device"]) == (a.preset, a.place())]
-    known = [sorted((r["world"] == timed_as(a, stage), n, float(r["minutes"])) for n, r in enumerate(rows) if r["stage"] == stage) for stage in stages]  # n: what ran last stands last
+    # n: what ran last stands last
+    known = [sorted((r["world"] == timed_as(a, stage), n, float(r["minutes"])) for n, r in enumerate(rows) if r["stage"] == stage) for stage in stages]
     return f": about {sum(k[-1][-1] for k in known):.0f} minutes (as noted in {a.results}/stages.csv)" if all(known) else ": how long, nobody has measured yet"
 
 
 def timed(a, stage):
-    """Run a stage; its minutes and the peak memory of the process so far go to results/stages.csv, where the next run finds what to expect."""
+    """Run a stage; its minutes and the peak memory of the process so far go to results/stages.csv, where the next run finds what to
+    expect."""
     path, began = Path(a.results) / "stages.csv", time.time()
     read_rows(path.with_name("results.csv"), COLUMNS)
     write_rows(path, [], STAGE_COLUMNS, STAGE_COLUMNS)  # can the tables be read and written? Else it is said now, not after the stage
@@ -458,7 +492,8 @@ def timed(a, stage):
         atomic(bad, lambda p: p.write_text(text))
         raise CheckpointError(f"{stage}: a loss, a gradient or a weight is not finite. Nothing of it is saved; its batch is in {bad} (empty for the eyes, whose pictures are drawn anew from seed and step). Go on from the last checkpoint with --resume and a lower learning rate") from None
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # else Ctrl-C would still call the failed Run's `interrupt`, and that handler would keep the Run alive, and its lock
+        # else Ctrl-C would still call the failed Run's `interrupt`, and that handler would keep the Run alive, and its lock
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     row = dict(stage=stage, preset=a.preset, world=timed_as(a, stage), device=a.place(), minutes=f"{(time.time() - began) / 60:.1f}", peak_memory_mb=peak_memory(), seed=a.seed)
     write_rows(path, [row], STAGE_COLUMNS, ("stage", "preset", "world", "device", "seed"))
     print(f"{stage}: {row['minutes']} minutes, peak memory {row['peak_memory_mb']} MB", file=sys.stderr)
@@ -467,7 +502,8 @@ def timed(a, stage):
 def run_stages(a):
     """The stage that is asked for, and before it those that it needs and that are not done."""
     finished = lambda stage: a.weights(stage).is_file() and not a.weights(stage).with_suffix(".state.safetensors").is_file()
-    done = lambda stage: a.weights(stage).is_file() if stage != a.stage else a.resume and finished(stage)  # the stage that is asked for is done anew, unless --resume finds it finished
+    # the stage that is asked for is done anew, unless --resume finds it finished
+    done = lambda stage: a.weights(stage).is_file() if stage != a.stage else a.resume and finished(stage)
     todo = [stage for stage in list(STAGES)[:list(STAGES).index(a.stage) + 1] if not done(stage)]
     if a.trained_on and todo not in ([], ["eval"]):
         raise CheckpointError(f"{a.weights(todo[0])} is missing. Run python train.py --stage rl --world {a.trained_on} first, then --stage eval --trained-on")
@@ -478,7 +514,8 @@ def run_stages(a):
 
 
 def work_together(a):
-    """Join the processes that torchrun has started: each has a GPU of its own, or its part of the cores, and its share of every batch (model.share). The first one speaks and writes for all."""
+    """Join the processes that torchrun has started: each has a GPU of its own, or its part of the cores, and its share of every batch
+    (model.share). The first one speaks and writes for all."""
     torch.set_num_threads(max(1, os.cpu_count() // int(os.environ["LOCAL_WORLD_SIZE"])))
     if a.device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
