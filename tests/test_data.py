@@ -151,7 +151,8 @@ def test_bad_folder_worlds_are_refused(tmp_path, bad, says):
     ({"image": "a.png", "question": "why " * 60, "answers": ["x"]}, ":2: 'question'"), ({"image": "a.png", "question": "What?", "answers": ["..."]}, ":2: 'question'"),
     ({"image": "a.png", "question": "What?", "answers": "Paris"}, ":2: 'question'"), ({"image": "../a.png", "question": "What?", "answers": ["x"]}, ":2: .*outside"),
     ({"image": "a.png", "question": "What?", "answers": ["x"], "box": [9, 9, 5, 20]}, ":2: 'box'"), ({"image": "a.png", "question": "What?", "answers": ["x"], "box": [0, 0, 5, True]}, ":2: 'box'"),
-    ({"image": "a.png", "question": "What?", "answers": ["x"], "box": 5}, ":2: 'box'")])
+    ({"image": "a.png", "question": "What?", "answers": ["x"], "box": 5}, ":2: 'box'"),
+    ({"image": "a.png", "question": "\U00020000" * 190, "answers": ["x"]}, ":2: .*600 bytes")])
 def test_own_questions(tmp_path, bad, says):
     """Prevents a user's own questions from being dropped silently, or a bad one from reaching training."""
     folder = write_world(tmp_path / "w", good(8))
@@ -162,6 +163,16 @@ def test_own_questions(tmp_path, bad, says):
     (folder / "questions.jsonl").write_text("\n".join(json.dumps(r) for r in [*rows, bad]))
     with pytest.raises(data.WorldError, match=says):
         data.folder_world(folder)
+
+
+def test_questions_leave_room_for_turns(tmp_path, vocabulary):
+    """Prevents a prompt that fills the cache, whose last keys would then be written over one another: relations with long names are asked about, but not several of them at once."""
+    chained = [{"name": f"n{i}", "image": f"{i}.png", "facts": {"r" * 180: f"n{(i + 1) % 12}", "s" * 180: f"n{(i + 5) % 12}"}} for i in range(12)]
+    folder = write_world(tmp_path / "w", chained, [])
+    for i in range(12):
+        Image.new("RGB", (20 + i, 20), (20 * i, 200 - 15 * i, 40)).save(folder / f"{i}.png")
+    asked = data.questions(data.folder_world(folder), [("hop1", "single", 1), ("hop3", "single", 1), ("hop4", "single", 1)], 40, "long")
+    assert {q.kind for q in asked} == {"hop1", "hop3"} and max(len(vocabulary.encode(q.text)) for q in asked) <= 600
 
 
 def test_ribbons_and_counts_in_words(tmp_path):
