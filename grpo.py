@@ -262,7 +262,8 @@ class Curriculum:
 def kinds(world):
     """What `fresh` draws from: every kind of RL_MIX that can be asked of this world, as (kind, setting, weight), and the user's own
     questions."""
-    can_be_asked = lambda kind, setting: any(data.ask(world, kind, setting, ("train",), random.Random(i)) for i in range(200))
+    drawn = lambda kind, setting: (data.ask(world, kind, setting, ("train",), random.Random(i)) for i in range(200))
+    can_be_asked = lambda kind, setting: any(q and data.fits(q.text) for q in drawn(kind, setting))
     return [*world.own[::2], *((kind, setting, weight) for kind, setting, weight in data.RL_MIX if can_be_asked(kind, setting))]
 
 
@@ -271,8 +272,7 @@ def ask_each(world, wanted, seed):
     return [w if isinstance(w, data.Question) else data.questions(world, [w], 1, f"{seed}/{i}")[0] for i, w in enumerate(wanted)]
 
 
-# ======================================================= from here on: how the base model is made. For GRPO alone, stop here and go on to
-# train.py.
+# ================================ from here on: how the base model is made. For GRPO alone, stop here and go on to train.py.
 # ----------------------------------------------------------------------- base model: what it can spell, labels for the eyes
 
 def corpus(seed=0):
