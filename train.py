@@ -76,7 +76,7 @@ def pretrain(a):
             run.checkpoint([policy, heads], eye_opts + word_opts, a.save_every if at + 1 < steps else 1, step=before + at + 1)
     # before the stage counts as done: if it is stopped here, --resume begins with the exam
     began, scores = time.time(), grpo.exam(policy, env, a.exam)
-    write_results(a, result_rows(a, "exam", "base", "lessons", "held-out", scores, began))
+    write_results(a, result_rows(a, "exam", "base" + a.lessons(), "lessons", "held-out", scores, began))
     save(policy, run.weights, tokenizer=v.text)
     run.close(("loss", "lr"))
     print("base model, held-out: " + ", ".join(f"{k} {value:.3f} ({n})" for k, (value, n) in scores.items()), file=sys.stderr)
@@ -233,7 +233,7 @@ def report_entry(a, t, world, v, pictures, **who):
 ROWS = ("random", "base", "direct", "full-search", "no-gaze", "sft", "rl", "withheld", "oracle")
 EVAL_FLAGS = ("tools_fail", "turns", "stale", "strangers")  # flags of eval that ask another thing of the same policy
 # the flags of every row of the paper's tables, and of questions that it leaves open; a policy with a name of its own is trained first, by
-# RL on as many rollouts (rl_steps=160: on four times as many; 0: by SFT only)
+# RL on as many rollouts (but where rl_steps is told; 0: by SFT only)
 GRID = {
     "main": [{}],
     # the second: as MMSearch-R1
@@ -243,9 +243,10 @@ GRID = {
     "GRPO": [dict(name="group-4", group=4, rl_batch=64), dict(name="group-16", group=16, rl_batch=16), dict(name="mean-only", advantage="mean"), dict(name="lambda-0", lam=0.0),
              dict(name="lambda-0.2", lam=0.2), dict(name="kl-0.001", beta=0.001), dict(name="no-mask", mask=False), dict(name="lr-0.01", rl_lr=0.01), dict(name="lr-0.1", rl_lr=0.1),
              dict(name="updates-160", rl_steps=160)],
+    "longer": [dict(name="longer-sft", word_steps=6400, rl_steps=0), dict(name="longer-rl", word_steps=6400, rl_steps=80)],
     "scale": [dict(name=f"demos-{n}", demos=n, rl_steps=0) for n in (500, 2000, 20000)]}
 # rows that a table shows first, to compare with; of the others "rl"
-BESIDE = {"main": ROWS, "Selective Gaze": ["sft", "rl"], "scale": ["sft"]}
+BESIDE = {"main": ROWS, "Selective Gaze": ["sft", "rl"], "longer": ["sft", "rl"], "scale": ["sft"]}
 # means of Qwen2.5-VL-7B; no-gaze-rl: MMSearch-R1; no-gaze-sft: SFT without Selective Gaze; level1: the mean of its row (printed: 47.28)
 PAPER = {"direct": 20.3, "full-search": 44.4, "no-gaze-rl": 36.9, "sft": 43.3, "rl": 53.2, "no-gaze-sft": 41.8, "level1": 50.5, "level2": 53.2}
 
@@ -428,12 +429,17 @@ class Args:
     trained_on: str = ""  # eval only: examine the policies of another world (zero-shot); default --world
 
     def folder(self, kind=""):
-        """The run folder; the base model knows no world, so all worlds share it."""
-        return Path(self.out or f"out/{kind or self.label(self.trained_on or self.world) + self.variant()}-{self.preset}-{self.seed}")
+        """The run folder; the base model (`kind` "base") knows no world, so all worlds share it."""
+        which = kind + self.lessons() if kind else self.label(self.trained_on or self.world) + self.variant()
+        return Path(self.out or f"out/{which}-{self.preset}-{self.seed}")
+
+    def lessons(self):
+        """What sets a base model apart from the usual one."""
+        return f"-{self.word_steps}words" * (self.word_steps != Args.word_steps)
 
     def variant(self):
         """What sets an SFT policy apart from the usual one of its world."""
-        return f"-{self.demos}demos" * (self.demos != Args.demos) + "-no-gaze" * (not self.gaze)
+        return f"-{self.demos}demos" * (self.demos != Args.demos) + "-no-gaze" * (not self.gaze) + self.lessons()
 
     def label(self, world):
         """The name of a world (heraldry or a path) with what sets it apart from the usual one: runs and results of different worlds never

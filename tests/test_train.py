@@ -370,8 +370,10 @@ def test_a_users_own_questions_are_a_suite_of_their_own(tmp_path, monkeypatch, c
 
 def test_other_worlds_have_their_own_folders_and_rows():
     """Prevents a policy of one world from being taken for another's, and its results from replacing those."""
-    folders = [str(train.Args(**flags).folder()) for flags in ({}, dict(seed_world=1), dict(towns=500), dict(seed=1), dict(demos=500), dict(world="worlds/countries"), dict(world="."))]
+    folders = [str(train.Args(**flags).folder()) for flags in ({}, dict(seed_world=1), dict(towns=500), dict(seed=1), dict(demos=500), dict(word_steps=6400), dict(world="worlds/countries"), dict(world="."))]
     assert len(set(folders)) == len(folders) and folders[0] == "out/heraldry-nano-0" and not folders[-1].startswith("out/-")
+    bases = [str(train.Args(**flags).folder("base")) for flags in ({}, dict(demos=500), dict(word_steps=6400), dict(seed=1))]
+    assert bases[0] == bases[1] == "out/base-nano-0" and len(set(bases)) == 3
 
 
 def test_two_processes_take_the_steps_of_one(tmp_path, begun):
