@@ -116,11 +116,16 @@ STAGES_OF_TWO = {r["stage"]: r for r in published("stages.csv") if r["device"] =
 VALIDATED = {int(r["step"]): r for r in published("runs/countries-nano-0-rl.csv")}
 UPDATES = [r for r in published("runs/heraldry-nano-0-rl.csv") if r["loss"]]
 POINTING = [int(r["n"]) for (_, row, suite, metric), r in MEASURED.items() if (row, suite) == ("base", "held-out") and metric.startswith("iou")]
+UNMASKED = published("runs/heraldry-nano-0-rl-no-mask.csv")
+first_ten = lambda rows, column: np.mean([float(r[column]) for r in rows[:10]])
 TRIALS = (ROOT / "results" / "trials.md").read_text(encoding="utf-8")
 COUNTRIES = data.open_world(str(ROOT / "worlds" / "countries"))
 TOLD = [  # what the text says outside its tables, and where it comes from
     (r"\*\*SFT\*\* \(supervised fine-tuning\) on ([\d,]+) expert", lambda: train.Args.demos), (r"below\), (\d+) questions a suite", lambda: train.Args.suite_size), (r"with `--replay ([\d.]+)` \(now the default", lambda: train.Args.replay),
     (r"\| `small` \| (\d+) M", lambda: parameters("small")), (r"\| `nano` \| ([\d.]+) M", lambda: parameters("nano")), (r"(\d+) M parameters in all", lambda: parameters("nano")), (r"`nano`, ([\d.]+) M", lambda: parameters("nano")), (r"`small`: (\d+) M", lambda: parameters("small")),
+    (r"gradient is ([\d.]+) times as long", lambda: first_ten(UNMASKED, "grad_norm") / first_ten(UPDATES, "grad_norm")),
+    (r"`signal` ([\d.]+) instead", lambda: first_ten(UNMASKED, "signal")), (r"`signal` [\d.]+ instead of ([\d.]+)", lambda: first_ten(UPDATES, "signal")),
+    (r"After 20 updates ([\d.]+) % of", lambda: 100 * float(UNMASKED[20]["development"])), (r"are right instead of ([\d.]+), and", lambda: 100 * float(UNMASKED[0]["development"])),
     (r"the standard error of each is about ([\d.]+)", lambda: sum(100 * (p * (1 - p) / 300) ** 0.5 for p in (RESULTS["heraldry", "rl", s, "accuracy"] for s in gog.SUITES)) / 6),
     (r"has an IoU of ([\d.]+);", value("lessons", "base", "held-out", "iou after a miss")), (r"counting is right in (\d+) %", lambda: 100 * RESULTS["lessons", "base", "held-out", "count more"]),
     (r"in (\d+) % where there is one", lambda: 100 * RESULTS["lessons", "base", "held-out", "count one"]),
