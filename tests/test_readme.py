@@ -307,7 +307,7 @@ def code_lines(path):
 def test_what_it_names_is_there():
     """Prevents pointing at a test, a flag, a picture or a file that has been renamed or removed, and a text that was never finished."""
     assert not re.search("TODO|SAMPLES|RESULTTEXT", README)
-    flags = {"--" + f.name.replace("_", "-") for f in fields(train.Args)} | {"--checkpoint", "--html", "--save"} | {"--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--shutdown-timeout"}  # gog.py's, data.py's; torchrun's
+    flags = {"--" + f.name.replace("_", "-") for f in fields(train.Args)} | {f"--no-{f.name}" for f in fields(train.Args) if f.type is bool} | {"--checkpoint", "--html", "--save"} | {"--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--shutdown-timeout"}  # gog.py's, data.py's; torchrun's
     assert set(re.findall(r"`(--[\w-]+)", README)) <= flags
     tests = "".join(p.read_text(encoding="utf-8") for p in (ROOT / "tests").glob("test_*.py"))
     named = set(re.findall(r"`(test_\w+)`", README))
