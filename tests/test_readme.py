@@ -116,6 +116,7 @@ STAGES_OF_TWO = {r["stage"]: r for r in published("stages.csv") if r["device"] =
 VALIDATED = {int(r["step"]): r for r in published("runs/countries-nano-0-rl.csv")}
 UPDATES = [r for r in published("runs/heraldry-nano-0-rl.csv") if r["loss"]]
 POINTING = [int(r["n"]) for (_, row, suite, metric), r in MEASURED.items() if (row, suite) == ("base", "held-out") and metric.startswith("iou")]
+LONG_RUN, POINTS = published("runs/heraldry-nano-0-rl-updates-160.csv"), ("look", "colour", "shape", "order", "size", "position", "neighbour")
 UNMASKED = published("runs/heraldry-nano-0-rl-no-mask.csv")
 first_ten = lambda rows, column: np.mean([float(r[column]) for r in rows[:10]])
 TRIALS = (ROOT / "results" / "trials.md").read_text(encoding="utf-8")
@@ -126,6 +127,11 @@ TOLD = [  # what the text says outside its tables, and where it comes from
     (r"gradient is ([\d.]+) times as long", lambda: first_ten(UNMASKED, "grad_norm") / first_ten(UPDATES, "grad_norm")),
     (r"`signal` ([\d.]+) instead", lambda: first_ten(UNMASKED, "signal")), (r"`signal` [\d.]+ instead of ([\d.]+)", lambda: first_ten(UPDATES, "signal")),
     (r"After 20 updates ([\d.]+) % of", lambda: 100 * float(UNMASKED[20]["development"])), (r"are right instead of ([\d.]+), and", lambda: 100 * float(UNMASKED[0]["development"])),
+    *((told, lambda row=row: mean("heraldry", row)) for told, row in ((r"and SFT from ([\d.]+) to", "sft"), (r"and SFT from [\d.]+ to ([\d.]+) %", "longer-sft"))),
+    (r"another 15 minutes\) add ([\d.]+) points", lambda: mean("heraldry", "longer-rl") - mean("heraldry", "longer-sft")),
+    *((told, lambda step=step: 100 * float(LONG_RUN[step]["development"])) for told, step in ((r"updates, development: ([\d.]+) ->", 0), (r"-> ([\d.]+) % after 60", 60), (r"after 60, ([\d.]+) at the end", 160))),
+    *((told, lambda pick=pick, row=row: pick(RESULTS["lessons", row, "held-out", f"iou {kind}"] for kind in POINTS)) for told, pick, row in (
+        (r"an IoU of ([\d.]+) to [\d.]+ to one", min, "base"), (r"an IoU of [\d.]+ to ([\d.]+) to one", max, "base"), (r"to one of ([\d.]+) to", min, "base-6400words"), (r"to one of [\d.]+ to ([\d.]+),", max, "base-6400words"))),
     (r"the standard error of each is about ([\d.]+)", lambda: sum(100 * (p * (1 - p) / 300) ** 0.5 for p in (RESULTS["heraldry", "rl", s, "accuracy"] for s in gog.SUITES)) / 6),
     (r"has an IoU of ([\d.]+);", value("lessons", "base", "held-out", "iou after a miss")), (r"counting is right in (\d+) %", lambda: 100 * RESULTS["lessons", "base", "held-out", "count more"]),
     (r"in (\d+) % where there is one", lambda: 100 * RESULTS["lessons", "base", "held-out", "count one"]),
