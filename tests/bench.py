@@ -24,6 +24,7 @@ import data  # noqa: E402
 import gog  # noqa: E402
 import grpo  # noqa: E402
 import tools  # noqa: E402
+import train  # noqa: E402
 from model import PRESETS, Cache, ModelConfig, Policy, Vocabulary, optimisers  # noqa: E402
 from conftest import llama_twin  # noqa: E402
 from tools import TextIndex, describe, write_rows  # noqa: E402
@@ -229,7 +230,7 @@ class Bench:
         for t in batch:
             t.logprobs = [-0.1 * m for m in t.trained]
         opt, their_opt = (torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], 1e-6) for m in (self.policy, self.llama or self.policy))
-        flags = argparse.Namespace(group=8, token_budget=4000, temperature=1.0, clip_low=0.2, clip_high=0.28, beta=0.0)
+        flags = train.Args(temperature=1.0)
         ours = lambda: grpo.grpo_step(self.policy, None, self.env, batch, advantages, [opt], flags)
 
         def theirs():
