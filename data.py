@@ -376,8 +376,13 @@ RL_MIX = [("count", "normal", 1), ("hop2", "normal", 1), ("hop3", "single", 1), 
           ("hop1", "crowd", 1), ("hop2", "crowd", 1), ("hop1", "small", 2)]
 
 
+def fits(text):
+    """Is a question short enough to leave room for turns? A token is a byte or more, and a trajectory has 832 (gog.rollout)."""
+    return len(text.encode(errors="replace")) <= 600
+
+
 def ask(world, kind, setting, split, rng):
-    """One question of this kind, or None if the draw fails (no unambiguous expression, no chain that long)."""
+    """One question of this kind, or None if the draw fails (no unambiguous expression, no chain that long, or too long a text)."""
     pool = world.pictured(*split)
     least, most, cells, sizes, look_alikes = SETTINGS[setting]
     target = rng.choice(pool)
@@ -404,7 +409,7 @@ def ask(world, kind, setting, split, rng):
     pointed_by, expressions = zip(*pointed)  # kinds of expressions, and their words
     found = [scene.entities[i] for i in targets]
     phrases = tuple(f"{e.look}, {e.detail}" if k == "detail" else e.look for e, k in zip(found, pointed_by))
-    made = lambda text, answer, chain=(): Question(text, (answer,), scene, kind, setting, tuple(targets), phrases, chain, pointed_by)
+    made = lambda text, answer, chain=(): Question(text, (answer,), scene, kind, setting, tuple(targets), phrases, chain, pointed_by) if fits(text) else None
     if kind in VISUAL:
         # it would contain its answer; and nearly all flags have one shape
         useless = pointed_by[0] in ("look", "detail", kind) or kind == "shape" and world.noun != "shield"
@@ -424,11 +429,6 @@ def ask(world, kind, setting, split, rng):
     return made(f"What is the {' of the '.join(reversed(chain)) or 'name'} of the {expressions[0]}?", values[-1], tuple(chain))
 
 
-def fits(text):
-    """Is a question short enough to leave room for turns? A token is a byte or more, and a trajectory has 832 (gog.rollout)."""
-    return len(text.encode(errors="replace")) <= 600
-
-
 def questions(world, mix, n, seed, split=("train",)):
     """`n` questions drawn from a mix of (kind, setting, weight). Same arguments, same questions. WorldError if the world has none of these
     kinds."""
@@ -437,8 +437,8 @@ def questions(world, mix, n, seed, split=("train",)):
         if (lots := lots + 1) > 60 and not out:
             raise WorldError(f"{world.name}: no question of {', '.join(sorted({f'{k} ({s})' for k, s, _ in mix}))} can be asked. Add entities, or facts that lead from one to another")
         kind, setting, _ = rng.choices(mix, [w for *_, w in mix])[0]
-        tries = (ask(world, kind, setting, split, rng) for _ in range(50))  # of the same kind, or rare luck would bend the mix
-        out += islice((q for q in tries if q and fits(q.text)), 1)
+        # of the same kind, or rare luck would bend the mix
+        out += islice(filter(None, (ask(world, kind, setting, split, rng) for _ in range(50))), 1)
     return out
 
 

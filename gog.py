@@ -53,7 +53,7 @@ FREE = [ACTIONS] * MAX_TURNS  # the schedule of a policy that may do what it wan
 @torch.no_grad()
 def rollout(policy, env, questions, group=1, temperature=1.0, schedule=FREE, generator=None, rows=256, room=832, progress=None):
     """Let the policy answer questions: list of Q * group trajectories, a question's group side by side.
- schedule: the actions allowed, turn by turn; at its end a trajectory ends, too. rows: batch size. room: tokens a trajectory may have (the
+    schedule: the actions allowed, turn by turn; at its end a trajectory ends, too. rows: batch size. room: tokens a trajectory may have (the
     longest demonstrations have some 600); the next turn must fit in, or it ends. generator: torch.Generator on the policy's device.
     """
     mine, out, per_batch = share(questions), [], max(1, rows // group)
@@ -86,7 +86,8 @@ def _rollout_batch(policy, env, questions, group, temperature, schedule, generat
         keep = [i for i, (t, (ids, _)) in enumerate(zip(live, sampled)) if t.answer is None and ids[-1] == stop and len(t.ids) + TURN_TOKENS < room]
         if not keep or turn == len(schedule):
             break
-        cache = cache.take(torch.tensor(keep, device=policy.device))
+        if len(keep) < len(live):
+            cache = cache.take(torch.tensor(keep, device=policy.device))
         new = [live[i].ids[unread[i]:] for i in keep]
         live, walls = [live[i] for i in keep], [walls[i] for i in keep]
         hidden = _feed(policy, env, cache, new, [t.pictures[-1] for t, ids in zip(live, new) if env.image_ids[0] in ids])  # crops of gazes
@@ -147,7 +148,7 @@ def expert(q, rng, wrong_gaze=0.0, missed=None):
     """The demonstrator, a generator: yields the text of a turn, is sent the observation. It knows boxes, looks and plan, but reads every
     name and fact from the tools. Its thoughts are its memory: what is still to be looked up (in the question's own order, the next step
     last), and what was found of the first of two. After each look it states what it wants and what it sees, and goes on where they differ.
- missed: {target: (look that the base model named, box that it chose)}, where its own gaze missed (grpo.misses): the expert begins with this
+    missed: {target: (look that the base model named, box that it chose)}, where its own gaze missed (grpo.misses): the expert begins with this
     very mistake, then recovers. wrong_gaze: if there is none, the chance of an invented one, at another object or at bare wall. Where
     several hang, a useless glance comes first with a quarter of that chance. All three are slips.
     """
@@ -180,7 +181,7 @@ def expert(q, rng, wrong_gaze=0.0, missed=None):
 
 def _find(q, target, phrase, kind, rng, missed_here, wrong_gaze, thought, memory):
     """The expert's looks at one target, slips among them, until a hit fits what is wanted: returns (its name or None, what to think next).
- phrase: the true look, of a look-alike (kind "detail") its detail, too; kind: how the question points; missed_here: (look, box) of the base
+    phrase: the true look, of a look-alike (kind "detail") its detail, too; kind: how the question points; missed_here: (look, box) of the base
     model's own mistake, or None; thought: the end of the last thought; memory: what was found of the first of two. Of look-alikes every box
     is tried in turn: looks in vain, but no slips."""
     looks, boxes = [e.look for e in q.scene.entities], q.scene.boxes
@@ -400,7 +401,7 @@ def looked_elsewhere(t):
 
 def behaviour(trajectories):
     """What a policy does: {metric: value}, over a list of trajectories. Shares are 0..1, of trajectories or (action_share) of turns.
- no / single / mixed_search: none, one kind or several kinds of tool; gaze_correct: gazes with IoU >= 0.5 with a target; target_found: some
+    no / single / mixed_search: none, one kind or several kinds of tool; gaze_correct: gazes with IoU >= 0.5 with a target; target_found: some
     gaze of the trajectory had (of questions that need a tool, about more than one object); reflection: vain gazes that a gaze elsewhere
     follows; truncated: ended without an answer.
     """
@@ -596,7 +597,7 @@ def doubts(t):
     # what can be told without a search
     seen = t.answer is None or normalise(t.answer) in (*data.TINCTURES, *data.OUTLINES, *map(str, range(20)))
     reasons = {"it ended without an answer": t.answer is None, "nothing was looked up": not found and not seen,
-               "the answer stands in nothing that was found": found and f" {normalise(t.answer or '')} " not in f" {found} ", 
+               "the answer stands in nothing that was found": found and f" {normalise(t.answer or '')} " not in f" {found} ",
                "the picture is like nothing that is known": scores and not any(s.isdecimal() and int(s) >= KNOWN for s in scores)}
     return ", ".join(reason for reason, holds in reasons.items() if holds)
 

@@ -316,7 +316,7 @@ class Policy(nn.Module):
 
     def forward(self, ids, pictures=None, image_id=None, cache=None, valid=None, lengths=None):
         """Hidden states (B, T, D) of token ids (B, T).
- pictures: uint8 (as many as there are, 3, S, S); their tokens fill, in order, the positions where ids == image_id. cache: None (whole
+        pictures: uint8 (as many as there are, 3, S, S); their tokens fill, in order, the positions where ids == image_id. cache: None (whole
         sequences, causal) or a Cache (ids continue its rows). valid: (B,) how many of T are real, default all. lengths: None, or a list:
         ids are one row in which sequences of these lengths stand one behind the other (`packed`); not with a cache.
         """

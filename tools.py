@@ -84,6 +84,10 @@ WIDTH = 3 * COLOUR_CELLS ** 2 + ANGLES * EDGE_CELLS ** 2  # D = 531
 
 def on_grey(picture, margin=0.0):
     """RGB version of a picture, transparent parts grey, with a grey margin (share of each side) around it."""
+    if picture.mode == "RGB" and not margin:
+        return picture
+    if picture.mode not in ("RGB", "RGBA"):
+        picture = picture.convert("RGBA")
     x, y = (round(side * margin) for side in picture.size)
     out = Image.new("RGB", (picture.width + 2 * x, picture.height + 2 * y), GREY)
     out.paste(picture, (x, y), picture if picture.mode == "RGBA" else None)

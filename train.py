@@ -322,7 +322,7 @@ class Run:
         if step % every and not stop:
             return
         save_state(self.state, modules, opts, extra=json.dumps({"step": step, "flags": self.flags, **extra}), rows=json.dumps(self.rows))
-        write_rows(self.csv, self.rows, [*self.rows[0]])
+        self.write_csv()
         if stop:
             self.lock.close()
             raise KeyboardInterrupt(f"{step} steps of {self.stage} are in {self.state}")
@@ -337,12 +337,16 @@ class Run:
             raise CheckpointError(f"{self.state}: begun with {', '.join(changed)}. Go on with the same, or delete it to begin this stage anew")
         return extra
 
+    def write_csv(self):
+        if self.rows:
+            write_rows(self.csv, self.rows, [*self.rows[0]])
+
     def close(self, columns):
         """The stage is done: its metrics stay, with the curves of some columns, and its training state goes."""
         # the first process has saved its weights: all may go on with them, and delete what nobody needs any more
         stop = bool(summed(int(self.stopping)))
         self.bar.close()
-        write_rows(self.csv, self.rows, [*dict(*self.rows[:1])])
+        self.write_csv()
         sheet = gog.curve_sheet(self.stage, gog.curve_values(self.rows, columns))
         atomic(self.csv.with_suffix(".png"), lambda p: sheet.save(p, format="PNG"))
         RANK or self.state.unlink(missing_ok=True)

@@ -71,7 +71,7 @@ class Bench:
         """Exact search alone: a million rows (111,111 entities, nine framings each), crops described beforehand. Ours tells the best five entities, the peer the best five rows."""
         index, lots, dot = tools.ImageIndex(()), np.random.default_rng(0), Image.new("RGB", (1, 1))
         index.entries = [(i, i) for i in range(rows // len(tools.FRAMINGS))]
-        index.blocks = [tools._unit(lots.standard_normal((len(part) * len(tools.FRAMINGS), tools.WIDTH), np.float32)) for part in (index.entries[at:at + tools.BLOCK] for at in range(0, len(index.names), tools.BLOCK))]
+        index.blocks = [tools._unit(lots.standard_normal((len(part) * len(tools.FRAMINGS), tools.WIDTH), np.float32)) for part in (index.entries[at:at + tools.BLOCK] for at in range(0, len(index.entries), tools.BLOCK))]
         seen, other = tools._unit(lots.standard_normal((256, tools.WIDTH), np.float32)), None
 
         def ours():
