@@ -21,9 +21,13 @@ optimiser -> save and load.
 Alphabet: B batch, T tokens, P patches, N image tokens a picture, D width of the decoder, W of the ViT, S side of a picture in pixels, H
 query heads, K key/value heads, C head width.
 """
+import atexit
 import itertools
 import json
 import math
+import os
+import signal
+import sys
 from copy import copy
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property, partial
@@ -36,6 +40,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from torch import nn
+from torch.utils.data import DataLoader
 
 from tools import PROCESSES, RANK, atomic, checksum
 
@@ -374,6 +379,17 @@ def number_line(embedding, ids, waves=12):
 
 # -------------------------------------------------------------------------------------------------- batches to train on
 
+def ignore_ctrl_c(_):
+    """Ctrl-C reaches the drawing process, too: not its business."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def stream(make, start, steps):
+    """Batches make(start) .. make(steps - 1), made by one background process while the model trains. The data set is the range of step
+    numbers; `collate_fn` makes each into its batch."""
+    return DataLoader(range(start, steps), batch_size=None, num_workers=1, prefetch_factor=4, collate_fn=make, worker_init_fn=ignore_ctrl_c)
+
+
 def micro_batches(items, lengths, budget):
     """Items (`lengths`: tokens of each), cut into lists of about `budget` tokens: those that end between the same two multiples of `budget`
     go together."""
@@ -418,7 +434,19 @@ def pick(logits, temperature, allowed, generator=None):
 
 
 # ------------------------------------------------------------------------------ several processes (torchrun), or just one
-# What calls `summed` or `gathered` (rollouts, steps, checkpoints) must be called by every process, equally often and in the same order.
+# Every process runs all of train.py; they divide what is in a batch (share), agree on every step (update), and only the first one speaks
+# and writes. What calls `summed` or `gathered` (rollouts, steps, checkpoints) must be called by every process, equally often and in the same order.
+
+def work_together(device):
+    """Join the processes that torchrun has started: each has a GPU of its own, or its part of the cores."""
+    torch.set_num_threads(max(1, os.cpu_count() // int(os.environ["LOCAL_WORLD_SIZE"])))
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+    atexit.register(torch.distributed.destroy_process_group)
+    if RANK:
+        sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8", errors="replace")
+
 
 def share(items):
     """This process's part of what all do together: every PROCESSES-th of some items."""

@@ -34,6 +34,7 @@ import json
 import os
 import random
 import re
+import sqlite3
 import sys
 import unicodedata
 import zlib
@@ -553,6 +554,18 @@ def atomic(path, write):
         raise OSError(f"{path} could not be written: {e.strerror or e}") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def locked(path):
+    """Hold a file for this process alone, until what is returned is closed or the process ends (SQLite's lock: every system knows it).
+    OSError if somebody else has it."""
+    try:
+        lock = sqlite3.connect(path, timeout=0, isolation_level=None)
+        lock.execute("BEGIN EXCLUSIVE")
+        return lock
+    except sqlite3.Error as e:
+        raise OSError(f"{path}: {e}. Another run of this stage is at work in this folder, or it cannot be written to: wait, or give this run a "
+                      "folder of its own with --out") from None
 
 
 def read_rows(path, columns=()):

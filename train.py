@@ -5,17 +5,11 @@ From the paper: SFT on reflective trajectories, then GRPO on the questions that 
 Here instead: one stage more. `pretrain` makes the base model that the paper takes from the shelf: first the eyes alone, with labels on
     every patch and image token; then, with the eyes held still, lessons in words. A stage whose input is missing runs the one before it
     first.
-Under torchrun every process runs all of this file; they divide what is in a batch (model.share), agree on every step (model.update), and
-only the first one speaks and writes.
-
 Reading order: the four stages -> the grid -> run folder -> tables -> flags. `a` is the flags everywhere (Args, below); `v` the vocabulary;
 `run` the run folder of a stage (Run, below).
 """
-import atexit
 import json
-import os
 import signal
-import sqlite3
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -28,22 +22,11 @@ from tqdm import tqdm
 import data
 import gog
 import grpo
-from model import (PRESETS, CheckpointError, ModelConfig, NotFinite, Policy, Vocabulary, autocast, load, load_state, lr_factor, number_line, optimisers, save, save_state, set_lr, share,
-                   summed, torch_rng)
-from tools import PROCESSES, RANK, Environment, Toolbox, atomic, flags, make_toolbox, peak_memory, read_rows, write_rows
+from model import (PRESETS, CheckpointError, ModelConfig, NotFinite, Policy, Vocabulary, autocast, load, load_state, lr_factor, number_line,
+                   optimisers, save, save_state, set_lr, share, stream, summed, torch_rng, work_together)
+from tools import PROCESSES, RANK, Environment, Toolbox, atomic, flags, locked, make_toolbox, peak_memory, read_rows, write_rows
 
 # --------------------------------------------------------------------------------------------------------------- stages
-
-def ignore_ctrl_c(_):
-    """Ctrl-C reaches the drawing process, too: not its business."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def stream(make, start, steps):
-    """Batches make(start) .. make(steps - 1), made by one background process while the model trains. The data set is the range of step
-    numbers; `collate_fn` makes each into its batch."""
-    return torch.utils.data.DataLoader(range(start, steps), batch_size=None, num_workers=1, prefetch_factor=4, collate_fn=make, worker_init_fn=ignore_ctrl_c)
-
 
 def pretrain(a):
     """Base model, in two parts: see (what does each patch show?), then words (all lessons mixed). Stands in for Qwen-VL."""
@@ -53,10 +36,10 @@ def pretrain(a):
     config = ModelConfig(**{**PRESETS[a.preset], "vocab": v.size})
     policy = Policy(config).to(a.device)
     number_line(policy.embed_tokens.weight, [v.word(n) for n in range(100)])
-    heads = torch.nn.ModuleList(torch.nn.Linear(w, 4 + sum(map(len, grpo.PARTS.values()))) for w in (config.vit_width, config.width)).to(a.device)
-    eye_opts = [*optimisers(policy.vision.named_parameters(), a.see_lr, a.see_adam_lr),
-                # words, too: see_step draws them towards image tokens
-                torch.optim.AdamW([*heads.parameters(), policy.embed_tokens.weight], a.see_adam_lr, weight_decay=0.0)]
+    told = 4 + sum(map(len, grpo.PARTS.values()))  # edges of a box, and what is in it; of every patch, and of every image token
+    heads = torch.nn.ModuleList(torch.nn.Linear(w, told) for w in (config.vit_width, config.width)).to(a.device)
+    seen = [*heads.parameters(), policy.embed_tokens.weight]  # words, too: see_step draws them towards image tokens
+    eye_opts = [*optimisers(policy.vision.named_parameters(), a.see_lr, a.see_adam_lr), torch.optim.AdamW(seen, a.see_adam_lr, weight_decay=0.0)]
     word_opts = optimisers(((n, p) for n, p in policy.named_parameters() if "vision" not in n or "projector" in n), a.word_lr, a.word_lr)
     env = Environment(v, None, config)
     parts = (("see", 0, a.see_steps, eye_opts, partial(grpo.labelled_pictures, config, a.seed, a.see_batch)),
@@ -76,7 +59,7 @@ def pretrain(a):
             run.checkpoint([policy, heads], eye_opts + word_opts, a.save_every if at + 1 < steps else 1, step=before + at + 1)
     # before the stage counts as done: if it is stopped here, --resume begins with the exam
     began, scores = time.time(), grpo.exam(policy, env, a.exam)
-    write_results(a, result_rows(a, "exam", "base" + a.lessons(), "lessons", "held-out", scores, began))
+    write_results(a, result_rows(a, "exam", "base" + a.variant("pretrain"), "lessons", "held-out", scores, began))
     save(policy, run.weights, tokenizer=v.text)
     run.close(("loss", "lr"))
     print("base model, held-out: " + ", ".join(f"{k} {value:.3f} ({n})" for k, (value, n) in scores.items()), file=sys.stderr)
@@ -96,7 +79,8 @@ def sft(a):
     for step, replayed in enumerate(stream(lessons, start, total), start):
         lr = set_lr(opts, lr_factor(step, total))
         with autocast(a.device):
-            loss, norm = grpo.supervised_step(policy, env, share(demos[step * a.sft_batch:][:a.sft_batch]) + replayed, opts, a.token_budget)
+            batch = share(demos[step * a.sft_batch:][:a.sft_batch]) + replayed
+            loss, norm = grpo.supervised_step(policy, env, batch, opts, a.token_budget)
         run.log(step=step, loss=loss, grad_norm=norm, lr=lr, seconds=run.bar.format_dict["elapsed"])
         run.checkpoint([policy], opts, a.save_every if step + 1 < total else 1, step=step + 1)
     score, tries = development(policy, env, world, a)
@@ -107,8 +91,8 @@ def sft(a):
 
 def development(policy, env, world, a):
     """Greedy accuracy on the development split, asked as the suites ask, and the trajectories. What is tuned is tuned here."""
-    # tools that do not fail
-    asked, reliable = data.questions(world, gog.DEV_MIX, a.rl_dev, f"dev/{a.seed}", ("dev",)), Toolbox(env.toolbox.image_index, env.toolbox.text_index)
+    asked = data.questions(world, gog.DEV_MIX, a.rl_dev, f"dev/{a.seed}", ("dev",))
+    reliable = Toolbox(env.toolbox.image_index, env.toolbox.text_index)  # tools that do not fail
     tries = gog.evaluate(policy, Environment(env.v, reliable, policy.config, gaze=a.gaze), asked, progress="development")
     return gog.behaviour(tries)["accuracy"], tries
 
@@ -120,17 +104,18 @@ def rl(a):
     world = data.open_world(a.world, a.seed_world, a.towns)
     env = Environment(v, make_toolbox(world, a.failure_rate, a.seed), policy.config, gaze=a.gaze)
     fresh = a.curriculum == "fresh"  # then the pool holds kinds of questions, and each is asked anew; else questions, scored once first
-    askable = grpo.kinds(world) if fresh else data.questions(world, data.RL_MIX, a.rl_questions, f"rl/{a.seed}") + list(world.own[::2])
+    askable = grpo.kinds(world) if fresh else [*data.questions(world, data.RL_MIX, a.rl_questions, f"rl/{a.seed}"), *world.own[::2]]
     reference = load(a.weights("sft"), a.device)[0].requires_grad_(False) if a.beta else None
     # SGD: the gradients of two batches had a cosine of 0.16, those that AdamW would have made of them 0.06, and Muon's 0.02
     # (results/trials.md)
     opts = [torch.optim.SGD([p for p in policy.parameters() if p.requires_grad], a.rl_lr, momentum=0.9)]
     saved = run.begin(a.rl_steps, [policy], opts)
     rates = saved.get("pass_rates") or ([0.5] * len(askable) if fresh else grpo.pass_rates(policy, env, askable, 4, a.temperature, a.seed))
-    curriculum = grpo.Curriculum(rates, a.curriculum, a.seed, pool=saved.get("pool"), worth=[w[2] if isinstance(w, tuple) else 1 for w in askable])
+    worth = [w[2] if isinstance(w, tuple) else 1 for w in askable]
+    curriculum = grpo.Curriculum(rates, a.curriculum, a.seed, pool=saved.get("pool"), worth=worth)
     shown, pictures, alarmed = [], {}, set()  # for the report, and alarms that have been told; empty whenever the run is started
-    # becomes the result only when the stage is done
-    best, champion = saved.get("best", [-1.0, 0]), run.weights.with_suffix(".best.safetensors")
+    best = saved.get("best", [-1.0, 0])  # development accuracy, and the step
+    champion = run.weights.with_suffix(".best.safetensors")  # becomes the result only when the stage is done
     for step in range(saved["step"], a.rl_steps + 1):  # one pass more than updates: the last only validates
         score = ""
         if step % a.eval_every == 0 or step == a.rl_steps:  # keep the best by validation, not the last
@@ -150,16 +135,15 @@ def rl(a):
         batch, advantages, solved, stats = grpo.iteration(policy, reference, env, asked, opts, a, torch_rng(policy.device, "rl", a.seed, step))
         curriculum.seen(chosen, solved)
         run.log(step=step, **stats, lr=lr, development=score)  # that of the policy before this update
-        # a step at which nobody was alive has no entropy to fall from
-        first = next((r for r in run.rows if float(r["dead"]) < 1), run.rows[0])
-        for alarm in (x for x in alarms({k: float(v) for k, v in first.items() if v}, stats) if x.split()[0] not in alarmed):  # each once
-            alarmed.add(alarm.split()[0]), tqdm.write(f"step {step}: {alarm}", file=sys.stderr)
+        first = next((r for r in run.rows if float(r["dead"]) < 1), run.rows[0])  # if all groups are dead there is no entropy to fall from
+        for metric, alarm in alarms({k: float(v) for k, v in first.items() if v}, stats).items():
+            if metric not in alarmed:  # each is told once
+                alarmed.add(metric), tqdm.write(f"step {step}: {alarm}", file=sys.stderr)
         if step % a.show_every == 0:
             print("\n" + gog.tell(batch[int(advantages.argmax())]), file=sys.stderr)
-            # the report of a long run begins anew, rather than grow without end
-            shown, pictures = (shown, pictures) if len(shown) <= 200 else ([], {})
-            shown += [report_entry(a, t, world, v, pictures, key=f"{step} {i // a.group}", suite=f"step {step}", policy=f"rollout {i % a.group + 1}", advantage=advantages[i].item())
-                      for i, t in enumerate(batch[:3 * a.group])]
+            shown, pictures = (shown, pictures) if len(shown) <= 200 else ([], {})  # the report of a long run begins anew, or it would never end
+            for i, (t, advantage) in enumerate(zip(batch[:3 * a.group], advantages.tolist())):
+                shown.append(report_entry(a, t, world, v, pictures, f"{step} {i // a.group}", f"step {step}", f"rollout {i % a.group + 1}", advantage))
             group_report(a, run, shown, pictures)
         run.checkpoint([policy], opts, a.eval_every, step=step + 1, pass_rates=curriculum.pass_rates, pool=curriculum.pool, best=best)
     atomic(run.weights, lambda p: p.write_bytes(champion.read_bytes()))
@@ -170,27 +154,28 @@ def rl(a):
 
 def group_report(a, run, shown, pictures):
     """rl-report.html: groups of rollouts side by side, and the curves so far."""
+    title = f"{a.label(a.world)}: groups of rollouts while RL trains"
     about = f"Preset {a.preset}, seed {a.seed}, on {a.place()}; three questions of every {a.show_every}th step since training was last started."
-    gog.write_report(run.folder / f"{a.name}-report.html", f"{a.label(a.world)}: groups of rollouts while RL trains", about, shown, pictures, curves=gog.curve_values(run.rows, CURVES))
+    gog.write_report(run.folder / f"{a.name}-report.html", title, about, shown, pictures, curves=gog.curve_values(run.rows, CURVES))
 
 
 def alarms(first, now):
-    """What looks like collapse, in words: the metrics of an iteration beside those of the first."""
-    found = [f"{k} fell from {first[k]:.2f} to {now[k]:.2f}" for k in grpo.LOGGED if k.endswith("_share") and first[k] > 0.05 and now[k] < 0.2 * first[k]]
-    # entropy is that of live groups
-    found += [f"{k} fell from {first[k]:.2f} to {now[k]:.2f}" for k, part in (("entropy", 0.2), ("reward", 0.7)) if now[k] < part * first[k] and now["dead"] < 1]
-    return found + [f"tokens a trajectory rose from {first['tokens']:.0f} to {now['tokens']:.0f}"] * (now["tokens"] > 2 * first["tokens"])
+    """What looks like collapse, {metric: in words}: the metrics of an iteration beside those of the first."""
+    fell = [k for k in grpo.LOGGED if k.endswith("_share") and first[k] > 0.05 and now[k] < 0.2 * first[k]]
+    fell += [k for k, part in (("entropy", 0.2), ("reward", 0.7)) if now[k] < part * first[k] and now["dead"] < 1]  # of live groups
+    rose = {"tokens": f"tokens a trajectory rose from {first['tokens']:.0f} to {now['tokens']:.0f}"} if now["tokens"] > 2 * first["tokens"] else {}
+    return {k: f"{k} fell from {first[k]:.2f} to {now[k]:.2f}" for k in fell} | rose
 
 
 def evaluate(a):
     """Six held-out suites (and a folder world's own questions), every baseline: results/results.csv, one measurement a row; rows of other
     worlds and seeds in that file stay. Baselines that are schedules (gog.SCHEDULES) and `withheld` play the RL policy."""
-    world, table, shown, pictures = data.with_strangers(data.open_world(a.world, a.seed_world, a.towns), a.strangers), [], [], {}
+    world = data.with_strangers(data.open_world(a.world, a.seed_world, a.towns), a.strangers)
     policies = {row: load(a.weights(stage), a.device) for row, stage in (("base", "pretrain"), ("sft", "sft"), ("rl", "rl"))}
-    # label: the world in the tables; known: tools that know what was known at training time; named: the row of the policy under
-    # examination, "rl", or --name and what sets
-    # this examination apart from the usual one. Only "rl" brings all baselines with it
-    label, known, named = a.label(a.world) + "-zero-shot" * bool(a.trained_on), make_toolbox(world, a.tools_fail, a.seed), a.row()
+    label = a.label(a.world) + "-zero-shot" * bool(a.trained_on)  # the world, in the tables
+    named = a.row()  # the row of the policy under examination. "rl" brings all baselines with it; any other leaves theirs as they are
+    known = make_toolbox(world, a.tools_fail, a.seed)  # tools that know what was known at training time
+    table, shown, pictures = [], [], {}
     for name in (*(["own"] if world.own[1:] else []), *gog.SUITES):
         try:
             searched, qs = (world, world.own[1::2]) if name == "own" else gog.suite(world, name, a.suite_size)
@@ -199,32 +184,36 @@ def evaluate(a):
             write_results(a, result_rows(a, "main", named, label, name, {"left_out": (1, 0)}, time.time()))
             continue
         toolbox = make_toolbox(searched, a.tools_fail, a.seed, late=True) if name == "live" and not a.stale else known
-        # another policy than rl adds its row, and leaves those of others; and nobody knows where to look in a user's own picture
-        for row in (r for r in (ROWS if named == "rl" else ("rl",)) if r != "oracle" or name != "own"):
+        # nobody knows where to look in a user's own picture: no oracle
+        for row in (r for r in ROWS if r == "rl" or named == "rl" and (r, name) != ("oracle", "own")):
             policy, v = policies.get(row, policies["rl"])
             began, env = time.time(), Environment(v, toolbox, policy.config, withhold=row == "withheld", gaze=a.gaze)
             tries = gog.evaluate(policy, env, qs, row, a.seed, a.turns, progress=f"{name}, {row}")
-            table += result_rows(a, "main", named if row == "rl" else row, label, name, {k: (x, len(qs)) for k, x in gog.behaviour(tries).items()} | gog.by_size(tries), began)
-            if row == named == "rl" and not a.seed:
-                # the first of each
-                first = {"failure" if not t.correct else "recovery" if any(gog.looked_elsewhere(t)) else "success": t for t in reversed(tries)}
-                for what, t in first.items():
+            metrics = {k: (x, len(qs)) for k, x in gog.behaviour(tries).items()} | gog.by_size(tries)
+            called = named if row == "rl" else row
+            table += result_rows(a, "main", called, label, name, metrics, began)
+            if called == "rl" and not a.seed:
+                outcome = lambda t: "failure" if not t.correct else "recovery" if any(gog.looked_elsewhere(t)) else "success"
+                for what, t in {outcome(t): t for t in reversed(tries)}.items():  # the first of each
                     atomic(Path(a.results) / f"{label}-{name}-{what}.png", lambda p: gog.poster(t).save(p, format="PNG"))
-            if row in policies:
-                shown += [report_entry(a, t, searched, v, pictures, key=f"{name} {i}", suite=name, policy=named if row == "rl" else row, advantage=None) for i, t in enumerate(tries[:a.shown])]
+            for i, t in enumerate(tries[:a.shown] if row in policies else ()):
+                shown.append(report_entry(a, t, searched, v, pictures, f"{name} {i}", name, called))
         write_results(a, table)  # suite by suite: what is measured is kept
     accuracy = gog.accuracy_table(table)
     print("\n".join(["", f"{'accuracy %':<12}" + "".join(f"{c:>8}" for c in accuracy["columns"]),
                      *(f"{row:<12}" + "".join(f"{'' if x is None else format(x, '.1f'):>8}" for x in values) for row, *values in accuracy["rows"])]))
-    about = f"Preset {a.preset}, seed {a.seed}, on {a.place()}; the first {a.shown} questions of each suite, asked of {'the policies before SFT (base), after it (sft) and after RL (rl)' if named == 'rl' else named}."
-    # of another world, of another row: another page
-    page = "-".join(["report", *([label] if a.trained_on else []), *([named] if named != "rl" else [])])
-    gog.write_report(a.folder() / f"{page}.html", f"{label}: what the policies do", about, shown, pictures, accuracy, gog.curve_values(read_rows(a.weights("rl").with_suffix(".csv")), CURVES))
+    asked = "the policies before SFT (base), after it (sft) and after RL (rl)" if named == "rl" else named
+    about = f"Preset {a.preset}, seed {a.seed}, on {a.place()}; the first {a.shown} questions of each suite, asked of {asked}."
+    page = "-".join(["report", *([label] if a.trained_on else []), *([named] if named != "rl" else [])])  # of another world or row: another
+    curves = gog.curve_values(read_rows(a.weights("rl").with_suffix(".csv")), CURVES)
+    gog.write_report(a.folder() / f"{page}.html", f"{label}: what the policies do", about, shown, pictures, accuracy, curves)
 
 
-def report_entry(a, t, world, v, pictures, **who):
-    """What a report tells of a trajectory: who did it, what it was rewarded with, and all that happened."""
-    return dict(**who, reward=grpo.reward(grpo.accuracy_reward(t, a.search_penalty), t.well_formed, a.lam), **gog.record(t, world, v, pictures)) | dict(r_acc=grpo.accuracy_reward(t, a.search_penalty))
+def report_entry(a, t, world, v, pictures, key, suite, policy, advantage=None):
+    """What a report tells of a trajectory: which question (`key`) of which suite, who answered, with what reward, and all that happened."""
+    r_acc = grpo.accuracy_reward(t, a.search_penalty)
+    judged = dict(r_acc=r_acc, reward=grpo.reward(r_acc, t.well_formed, a.lam), advantage=advantage)
+    return dict(key=key, suite=suite, policy=policy) | gog.record(t, world, v, pictures) | judged
 
 
 # ------------------------------------------------------------------------------------------------------------- the grid
@@ -238,11 +227,12 @@ GRID = {
     "main": [{}],
     # the second: as MMSearch-R1
     "Selective Gaze": [dict(name="no-gaze-sft", gaze=False, rl_steps=0), dict(name="no-gaze-rl", gaze=False, search_penalty=0.1)],
-    "robustness": [dict(tools_fail=0.05), dict(tools_fail=0.2), dict(stale=True), *(dict(turns=n) for n in (2, 4, 6, 10)), *(dict(strangers=n) for n in (10_000, 100_000))],
+    "robustness": [dict(tools_fail=0.05), dict(tools_fail=0.2), dict(stale=True), *(dict(turns=n) for n in (2, 4, 6, 10)),
+                   *(dict(strangers=n) for n in (10_000, 100_000))],
     "curriculum": [dict(name=mode, curriculum=mode) for mode in ("level1", "level2", "all", "learnable", "adaptive")],
-    "GRPO": [dict(name="group-4", group=4, rl_batch=64), dict(name="group-16", group=16, rl_batch=16), dict(name="mean-only", advantage="mean"), dict(name="lambda-0", lam=0.0),
-             dict(name="lambda-0.2", lam=0.2), dict(name="kl-0.001", beta=0.001), dict(name="no-mask", mask=False), dict(name="lr-0.01", rl_lr=0.01), dict(name="lr-0.1", rl_lr=0.1),
-             dict(name="updates-160", rl_steps=160)],
+    "GRPO": [dict(name="group-4", group=4, rl_batch=64), dict(name="group-16", group=16, rl_batch=16), dict(name="mean-only", advantage="mean"),
+             dict(name="lambda-0", lam=0.0), dict(name="lambda-0.2", lam=0.2), dict(name="kl-0.001", beta=0.001), dict(name="no-mask", mask=False),
+             dict(name="lr-0.01", rl_lr=0.01), dict(name="lr-0.1", rl_lr=0.1), dict(name="updates-160", rl_steps=160)],
     "longer": [dict(name="longer-sft", word_steps=6400, rl_steps=0), dict(name="longer-rl", word_steps=6400, rl_steps=80)],
     "scale": [dict(name=f"demos-{n}", demos=n, rl_steps=0) for n in (500, 2000, 20000)]}
 # rows that a table shows first, to compare with; of the others "rl"
@@ -289,15 +279,12 @@ class Run:
     """A run folder: the training state (exact resume), one metrics row a step, and the finished weights."""
 
     def __init__(self, a, stage):
-        self.folder, self.stage, self.flags = a.folder("base" if stage == "pretrain" else ""), stage, {"nproc_per_node": PROCESSES} | {k: getattr(a, k) for k in MATTERS.get(stage, MATTERS["rl"]).split()}
+        self.folder, self.stage = a.folder(stage), stage
+        self.flags = {"nproc_per_node": PROCESSES} | {k: getattr(a, k) for k in MATTERS.get(stage, MATTERS["rl"]).split()}
         self.weights, self.state, self.csv, self.lock_file = (self.folder / f"{stage}.{end}" for end in ("safetensors", "state.safetensors", "csv", "lock"))
         self.rows, self.stopping, self.going_on = [], False, a.resume
         self.folder.mkdir(parents=True, exist_ok=True)
-        try:  # a lock that every system knows, and that ends with its process
-            self.lock = sqlite3.connect(":memory:" if RANK else self.lock_file, timeout=0, isolation_level=None)
-            self.lock.execute("BEGIN EXCLUSIVE")
-        except sqlite3.Error as e:
-            raise CheckpointError(f"{self.lock_file}: {e}. Another run of this stage is at work in this folder, or it cannot be written to: wait, or give this run a folder of its own with --out") from None
+        self.lock = locked(":memory:" if RANK else self.lock_file)
         for left in () if RANK else self.folder.glob(f".{stage}.[a-z]*.tmp"):
             left.unlink(missing_ok=True)  # of a process that was killed while it wrote
         signal.signal(signal.SIGINT, self.interrupt)
@@ -322,7 +309,7 @@ class Run:
         if step % every and not stop:
             return
         save_state(self.state, modules, opts, extra=json.dumps({"step": step, "flags": self.flags, **extra}), rows=json.dumps(self.rows))
-        self.write_csv()
+        write_rows(self.csv, self.rows, [*self.rows[0]])
         if stop:
             self.lock.close()
             raise KeyboardInterrupt(f"{step} steps of {self.stage} are in {self.state}")
@@ -337,16 +324,12 @@ class Run:
             raise CheckpointError(f"{self.state}: begun with {', '.join(changed)}. Go on with the same, or delete it to begin this stage anew")
         return extra
 
-    def write_csv(self):
-        if self.rows:
-            write_rows(self.csv, self.rows, [*self.rows[0]])
-
     def close(self, columns):
         """The stage is done: its metrics stay, with the curves of some columns, and its training state goes."""
         # the first process has saved its weights: all may go on with them, and delete what nobody needs any more
         stop = bool(summed(int(self.stopping)))
         self.bar.close()
-        self.write_csv()
+        self.rows and write_rows(self.csv, self.rows, [*self.rows[0]])
         sheet = gog.curve_sheet(self.stage, gog.curve_values(self.rows, columns))
         atomic(self.csv.with_suffix(".png"), lambda p: sheet.save(p, format="PNG"))
         RANK or self.state.unlink(missing_ok=True)
@@ -358,14 +341,16 @@ class Run:
 
 # ---------------------------------------------------------------------------------------------------------------- tables
 
-COLUMNS, STAGE_COLUMNS = "table row world suite seed metric value n preset device minutes".split(), "stage preset world device minutes peak_memory_mb seed".split()
+COLUMNS = "table row world suite seed metric value n preset device minutes".split()
+STAGE_COLUMNS = "stage preset world device minutes peak_memory_mb seed".split()
 # of rl.csv, that are drawn
 CURVES = ("development", "accuracy", "reward", "dead", "entropy", "gaze_correct", "reflection", "turns", "signal", "loss")
 
 
 def result_rows(a, table, row, world, suite, metrics, began):
     """Rows of results.csv from {metric: (value, number of questions)}."""
-    return [dict(zip(COLUMNS, (table, row, world, suite, a.seed, metric, f"{value:.4f}", n, a.preset, a.place(), f"{(time.time() - began) / 60:.2f}"))) for metric, (value, n) in metrics.items()]
+    fixed = dict(table=table, row=row, world=world, suite=suite, seed=a.seed, preset=a.preset, device=a.place(), minutes=f"{(time.time() - began) / 60:.2f}")
+    return [fixed | dict(metric=metric, value=f"{value:.4f}", n=n) for metric, (value, n) in metrics.items()]
 
 
 def write_results(a, rows):
@@ -432,23 +417,23 @@ class Args:
     seeds: int = 3  # reproduce only: how many, from 0 on
     trained_on: str = ""  # eval only: examine the policies of another world (zero-shot); default --world
 
-    def folder(self, kind=""):
-        """The run folder; the base model (`kind` "base") knows no world, so all worlds share it."""
-        which = kind + self.lessons() if kind else self.label(self.trained_on or self.world) + self.variant()
-        return Path(self.out or f"out/{which}-{self.preset}-{self.seed}")
-
-    def lessons(self):
-        """What sets a base model apart from the usual one."""
-        return f"-{self.word_steps}words" * (self.word_steps != Args.word_steps)
-
-    def variant(self):
-        """What sets an SFT policy apart from the usual one of its world."""
-        return f"-{self.demos}demos" * (self.demos != Args.demos) + "-no-gaze" * (not self.gaze) + self.lessons()
+    def apart(self, *names):
+        """What sets these flags apart from the usual ones: "-demos-500", "-no-gaze". So runs and results of different kinds never mix."""
+        values = {k.replace("_", "-"): getattr(self, k) for k in names if getattr(self, k) != getattr(Args, k)}
+        return "".join(f"-{k}" if x is True else f"-no-{k}" if x is False else f"-{k}-{x}" for k, x in values.items())
 
     def label(self, world):
-        """The name of a world (heraldry or a path) with what sets it apart from the usual one: runs and results of different worlds never
-        mix."""
-        return Path(world).resolve().name + (f"-world{self.seed_world}" if self.seed_world else "") + (f"-{self.towns}towns" if self.towns != Args.towns else "")
+        """The name of a world (heraldry or a path)."""
+        return Path(world).resolve().name + self.apart("seed_world", "towns")
+
+    def variant(self, stage):
+        """What sets the model that a stage begins with, or makes, apart from the usual one of its world."""
+        return self.apart("word_steps", *["demos", "gaze"] * (stage != "pretrain"))
+
+    def folder(self, stage=""):
+        """The run folder of the policies of a world; of the base model, which knows no world, one for all."""
+        which = "base" if stage == "pretrain" else self.label(self.trained_on or self.world)
+        return Path(self.out or f"out/{which}{self.variant(stage)}-{self.preset}-{self.seed}")
 
     def place(self):
         """On what it runs: the device, and by how many processes."""
@@ -456,11 +441,11 @@ class Args:
 
     def row(self):
         """The row of the results: the policy's name, and what sets this examination apart from the usual one."""
-        return "-".join([self.name + "-no-gaze" * (self.name == "rl" and not self.gaze), *(f"{k.replace('_', '-')}-{getattr(self, k)}".removesuffix("-True") for k in EVAL_FLAGS if getattr(self, k) != getattr(Args, k))])
+        return self.name + self.apart(*["gaze"] * (self.name == "rl"), *EVAL_FLAGS)
 
     def weights(self, stage):
         """What a stage leaves behind."""
-        return self.folder("base" if stage == "pretrain" else "") / f"{self.name if stage == 'rl' else stage}.safetensors"
+        return self.folder(stage) / f"{self.name if stage == 'rl' else stage}.safetensors"
 
 
 STAGES = {"pretrain": pretrain, "sft": sft, "rl": rl, "eval": evaluate}
@@ -478,7 +463,7 @@ arguments = partial(flags, Args, CHOICES, RANGES, __doc__)  # of a command line:
 def timed_as(a, stage):
     """What stages.csv calls the world: with what sets this row of the grid apart, as its minutes leave those of the main job alone."""
     which = {"rl": a.name, "eval": a.row()}.get(stage, "rl")
-    return a.label(a.world) + a.variant() * (stage in ("sft", "rl")) + (f", {which}" if which != "rl" else "")
+    return a.label(a.world) + a.variant(stage) * (stage != "eval") + (f", {which}" if which != "rl" else "")
 
 
 def expected(a, stages):
@@ -505,7 +490,8 @@ def timed(a, stage):
     finally:
         # else Ctrl-C would still call the failed Run's `interrupt`, and that handler would keep the Run alive, and its lock
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    row = dict(stage=stage, preset=a.preset, world=timed_as(a, stage), device=a.place(), minutes=f"{(time.time() - began) / 60:.1f}", peak_memory_mb=peak_memory(), seed=a.seed)
+    row = dict(stage=stage, preset=a.preset, world=timed_as(a, stage), device=a.place(), seed=a.seed)
+    row |= dict(minutes=f"{(time.time() - began) / 60:.1f}", peak_memory_mb=peak_memory())
     write_rows(path, [row], STAGE_COLUMNS, ("stage", "preset", "world", "device", "seed"))
     print(f"{stage}: {row['minutes']} minutes, peak memory {row['peak_memory_mb']} MB", file=sys.stderr)
 
@@ -524,18 +510,6 @@ def run_stages(a):
         timed(replace(a, resume=a.resume or stage != a.stage), stage)  # what is not asked for goes on where it was interrupted
 
 
-def work_together(a):
-    """Join the processes that torchrun has started: each has a GPU of its own, or its part of the cores, and its share of every batch
-    (model.share). The first one speaks and writes for all."""
-    torch.set_num_threads(max(1, os.cpu_count() // int(os.environ["LOCAL_WORLD_SIZE"])))
-    if a.device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if a.device == "cuda" else "gloo")
-    atexit.register(torch.distributed.destroy_process_group)
-    if RANK:
-        sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8", errors="replace")
-
-
 def main():
     a = arguments()
     there = [d for d, found in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available() and PROCESSES == 1), ("cpu", True)) if found]
@@ -548,7 +522,7 @@ def main():
             raise CheckpointError(f"--device {a.device}: this machine has {' and '.join(there)} only. Leave the flag out")
         data.open_world(a.world, a.seed_world, a.towns)  # a bad world is refused before anything is trained
         if PROCESSES > 1:
-            work_together(a)
+            work_together(a.device)
         return reproduce(a) if a.stage == "reproduce" else run_stages(a)
     except (data.WorldError, CheckpointError, OSError) as e:
         message, code = f"error: {e}", 2

@@ -24,7 +24,7 @@ import grpo  # noqa: E402
 import tools  # noqa: E402
 import train  # noqa: E402
 from bench import clock  # noqa: E402
-from model import PRESETS, Cache, ModelConfig, Policy, autocast, load, optimisers, packed  # noqa: E402
+from model import PRESETS, Cache, ModelConfig, Policy, autocast, load, optimisers, packed, stream  # noqa: E402
 
 
 def median(work, rounds=3):
@@ -166,9 +166,9 @@ def feeding(env, world, steps=60, warm=20):
         with autocast("cpu"):
             grpo.supervised_step(policy, env, batch, words, a.token_budget)
 
-    stages = {"see": (train.stream(partial(grpo.labelled_pictures, policy.config, 0, a.see_batch), 0, steps), lambda batch: grpo.see_step(policy, heads, [torch.from_numpy(x) for x in batch], env.v, eyes)),
-              "words": (train.stream(partial(grpo.lessons, school, 0, a.word_batch), 0, steps), learn),
-              "sft": ((demos[a.sft_batch * i:a.sft_batch * (i + 1)] + again for i, again in enumerate(train.stream(partial(grpo.replay, school, 0, round(a.replay * a.sft_batch)), 0, steps))), learn)}
+    stages = {"see": (stream(partial(grpo.labelled_pictures, policy.config, 0, a.see_batch), 0, steps), lambda batch: grpo.see_step(policy, heads, [torch.from_numpy(x) for x in batch], env.v, eyes)),
+              "words": (stream(partial(grpo.lessons, school, 0, a.word_batch), 0, steps), learn),
+              "sft": ((demos[a.sft_batch * i:a.sft_batch * (i + 1)] + again for i, again in enumerate(stream(partial(grpo.replay, school, 0, round(a.replay * a.sft_batch)), 0, steps))), learn)}
     for stage, (batches, step) in stages.items():
         policy.freeze_eyes(stage != "see")
         at, waited, worked, real, computed = iter(batches), [], [], [], []

@@ -378,7 +378,7 @@ def test_two_runs_in_one_folder(tmp_path, monkeypatch, capsys):
 def test_a_folder_without_a_lock_is_refused(tmp_path):
     """Prevents a traceback where the lock cannot even be opened, as in a read-only folder."""
     (tmp_path / "rl.lock").mkdir()
-    with pytest.raises(train.CheckpointError, match="rl.lock: unable to open.*--out"):
+    with pytest.raises(OSError, match="rl.lock: unable to open.*--out"):
         train.Run(train.Args(out=str(tmp_path)), "rl")
 
 
