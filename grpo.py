@@ -514,8 +514,8 @@ def text_lesson(env, rng, searches=2):
 
 
 def ask_passages(env, rng, t, pieces, asked=3):
-    """A text search: two passages. What was searched for stands first in nine of ten (in 3,997 of 4,000 real searches). Mostly values of
-    either are asked for after it, by lot: who only ever copied the first would never read the question."""
+    """A text search: two passages. What was searched for stands first in nine of ten (in 3,997 of 4,000 real searches; a base model relies
+    on it, and is right in 1 % where it stands second). Mostly values of either are asked for after it, by lot: there 92 % are right."""
     facts = [(e.name, r, v) for e in (fresh_town(rng, 2, pieces), fresh_town(rng, 2, pieces)) for r, v in e.facts.items()]
     shown = rng.sample(facts, 2)
     wanted = [shown[rng.random() < 0.1], *rng.choices(shown, k=asked - 1)]
@@ -528,7 +528,8 @@ def ask_passages(env, rng, t, pieces, asked=3):
         say(env, t, "repeat", f"<answer> {text}</answer>")
         return
     for i, (n, r, v) in enumerate(wanted):
-        say(env, t, f"{n} {r}" if i else "", f"<think> {r} is {v}</think><answer> {v}</answer>", "copy any text" if pieces else "copy")
+        topic = "copy second" if (n, r, v) == shown[1] else "copy any text" if pieces else "copy"
+        say(env, t, f"{n} {r}" if i else "", f"<think> {r} is {v}</think><answer> {v}</answer>", topic)
 
 
 def ask_hits(env, rng, t, pieces):
