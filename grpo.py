@@ -514,8 +514,9 @@ def text_lesson(env, rng, searches=2):
 
 
 def ask_passages(env, rng, t, pieces, asked=3):
-    """A text search: two passages. What was searched for stands first in nine of ten (in 3,997 of 4,000 real searches; a base model relies
-    on it, and is right in 1 % where it stands second). Mostly values of either are asked for after it, by lot: there 92 % are right."""
+    """A text search: two passages. What was searched for stands first in nine of ten (in 3,997 of 4,000 real searches; the published
+    base model relies on it: 1 % right where it stands second). Mostly values of either are asked for after it, by lot, as who only ever
+    copied the first would never read the question: there 92 % are right."""
     facts = [(e.name, r, v) for e in (fresh_town(rng, 2, pieces), fresh_town(rng, 2, pieces)) for r, v in e.facts.items()]
     shown = rng.sample(facts, 2)
     wanted = [shown[rng.random() < 0.1], *rng.choices(shown, k=asked - 1)]

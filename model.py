@@ -435,7 +435,8 @@ def pick(logits, temperature, allowed, generator=None):
 
 # ------------------------------------------------------------------------------ several processes (torchrun), or just one
 # Every process runs all of train.py; they divide what is in a batch (share), agree on every step (update), and only the first one speaks
-# and writes. What calls `summed` or `gathered` (rollouts, steps, checkpoints) must be called by every process, equally often and in the same order.
+# and writes.
+# What calls `summed` or `gathered` (rollouts, steps, checkpoints) must be called by every process, equally often and in the same order.
 
 def work_together(device):
     """Join the processes that torchrun has started: each has a GPU of its own, or its part of the cores."""

@@ -84,7 +84,8 @@ WIDTH = 3 * COLOUR_CELLS ** 2 + ANGLES * EDGE_CELLS ** 2  # D = 531
 
 
 def on_grey(picture, margin=0.0):
-    """RGB version of a picture, transparent parts grey, with a grey margin (share of each side) around it."""
+    """RGB version of a picture, transparent parts grey, with a grey margin (share of each side) around it. A picture that is RGB already and
+    gets no margin is returned itself: change a copy."""
     if picture.mode == "RGB" and not margin:
         return picture
     if picture.mode not in ("RGB", "RGBA"):
@@ -558,13 +559,13 @@ def atomic(path, write):
 
 def locked(path):
     """Hold a file for this process alone, until what is returned is closed or the process ends (SQLite's lock: every system knows it).
-    OSError if somebody else has it."""
+    BlockingIOError (an OSError) if somebody else has it, or if it cannot be written to."""
     try:
         lock = sqlite3.connect(path, timeout=0, isolation_level=None)
         lock.execute("BEGIN EXCLUSIVE")
         return lock
     except sqlite3.Error as e:
-        raise OSError(f"{path}: {e}. Another run of this stage is at work in this folder, or it cannot be written to: wait, or give this run a "
+        raise BlockingIOError(f"{path}: {e}. Another run of this stage is at work in this folder, or it cannot be written to: wait, or give this run a "
                       "folder of its own with --out") from None
 
 

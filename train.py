@@ -5,6 +5,7 @@ From the paper: SFT on reflective trajectories, then GRPO on the questions that 
 Here instead: one stage more. `pretrain` makes the base model that the paper takes from the shelf: first the eyes alone, with labels on
     every patch and image token; then, with the eyes held still, lessons in words. A stage whose input is missing runs the one before it
     first.
+
 Reading order: the four stages -> the grid -> run folder -> tables -> flags. `a` is the flags everywhere (Args, below); `v` the vocabulary;
 `run` the run folder of a stage (Run, below).
 """
@@ -36,7 +37,8 @@ def pretrain(a):
     config = ModelConfig(**{**PRESETS[a.preset], "vocab": v.size})
     policy = Policy(config).to(a.device)
     number_line(policy.embed_tokens.weight, [v.word(n) for n in range(100)])
-    told = 4 + sum(map(len, grpo.PARTS.values()))  # edges of a box, and what is in it; of every patch, and of every image token
+    # outputs of a head: four edges of a box, and labels of what is in it. One head for patches, one for image tokens
+    told = 4 + sum(map(len, grpo.PARTS.values()))
     heads = torch.nn.ModuleList(torch.nn.Linear(w, told) for w in (config.vit_width, config.width)).to(a.device)
     seen = [*heads.parameters(), policy.embed_tokens.weight]  # words, too: see_step draws them towards image tokens
     eye_opts = [*optimisers(policy.vision.named_parameters(), a.see_lr, a.see_adam_lr), torch.optim.AdamW(seen, a.see_adam_lr, weight_decay=0.0)]
@@ -113,9 +115,10 @@ def rl(a):
     rates = saved.get("pass_rates") or ([0.5] * len(askable) if fresh else grpo.pass_rates(policy, env, askable, 4, a.temperature, a.seed))
     worth = [w[2] if isinstance(w, tuple) else 1 for w in askable]
     curriculum = grpo.Curriculum(rates, a.curriculum, a.seed, pool=saved.get("pool"), worth=worth)
-    shown, pictures, alarmed = [], {}, set()  # for the report, and alarms that have been told; empty whenever the run is started
-    best = saved.get("best", [-1.0, 0])  # development accuracy, and the step
-    champion = run.weights.with_suffix(".best.safetensors")  # becomes the result only when the stage is done
+    # for the report, and the step at which each alarm was told; empty whenever the run is started
+    shown, pictures, alarmed = [], {}, {}
+    # [development accuracy, step] of the best policy so far, and its file: it becomes the result only when the stage is done
+    best, champion = saved.get("best", [-1.0, 0]), run.weights.with_suffix(".best.safetensors")
     for step in range(saved["step"], a.rl_steps + 1):  # one pass more than updates: the last only validates
         score = ""
         if step % a.eval_every == 0 or step == a.rl_steps:  # keep the best by validation, not the last
@@ -137,11 +140,11 @@ def rl(a):
         run.log(step=step, **stats, lr=lr, development=score)  # that of the policy before this update
         first = next((r for r in run.rows if float(r["dead"]) < 1), run.rows[0])  # if all groups are dead there is no entropy to fall from
         for metric, alarm in alarms({k: float(v) for k, v in first.items() if v}, stats).items():
-            if metric not in alarmed:  # each is told once
-                alarmed.add(metric), tqdm.write(f"step {step}: {alarm}", file=sys.stderr)
+            if alarmed.setdefault(metric, step) == step:  # each is told once
+                tqdm.write(f"step {step}: {alarm}", file=sys.stderr)
         if step % a.show_every == 0:
             print("\n" + gog.tell(batch[int(advantages.argmax())]), file=sys.stderr)
-            shown, pictures = (shown, pictures) if len(shown) <= 200 else ([], {})  # the report of a long run begins anew, or it would never end
+            shown, pictures = ([], {}) if len(shown) > 200 else (shown, pictures)  # or the report of a long run would grow without end
             for i, (t, advantage) in enumerate(zip(batch[:3 * a.group], advantages.tolist())):
                 shown.append(report_entry(a, t, world, v, pictures, f"{step} {i // a.group}", f"step {step}", f"rollout {i % a.group + 1}", advantage))
             group_report(a, run, shown, pictures)
@@ -161,10 +164,11 @@ def group_report(a, run, shown, pictures):
 
 def alarms(first, now):
     """What looks like collapse, {metric: in words}: the metrics of an iteration beside those of the first."""
-    fell = [k for k in grpo.LOGGED if k.endswith("_share") and first[k] > 0.05 and now[k] < 0.2 * first[k]]
-    fell += [k for k, part in (("entropy", 0.2), ("reward", 0.7)) if now[k] < part * first[k] and now["dead"] < 1]  # of live groups
-    rose = {"tokens": f"tokens a trajectory rose from {first['tokens']:.0f} to {now['tokens']:.0f}"} if now["tokens"] > 2 * first["tokens"] else {}
-    return {k: f"{k} fell from {first[k]:.2f} to {now[k]:.2f}" for k in fell} | rose
+    # no less than this part of the first; entropy is that of live groups
+    least = {k: 0.2 for k in grpo.LOGGED if k.endswith("_share") and first[k] > 0.05} | ({"entropy": 0.2, "reward": 0.7} if now["dead"] < 1 else {})
+    told = {k: f"{k} fell from {first[k]:.2f} to {now[k]:.2f}" for k, part in least.items() if now[k] < part * first[k]}
+    rose = {"tokens": f"tokens a trajectory rose from {first['tokens']:.0f} to {now['tokens']:.0f}"}
+    return told | (rose if now["tokens"] > 2 * first["tokens"] else {})
 
 
 def evaluate(a):
@@ -184,8 +188,7 @@ def evaluate(a):
             write_results(a, result_rows(a, "main", named, label, name, {"left_out": (1, 0)}, time.time()))
             continue
         toolbox = make_toolbox(searched, a.tools_fail, a.seed, late=True) if name == "live" and not a.stale else known
-        # nobody knows where to look in a user's own picture: no oracle
-        for row in (r for r in ROWS if r == "rl" or named == "rl" and (r, name) != ("oracle", "own")):
+        for row in (r for r in (ROWS if named == "rl" else ["rl"]) if (name, r) != ("own", "oracle")):  # nobody knows where to look there
             policy, v = policies.get(row, policies["rl"])
             began, env = time.time(), Environment(v, toolbox, policy.config, withhold=row == "withheld", gaze=a.gaze)
             tries = gog.evaluate(policy, env, qs, row, a.seed, a.turns, progress=f"{name}, {row}")
@@ -204,7 +207,7 @@ def evaluate(a):
                      *(f"{row:<12}" + "".join(f"{'' if x is None else format(x, '.1f'):>8}" for x in values) for row, *values in accuracy["rows"])]))
     asked = "the policies before SFT (base), after it (sft) and after RL (rl)" if named == "rl" else named
     about = f"Preset {a.preset}, seed {a.seed}, on {a.place()}; the first {a.shown} questions of each suite, asked of {asked}."
-    page = "-".join(["report", *([label] if a.trained_on else []), *([named] if named != "rl" else [])])  # of another world or row: another
+    page = "-".join(["report", *([label] if a.trained_on else []), *([named] if named != "rl" else [])])  # of another world or row: a page of its own
     curves = gog.curve_values(read_rows(a.weights("rl").with_suffix(".csv")), CURVES)
     gog.write_report(a.folder() / f"{page}.html", f"{label}: what the policies do", about, shown, pictures, accuracy, curves)
 
@@ -252,13 +255,13 @@ def reproduce(a):
     tables = {name: [*BESIDE.get(name, ["rl"]), *(replace(a, **changed).row() for changed in rows if changed)] for name, rows in GRID.items()}
     measured = lambda: [r for r in read_rows(path) if (r["world"], r["preset"]) == (a.label(a.world), a.preset)]
     for n, b in enumerate(todo, 1):
-        # 0: left out
+        # n is 0 where a suite was left out
         examined = {r["suite"] for r in measured() if (r["row"], r["seed"]) == (b.row(), str(b.seed)) and r["n"] in ("0", str(b.suite_size))}
         skip = b.weights("rl").is_file() and examined >= {*gog.SUITES}
         print(f"grid, {n} of {len(todo)}: {b.row()}, seed {b.seed}{', is there' if skip else ''}", file=sys.stderr)
         try:
             skip or run_stages(b)
-        except (data.WorldError, CheckpointError) as e:
+        except (data.WorldError, CheckpointError, BlockingIOError) as e:
             failed.append(f"{b.row()}, seed {b.seed}: {e}")
         atomic(path.with_name("grid.md"), lambda p: p.write_text(gog.grid_tables(tables, measured(), PAPER), encoding="utf-8"))
     print(f"to look at: {path.with_name('grid.md')}", file=sys.stderr)
@@ -329,7 +332,7 @@ class Run:
         # the first process has saved its weights: all may go on with them, and delete what nobody needs any more
         stop = bool(summed(int(self.stopping)))
         self.bar.close()
-        self.rows and write_rows(self.csv, self.rows, [*self.rows[0]])
+        write_rows(self.csv, self.rows, [*self.rows[0]] if self.rows else [])
         sheet = gog.curve_sheet(self.stage, gog.curve_values(self.rows, columns))
         atomic(self.csv.with_suffix(".png"), lambda p: sheet.save(p, format="PNG"))
         RANK or self.state.unlink(missing_ok=True)
@@ -343,7 +346,7 @@ class Run:
 
 COLUMNS = "table row world suite seed metric value n preset device minutes".split()
 STAGE_COLUMNS = "stage preset world device minutes peak_memory_mb seed".split()
-# of rl.csv, that are drawn
+# columns of rl.csv that are drawn
 CURVES = ("development", "accuracy", "reward", "dead", "entropy", "gaze_correct", "reflection", "turns", "signal", "loss")
 
 
@@ -407,7 +410,7 @@ class Args:
     eval_every: int = 20  # RL steps between validations (development split), and between checkpoints
     show_every: int = 8  # RL steps between printed trajectories
     token_budget: int = 4000  # tokens a micro-batch: changes speed and memory, not the update
-    name: str = "rl"  # of the policy that rl writes, and of its row in the results; of another than "rl" eval adds the row only
+    name: str = "rl"  # of the policy that rl writes, and of its row in the results; of another than "rl" eval adds the row only. Give one with --demos or --word-steps, or their results replace the usual
     suite_size: int = 300  # questions a held-out suite
     shown: int = 11  # questions of each suite that report.html shows, for each of base, sft and rl
     tools_fail: float = 0.0  # eval only: how often tools fail (--failure-rate: while training)
@@ -418,12 +421,13 @@ class Args:
     trained_on: str = ""  # eval only: examine the policies of another world (zero-shot); default --world
 
     def apart(self, *names):
-        """What sets these flags apart from the usual ones: "-demos-500", "-no-gaze". So runs and results of different kinds never mix."""
+        """What sets these flags apart from the usual ones: "-demos-500", "-no-gaze"; of the usual ones "". Names of folders and rows end with
+        it."""
         values = {k.replace("_", "-"): getattr(self, k) for k in names if getattr(self, k) != getattr(Args, k)}
         return "".join(f"-{k}" if x is True else f"-no-{k}" if x is False else f"-{k}-{x}" for k, x in values.items())
 
     def label(self, world):
-        """The name of a world (heraldry or a path)."""
+        """What runs and results call a world (heraldry or a path), so that those of different worlds never mix."""
         return Path(world).resolve().name + self.apart("seed_world", "towns")
 
     def variant(self, stage):
@@ -463,15 +467,16 @@ arguments = partial(flags, Args, CHOICES, RANGES, __doc__)  # of a command line:
 def timed_as(a, stage):
     """What stages.csv calls the world: with what sets this row of the grid apart, as its minutes leave those of the main job alone."""
     which = {"rl": a.name, "eval": a.row()}.get(stage, "rl")
-    return a.label(a.world) + a.variant(stage) * (stage != "eval") + (f", {which}" if which != "rl" else "")
+    return a.label(a.world) + a.variant(stage) + (f", {which}" if which != "rl" else "")
 
 
 def expected(a, stages):
     """In words: how many minutes these stages took when they last ran with this preset on such a device (best: in this world)."""
     rows = [r for r in read_rows(Path(a.results) / "stages.csv", STAGE_COLUMNS) if (r["preset"], r["device"]) == (a.preset, a.place())]
-    # n: what ran last stands last
-    known = [sorted((r["world"] == timed_as(a, stage), n, float(r["minutes"])) for n, r in enumerate(rows) if r["stage"] == stage) for stage in stages]
-    return f": about {sum(k[-1][-1] for k in known):.0f} minutes (as noted in {a.results}/stages.csv)" if all(known) else ": how long, nobody has measured yet"
+    # of each stage its runs, the best to tell (of this world, then the latest) last
+    known = [sorted((r for r in rows if r["stage"] == s), key=lambda r: r["world"] == timed_as(a, s)) for s in stages]
+    minutes = sum(float(k[-1]["minutes"]) for k in known if k)
+    return f": about {minutes:.0f} minutes (as noted in {a.results}/stages.csv)" if all(known) else ": how long, nobody has measured yet"
 
 
 def timed(a, stage):
@@ -498,9 +503,9 @@ def timed(a, stage):
 
 def run_stages(a):
     """The stage that is asked for, and before it those that it needs and that are not done."""
-    finished = lambda stage: a.weights(stage).is_file() and not a.weights(stage).with_suffix(".state.safetensors").is_file()
     # the stage that is asked for is done anew, unless --resume finds it finished
-    done = lambda stage: a.weights(stage).is_file() if stage != a.stage else a.resume and finished(stage)
+    finished = lambda stage: not a.weights(stage).with_suffix(".state.safetensors").is_file()
+    done = lambda stage: a.weights(stage).is_file() and (stage != a.stage or a.resume and finished(stage))
     todo = [stage for stage in list(STAGES)[:list(STAGES).index(a.stage) + 1] if not done(stage)]
     if a.trained_on and todo not in ([], ["eval"]):
         raise CheckpointError(f"{a.weights(todo[0])} is missing. Run python train.py --stage rl --world {a.trained_on} first, then --stage eval --trained-on")

@@ -138,7 +138,7 @@ TOLD = [  # what the text says outside its tables, and where it comes from
     *((told, lambda rows=rows: 100 * np.mean([float(r["dead"]) for r in rows])) for told, rows in ((r"rollouts, (\d+) and \d+ % of the groups", published("runs/heraldry-nano-0-rl-group-4.csv")[:-1]), (r"rollouts, \d+ and (\d+) % of the groups", published("runs/heraldry-nano-0-rl-group-16.csv")[:-1]), (r"of the groups dead instead of (\d+)", UPDATES))),
     *((told, lambda row=row: mean("heraldry", row)) for told, row in ((r"after SFT ([\d.]+) and [\d.]+ % right instead", "demos-500"), (r"after SFT [\d.]+ and ([\d.]+) % right instead", "demos-2000"), (r"and [\d.]+ % right instead of ([\d.]+) \(measured", "sft"))),
     (r"the standard error of each is about ([\d.]+)", lambda: sum(100 * (p * (1 - p) / 300) ** 0.5 for p in (RESULTS["heraldry", "rl", s, "accuracy"] for s in gog.SUITES)) / 6),
-    (r"has an IoU of ([\d.]+) \(seed 0\);", value("lessons", "base", "held-out", "iou after a miss")), (r"counting is right in (\d+) %", lambda: 100 * RESULTS["lessons", "base", "held-out", "count more"]),
+    (r"has an IoU of ([\d.]+);", value("lessons", "base", "held-out", "iou after a miss")), (r"counting is right in (\d+) %", lambda: 100 * RESULTS["lessons", "base", "held-out", "count more"]),
     (r"in (\d+) % where there is one", lambda: 100 * RESULTS["lessons", "base", "held-out", "count one"]),
     (r"where it stands second (\d+) %", lambda: 100 * RESULTS["lessons", "base", "held-out", "copy second"]),
     (r"some gaze finds the target in (\d+) % of `facts`", lambda: 100 * RESULTS["countries-zero-shot", "rl", "facts", "target_found"]),

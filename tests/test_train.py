@@ -165,7 +165,7 @@ def test_the_grid_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys, be
 
     def grid(folder, code):
         (tmp_path / folder / "out").mkdir(parents=True, exist_ok=True)
-        begun(tmp_path / folder / "out" / "base-tiny-0")
+        begun(tmp_path / folder / "out" / "base-word-steps-5-tiny-0")
         monkeypatch.chdir(tmp_path / folder)
         monkeypatch.setattr(sys, "argv", ["train.py", "--stage", "reproduce", "--seeds", "1", "--suite-size", "2", "--shown", "1", *TINY, "--demos", "12", "--rl-steps", "2"])
         with pytest.raises(SystemExit) as stopped:
