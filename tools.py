@@ -40,6 +40,7 @@ import unicodedata
 import zlib
 from array import array
 from collections import namedtuple
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
@@ -557,16 +558,17 @@ def atomic(path, write):
         temporary.unlink(missing_ok=True)
 
 
-def locked(path):
-    """Hold a file for this process alone, until what is returned is closed or the process ends (SQLite's lock: every system knows it).
-    BlockingIOError (an OSError) if somebody else has it, or if it cannot be written to."""
+def locked(path, wait=0.0):
+    """Hold a file for this process alone (of several, the first), until what is returned is closed or the process ends: SQLite's lock, as
+    every system knows it. BlockingIOError (an OSError) if it cannot be written to, or if somebody else still has it after `wait` seconds."""
     try:
-        lock = sqlite3.connect(path, timeout=0, isolation_level=None)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = sqlite3.connect(":memory:" if RANK else path, timeout=wait, isolation_level=None)
         lock.execute("BEGIN EXCLUSIVE")
         return lock
     except sqlite3.Error as e:
-        raise BlockingIOError(f"{path}: {e}. Another run of this stage is at work in this folder, or it cannot be written to: wait, or give this run a "
-                      "folder of its own with --out") from None
+        raise BlockingIOError(f"{path}: {e}. Another run of this stage is at work in this folder, or it cannot be written to: wait, or give "
+                              "this run folders of its own with --out and --results") from None
 
 
 def read_rows(path, columns=()):
@@ -586,13 +588,14 @@ def read_rows(path, columns=()):
 
 def write_rows(path, rows, columns, key=()):
     """Rows (dicts) as a csv with these `columns`. `key`: of the rows in the file those stay whose values of it are others; without,
-    none."""
+    none. Runs that write to one table at the same time take turns."""
     name = lambda r: [str(r[k]) for k in key]
-    old, new, text = key and read_rows(path, columns), [name(r) for r in rows], io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows([r for r in old if name(r) not in new] + rows)
-    atomic(path, lambda p: p.write_text(text.getvalue(), encoding="utf-8"))
+    with closing(locked(path.with_suffix(".lock"), wait=60)) if key else nullcontext():
+        old, new, text = key and read_rows(path, columns), [name(r) for r in rows], io.StringIO()
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows([r for r in old if name(r) not in new] + rows)
+        atomic(path, lambda p: p.write_text(text.getvalue(), encoding="utf-8"))
 
 
 def flags(kind, choices, ranges, about, argv=None):

@@ -287,7 +287,7 @@ class Run:
         self.weights, self.state, self.csv, self.lock_file = (self.folder / f"{stage}.{end}" for end in ("safetensors", "state.safetensors", "csv", "lock"))
         self.rows, self.stopping, self.going_on = [], False, a.resume
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.lock = locked(":memory:" if RANK else self.lock_file)
+        self.lock = locked(self.lock_file)
         for left in () if RANK else self.folder.glob(f".{stage}.[a-z]*.tmp"):
             left.unlink(missing_ok=True)  # of a process that was killed while it wrote
         signal.signal(signal.SIGINT, self.interrupt)

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -354,6 +355,15 @@ def test_an_index_holds_no_more_than_it_says():
         index = tools.TextIndex((name, f"In {name} the ruler is {data.word(rng)}.") for name in names)
         assert all(names[i] in hits[0][1] for i, hits in zip(asked, index.search([f"{names[i]} ruler" for i in asked], 2)))
     assert sum(x.nbytes for x in (index.where, index.weight, index.keys, index.bounds, index.rarity)) < 700 * ENTITIES
+
+
+def test_runs_that_write_to_one_table_take_turns(tmp_path):
+    """Prevents the rows of one seed from getting lost because another, trained beside it, read the table before and wrote it after."""
+    table = tmp_path / "results.csv"
+    with ThreadPoolExecutor(12) as runs:
+        for done in [runs.submit(tools.write_rows, table, [{"seed": seed, "value": 0.5}], ["seed", "value"], ["seed"]) for seed in range(12)]:
+            done.result()
+    assert sorted(int(r["seed"]) for r in tools.read_rows(table)) == [*range(12)]
 
 
 def test_two_runs_in_one_folder(tmp_path, monkeypatch, capsys):
