@@ -601,7 +601,8 @@ def write_rows(path, rows, columns, key=()):
 def flags(kind, choices, ranges, about, argv=None):
     """Command line -> `kind`, a dataclass: every field is a flag, its comment is the help. Texts are among `choices`, numbers within
     `ranges` (else 1 to a million, or 0.0 to 1.0); an unknown flag is answered with the nearest one."""
-    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    # no usage: it would bury an error under 25 lines
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=about, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(kind), re.M))
     for f in fields(kind):
         flag, common = "--" + f.name.replace("_", "-"), dict(default=f.default, help=comments.get(f.name, " "))

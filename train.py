@@ -461,7 +461,7 @@ RANGES = {"seed": (0, 2**32 - 1), "towns": (40, 20_000), "group": (2, 10_000), "
           **dict.fromkeys(("seed_world", "see_steps", "word_steps", "rl_steps", "shown", "strangers"), (0, 10**6))}
 
 
-arguments = partial(flags, Args, CHOICES, RANGES, __doc__)  # of a command line: Args
+arguments = partial(flags, Args, CHOICES, RANGES, __doc__.partition("\n\n")[0])  # of a command line: Args
 
 
 def timed_as(a, stage):

@@ -54,12 +54,13 @@ def test_both_stages_from_nothing(tmp_path):
     (["--towns", "5"], "--towns 5"), (["--group", "0"], "--group 0"), (["--suite-size", "-1"], "--suite-size -1"), (["--rl-lr", "nan"], "--rl-lr nan"), (["--temperature", "0"], "--temperature 0.0"),
     (["--name", "sft"], "--name sft"), (["--stage", "reproduce", "--out", "x"], "--stage reproduce chooses")])
 def test_mistakes_are_answered_in_one_line(tmp_path, monkeypatch, capsys, flags, says):
-    """Prevents a traceback for a user's mistake: exit code 2 and a last line that says what to do."""
+    """Prevents a traceback for a user's mistake, or an answer that is buried under a list of flags: exit code 2 and one line that says what to do."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train.py", *flags])
     with pytest.raises(SystemExit) as stopped:
         train.main()
-    assert stopped.value.code == 2 and says in capsys.readouterr().err.strip().splitlines()[-1]
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert stopped.value.code == 2 and says in line
     assert not list(tmp_path.iterdir())
 
 
