@@ -125,6 +125,8 @@ COUNTRIES = data.open_world(str(ROOT / "worlds" / "countries"))
 TOLD = [  # what the text says outside its tables, and where it comes from
     (r"\*\*SFT\*\* \(supervised fine-tuning\) on ([\d,]+) expert", lambda: train.Args.demos), (r"below\), (\d+) questions a suite", lambda: train.Args.suite_size), (r"with `--replay ([\d.]+)` \(now the default", lambda: train.Args.replay),
     (r"\| `small` \| (\d+) M", lambda: parameters("small")), (r"\| `nano` \| ([\d.]+) M", lambda: parameters("nano")), (r"(\d+) M parameters in all", lambda: parameters("nano")), (r"`nano`, ([\d.]+) M", lambda: parameters("nano")), (r"`small`: (\d+) M", lambda: parameters("small")),
+    *((told, lambda rows=rows: first_ten(rows, "grad_norm")) for told, rows in ((r"half as long \(([\d.]+) instead", published("runs/heraldry-nano-0-rl-mean-only.csv")), (r"half as long \([\d.]+ instead of ([\d.]+)", UPDATES))),
+    *((told, lambda row=row: mean("heraldry", row)) for told, row in ((r"smaller steps, and ([\d.]+) instead", "mean-only"), (r"smaller steps, and [\d.]+ instead of ([\d.]+)", "rl"))),
     (r"gradient is ([\d.]+) times as long", lambda: first_ten(UNMASKED, "grad_norm") / first_ten(UPDATES, "grad_norm")),
     (r"`signal` ([\d.]+) instead", lambda: first_ten(UNMASKED, "signal")), (r"`signal` [\d.]+ instead of ([\d.]+)", lambda: first_ten(UPDATES, "signal")),
     (r"After 20 updates ([\d.]+) % of", lambda: 100 * float(UNMASKED[20]["development"])), (r"are right instead of ([\d.]+), and", lambda: 100 * float(UNMASKED[0]["development"])),
