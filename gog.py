@@ -540,8 +540,8 @@ def poster(t, width=760, line=19):
 
 def record(t, world, v, pictures):
     """A trajectory as report.html shows it and report.jsonl keeps it: all of it but who did it, what it was rewarded with and its advantage
-    (train.report_entry adds those, r_acc less the search penalty). `pictures`: {scene or name: (its number, its size, data URI)}, to which those of the scene and of the
-    hits are added; each is drawn once."""
+    (train.report_entry adds those, r_acc less the search penalty). `pictures`: {scene or name: (its number, its size, data URI)}, to which
+    those of the scene and of the hits are added; each is drawn once."""
     def add(key, what, px):  # what: a scene or an entity, px: how large
         if key not in pictures:
             picture = on_grey(what.picture(px)).copy()

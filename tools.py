@@ -559,8 +559,9 @@ def atomic(path, write):
 
 
 def locked(path, wait=0.0):
-    """Hold a file for this process alone (of several, the first), until what is returned is closed or the process ends: SQLite's lock, as
-    every system knows it. BlockingIOError (an OSError) if it cannot be written to, or if somebody else still has it after `wait` seconds."""
+    """Hold a file (its folder is made, where it is missing) for this process alone (of several, the first), until what is returned is closed
+    or the process ends: SQLite's lock, as every system knows it. BlockingIOError (an OSError) if it cannot be written to, or if somebody
+    else still has it after `wait` seconds."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = sqlite3.connect(":memory:" if RANK else path, timeout=wait, isolation_level=None)

@@ -286,7 +286,6 @@ class Run:
         self.flags = {"nproc_per_node": PROCESSES} | {k: getattr(a, k) for k in MATTERS.get(stage, MATTERS["rl"]).split()}
         self.weights, self.state, self.csv, self.lock_file = (self.folder / f"{stage}.{end}" for end in ("safetensors", "state.safetensors", "csv", "lock"))
         self.rows, self.stopping, self.going_on = [], False, a.resume
-        self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = locked(self.lock_file)
         for left in () if RANK else self.folder.glob(f".{stage}.[a-z]*.tmp"):
             left.unlink(missing_ok=True)  # of a process that was killed while it wrote
