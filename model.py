@@ -22,6 +22,7 @@ Alphabet: B batch, T tokens, P patches, N image tokens a picture, D width of the
 query heads, K key/value heads, C head width.
 """
 import atexit
+import importlib
 import itertools
 import json
 import math
@@ -443,6 +444,7 @@ def work_together(device):
     torch.set_num_threads(max(1, os.cpu_count() // int(os.environ["LOCAL_WORLD_SIZE"])))
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    importlib.import_module("torch.distributed.nn")  # first: it keeps the group that it finds, whose threads would outlive the interpreter and, now and then, abort it
     torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
     atexit.register(torch.distributed.destroy_process_group)
     if RANK:
