@@ -368,7 +368,7 @@ SETTINGS = {  # name: (least, most objects, cells, sizes, look-alikes of the tar
     "small": (4, 6, 3, (0.52, 0.72), 2), "crowd": (7, 10, 4, (0.7, 0.98), 0)}
 # how often the base model's lessons draw each: where shields hang freely (one alone, small ones) takes more practice than a full wall
 LESSON_WALLS = {"single": 2, "normal": 4, "alike": 3, "small": 4, "crowd": 2}
-SFT_MIX = [("colour", "normal", 3), ("shape", "normal", 2), ("count", "normal", 6), ("colour", "single", 1), ("shape", "single", 1), ("name", "single", 1), ("hop1", "single", 1),
+SFT_MIX = [("colour", "normal", 3), ("shape", "normal", 2), ("count", "normal", 2), ("count", "crowd", 4), ("colour", "single", 1), ("shape", "single", 1), ("name", "single", 1), ("hop1", "single", 1),
            ("name", "normal", 2), ("hop1", "normal", 4), ("name", "alike", 1), ("hop1", "alike", 2), ("hop2", "normal", 0.9), ("hop3", "normal", 0.3), ("hop2", "single", 0.3), ("hop3", "single", 0.2), ("compare", "normal", 1)]
 # Of RL: mostly long chains (why: grpo.py, 6). The last three keep up gazing: chains about a single shield are solved by a glance, and a
 # policy that only glances finds nothing on a crowded wall

@@ -201,7 +201,7 @@ def _find(q, target, phrase, kind, rng, missed_here, wrong_gaze, thought, memory
     for k, (named, place, slipped) in enumerate(tries):
         sentence, action = look_thought(q.scene, target, kind, named), "<glance></glance>" if place == "glance" else gaze(place)
         left = [place] + [p for _, p, slip in tries[k + 1:] if not slip] if kind == "detail" and place != "glance" else []
-        turn = f"<think> {with_commas(thought, sentence, plan(q.chain), memory)}{spots(left)}</think>{action}"
+        turn = f"<think> {with_commas(thought, memory, sentence)}{spots(left)}</think>{action}"
         obs = yield from _try(Slip(turn) if slipped else turn, action)
         # a hit is compared with one word where the question gives only that ("the round shield"), else with the look that was named
         wanted = must_match(kind, phrase) if kind in ("colour", "shape") else named
@@ -264,13 +264,15 @@ def also_looks(e):
 
 
 def look_thought(scene, i, kind, phrase):
-    """What to think before a look at object i. By its shape: that shape first, or its colour would be named before the shape has been read.
-    By its neighbour it is found in two steps: where does that one hang, and what is beside it?"""
+    """What to think before a look at object i. Its look comes last, right before the gaze: with as little as a plan between the two, gazes went
+    astray (results/trials.md). By its shape: that shape first, or its colour would be named before the shape has been read. By its
+    neighbour it is found in two steps: where does that one hang, and what is beside it?"""
+    look, _, detail = phrase.partition(", ")
     if kind != "neighbour":
-        return (f"{phrase.split()[-1]}, " if kind == "shape" else "") + f"look at {phrase}"
+        return with_commas(detail, look.split()[-1] if kind == "shape" else "", f"look at {look}")
     looks = [e.look for e in scene.entities]
     side, j = data.beside(looks, data.layout(scene)[i])
-    return f"{looks[j]}{spots([scene.boxes[j]])}, {side} it {phrase}"
+    return f"{looks[j]}{spots([scene.boxes[j]])}, {side} it {look}"
 
 
 def compare_aloud(wanted, seen):
@@ -283,10 +285,9 @@ def compare_aloud(wanted, seen):
 
 
 def count_aloud(scene, colour):
-    """Name what is to be counted, from left to right, then say how many: a small model counts what it has written."""
-    looks = {box: e.look for box, e in zip(scene.boxes, scene.entities) if e.look.split()[0] == colour}
-    named = [looks[box] for box in left_to_right(looks)]
-    return f"<think> {', '.join(named)}</think><answer> {len(named)}</answer>"
+    """Tell where what is to be counted hangs, then say how many: a small model counts what it has written."""
+    boxes = left_to_right([box for box, e in zip(scene.boxes, scene.entities) if e.look.split()[0] == colour])
+    return f"<think> {colour}{spots(boxes)}</think><answer> {len(boxes)}</answer>"
 
 
 def _try(turn, action, patience=3):
@@ -352,8 +353,8 @@ SUITES = {  # the six held-out suites, as (kind, setting, weight): what each iso
     "fine": [("name", "small", 1), ("hop1", "small", 1)],  # InfoSeek: small target among look-alikes
     # SimpleVQA
     "plain": [("name", "single", 2), ("hop1", "single", 3), ("colour", "single", 1), ("shape", "normal", 2), ("count", "normal", 2)],
-    # MMSearch: more and smaller objects than in any demonstration (lessons in pointing know them; RL asks two parts of 18, of the training
-    # split)
+    # MMSearch: more and smaller objects than any demonstration searches among (lessons in pointing know them, demonstrations count them; RL
+    # asks two parts of 18, of the training split)
     "crowd": [("name", "crowd", 1), ("hop1", "crowd", 2)],
     "live": [("hop1", "normal", 3), ("hop2", "normal", 1)],  # LiveVQA: facts rewritten, entities added after training
     # DynVQA: more hops than any demonstration shows (lessons without pictures do; RL asks such, of the training split: data.RL_MIX)

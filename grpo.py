@@ -23,7 +23,7 @@ Here instead, numbered:
   7. A base model of our own, where the paper takes one from the shelf: labels for the eyes, lessons in words, an exam.
 
 Reading order: reward and advantage -> policy loss -> one step of each stage -> what they learn from: GoG-Instruct (SFT), levels and
-    curriculum (RL) -> the base model: what it can spell -> labels for the eyes -> lessons in words -> exam, replay.
+    curriculum (RL) -> the base model: labels for the eyes -> lessons in words -> exam, replay.
 
 Alphabet: Q questions, G rollouts a question (the group), M trained tokens; `a`: the flags (train.Args), `env.v`: the vocabulary.
 """
@@ -272,17 +272,7 @@ def ask_each(world, wanted, seed):
 
 
 # ================================ from here on: how the base model is made. For GRPO alone, stop here and go on to train.py.
-# ----------------------------------------------------------------------- base model: what it can spell, labels for the eyes
-
-def corpus(seed=0):
-    """Texts that the tokenizer learns to spell from: invented names, questions, passages and numbers. No world's own names are in it."""
-    toy, rng = data.heraldry(f"{seed}/vocabulary", 300), random.Random(f"vocabulary/{seed}")
-    asked = [(kind, setting, 1) for kind in (*data.VISUAL, "name", "hop1", "hop2", "compare") for setting in ("normal", "alike")]
-    texts = [text for _, text in tools.passages(toy, late=True)] + [e.blazon for e in toy.pictured()] + [q.text for q in data.questions(toy, asked, 1500, "vocabulary")]
-    texts += [" " + " ".join(str(rng.randint(0, 99)) for _ in range(8)) for _ in range(3000)]
-    texts += [f" {w}" for w in (*data.TINCTURES, *data.OUTLINES, *data.ORDINARIES, *data.CHARGES, *data.ACROSS, *data.DOWN, *data.SIZE)] * 50 + ["point to the each see look at all want : no not is for yes what this list repeat shows nothing found search failed again bad box more"] * 50
-    return texts
-
+# ----------------------------------------------------------------------- base model: labels for the eyes
 
 # Label k of a part is its k-th value here (None: there is nothing of the kind); label -1 is left out of the loss.
 # (tincture and outline first: `lay_on_grid`) what can be told about the shield that a cell shows (None: bare wall, or nobody on that side),
@@ -439,17 +429,21 @@ def wall_lesson(env, rng, questions=9):
 
         <bos> <image> x 16 point to the leftmost shield<sep> [<think> look at red round</think><gaze> 3 36 30 63</gaze><stop>] What is the colour ..   (in brackets: trained)"""
     t, scene = wall(env, rng)
-    if rng.random() < 0.15:  # or count, on a wall of its own: what has been pointed at would be copied, and nobody would learn to count
-        colours = [e.look.split()[0] for e in rng.sample(scene.entities, len(scene.entities))]
-        for colour in [c for c in dict.fromkeys(colours) if colours.count(c) > 1 or rng.random() < 0.5][:questions] or colours[:1]:
-            say(env, t, f"How many {scene.noun}s are {colour}?", gog.count_aloud(scene, colour), "count one" if colours.count(colour) == 1 else "count more")
-        return t
     names = data.references(scene)
     left = rng.sample(range(len(names)), len(names))[:questions]
     while left:
         i = left.pop()
         if kinds := [k for k in names[i] if k != "detail"]:
             ask_about(env, rng, t, scene, i, rng.choices(kinds, [RARE.get(k, 1) for k in kinds])[0], names[i], left)
+    return t
+
+
+def count_lesson(env, rng, questions=9):
+    """How many are red? On a wall of its own: what has been pointed at would be copied, and nobody would learn to count."""
+    t, scene = wall(env, rng)
+    colours = [e.look.split()[0] for e in rng.sample(scene.entities, len(scene.entities))]
+    for colour in [c for c in dict.fromkeys(colours) if colours.count(c) > 1 or rng.random() < 0.5][:questions] or colours[:1]:
+        say(env, t, f"How many {scene.noun}s are {colour}?", gog.count_aloud(scene, colour), "count one" if colours.count(colour) == 1 else "count more")
     return t
 
 
@@ -553,17 +547,20 @@ def hit_list(rng, towns):
     return " | ".join(f"{s} {e.name}: {e.blazon}" for s, e in zip(scores, towns))
 
 
-def plan_lesson(env, rng, plans=7):
-    """Nothing but plans: the first thought copies from the question what is to be looked up, in the question's own order. An errand has
-    only one such thought.
+def plan_lesson(env, rng, plans=5):
+    """Nothing but plans: what of the question is still to be looked up, once that is found which it asks about, and after each search. An
+    errand has only one such question.
 
-        <bos>What is the river of the twin of the red round shield?<sep> [<think> look at red round, for the river of the twin</think>] What ..   (in brackets: trained)"""
+        <bos>What is the river of the twin of the red round shield?<sep><think> Brenna, [for the river of the twin</think>] <think> twin is Ost,
+        [for the river</think>] What ..   (in brackets: trained)"""
     t, world = begin(env), little_world(rng, pieces_by_lot(env, rng))
     for _ in range(plans):
         q = errand(world, rng)
-        thought, tag, _ = next(gog.expert(q, rng)).partition("</think>")
         t.observe(env.v.encode(q.text) + [env.v.id["<sep>"]])
-        t.act(env.v.encode_turn(thought + tag))
+        for k in range(len(q.chain)):
+            found = rng.choice(list(world.entities))
+            t.observe(env.v.encode_turn(f"<think> {f'{q.chain[k - 1]} is {found}' if k else found},"))
+            t.act(env.v.encode_turn(f"{gog.plan(q.chain[k:])}</think>"))
     return t
 
 
@@ -647,7 +644,8 @@ def show(env, t, query, text):
 
 
 # how often each is drawn, relative to the others
-LESSONS = {point_lesson: 0.17, wall_lesson: 0.36, crop_lesson: 0.15, text_lesson: 0.14, errand_lesson: 0.12, plan_lesson: 0.04, decide_lesson: 0.08}
+LESSONS = {point_lesson: 0.17, wall_lesson: 0.31, count_lesson: 0.05, crop_lesson: 0.15, text_lesson: 0.14, errand_lesson: 0.12, plan_lesson: 0.04, decide_lesson: 0.08}
+LATER = {wall_lesson: 0.4, count_lesson: 0.25, text_lesson: 0.06, errand_lesson: 0.08, plan_lesson: 0.03, decide_lesson: 0.03}
 
 
 def exam(policy, env, n, seed="exam"):
@@ -655,7 +653,7 @@ def exam(policy, env, n, seed="exam"):
     (score, count)}. `iou KIND` is the mean IoU of pointing by that kind of expression; every other topic is the share of exact answers."""
     rng, scores = random.Random(seed), {}
     for done in tqdm(range(0, n, 256), desc="exam", leave=False):
-        drawn = (make(env, rng, 1) for make in rng.choices((wall_lesson, crop_lesson, text_lesson), (6, 2, 3), k=min(n - done, 256)))
+        drawn = (make(env, rng, 1) for make in rng.choices((wall_lesson, count_lesson, crop_lesson, text_lesson), (5, 1, 2, 3), k=min(n - done, 256)))
         sheet = [t for t in drawn if t.lesson and t.lesson[0][0]]
         for t, turn in zip(sheet, gog.respond(policy, env, [t.ids[:t.trained.index(True)] for t in sheet], [p for t in sheet for p in t.pictures])):
             topic, wanted = t.lesson[0][0], parse(t.lesson[0][1]).argument
@@ -669,8 +667,15 @@ def replay(env, seed, size, i):
     return lessons(env, seed, size, i, dict.fromkeys((wall_lesson, errand_lesson, plan_lesson, text_lesson)[not env.may_gaze:], 1), "replay")
 
 
+def schooling(env, seed, size, steps, i):
+    """Batch i of the base model's `steps` batches of lessons. Reading, planning and deciding are learnt by 40 % of them; from then on it is
+    mostly sight, counting above all: who cannot point learns nothing from that, and to point at several takes much practice
+    (results/trials.md)."""
+    return lessons(env, seed, size, i, LESSONS | (LATER if i >= 0.4 * steps else {}))
+
+
 def lessons(env, seed, size, i, weights=LESSONS, stream="lessons"):
-    """Batch i of the pretraining stream. Depends on (seed, i) only, so a resumed run sees what the unbroken one would have seen; each
+    """Batch i of a stream of lessons. Depends on (seed, i) only, so a resumed run sees what the unbroken one would have seen; each
     lesson has random numbers of its own, and of several processes each makes its share."""
     makers = random.Random(f"{stream}/{seed}/{i}").choices(list(weights), weights.values(), k=size)
     return [make(env, random.Random(f"{stream}/{seed}/{i}/{k}")) for k, make in share([*enumerate(makers)])]

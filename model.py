@@ -27,6 +27,7 @@ import itertools
 import json
 import math
 import os
+import random
 import signal
 import sys
 from copy import copy
@@ -43,7 +44,8 @@ from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from torch import nn
 from torch.utils.data import DataLoader
 
-from tools import PROCESSES, RANK, atomic, checksum
+import data
+from tools import PROCESSES, RANK, atomic, checksum, passages
 
 
 @dataclass
@@ -77,6 +79,16 @@ PRESETS = {"tiny": dict(width=64, layers=2, heads=4, kv_heads=2, mlp=128, vit_wi
 
 TAGS = ("<pad>", "<bos>", "<image>", "<sep>", "<obs>", "</obs>",  # written by the environment only: these cannot be sampled
         "<stop>", "<think>", "</think>", "<answer>", "</answer>", "<search>", "</search>", "<glance>", "</glance>", "<gaze>", "</gaze>")
+
+
+def corpus(seed=0):
+    """Texts that the tokenizer learns to spell from: invented names, questions, passages and numbers. No world's own names are in it."""
+    toy, rng = data.heraldry(f"{seed}/vocabulary", 300), random.Random(f"vocabulary/{seed}")
+    asked = [(kind, setting, 1) for kind in (*data.VISUAL, "name", "hop1", "hop2", "compare") for setting in ("normal", "alike")]
+    texts = [text for _, text in passages(toy, late=True)] + [e.blazon for e in toy.pictured()] + [q.text for q in data.questions(toy, asked, 1500, "vocabulary")]
+    texts += [" " + " ".join(str(rng.randint(0, 99)) for _ in range(8)) for _ in range(3000)]
+    texts += [f" {w}" for w in (*data.TINCTURES, *data.OUTLINES, *data.ORDINARIES, *data.CHARGES, *data.ACROSS, *data.DOWN, *data.SIZE)] * 50 + ["point to the each see look at all want : no not is for yes what this list repeat shows nothing found search failed again bad box more"] * 50
+    return texts
 
 
 class Vocabulary:
@@ -184,6 +196,13 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(c.width, c.kv_heads * self.head, bias=False)
         self.v_proj = nn.Linear(c.width, c.kv_heads * self.head, bias=False)
         self.o_proj = nn.Linear(c.heads * self.head, c.width, bias=False)
+
+    @torch.no_grad()
+    def echo(self):
+        """Half of what a head puts out is, to begin with, what it has read there (o_proj v_proj near the identity, as in trained models:
+        Trockman & Kolter 2023, mimetic initialisation)."""
+        v = self.v_proj.weight.unflatten(0, (self.kv_heads, 1, self.head)).expand(-1, self.heads // self.kv_heads, -1, -1)  # (K, H/K, C, D)
+        self.o_proj.weight.copy_((self.o_proj.weight + v.flatten(0, 2).T) / 2**0.5)
 
     def forward(self, x, rope, mask, cache=None, layer=0, positions=None, lengths=None):
         """x (B, T, D) -> (B, T, D). Three ways. Neither `lengths` nor `cache`: causal. `lengths` (a list): packed, causal within each
@@ -293,8 +312,9 @@ class Policy(nn.Module):
         # config.smear: how many words before; self.smear: the layer that mixes them in, or None
         self.smear = nn.Linear(config.smear * config.width, config.width, bias=False) if config.smear else None
         self.apply(self._init)
-        for block in self.layers:  # residual branches start small (GPT-2)
-            for last in (block.self_attn.o_proj, block.down_proj):
+        for block in self.layers:
+            block.self_attn.echo()
+            for last in (block.self_attn.o_proj, block.down_proj):  # residual branches start small (GPT-2)
                 last.weight.data /= (2 * config.layers) ** 0.5
 
     @staticmethod

@@ -23,7 +23,7 @@ from tqdm import tqdm
 import data
 import gog
 import grpo
-from model import (PRESETS, CheckpointError, ModelConfig, NotFinite, Policy, Vocabulary, autocast, load, load_state, lr_factor, number_line,
+from model import (PRESETS, CheckpointError, ModelConfig, NotFinite, Policy, Vocabulary, autocast, corpus, load, load_state, lr_factor, number_line,
                    optimisers, save, save_state, set_lr, share, stream, summed, torch_rng, work_together)
 from tools import PROCESSES, RANK, Environment, Toolbox, atomic, flags, locked, make_toolbox, peak_memory, read_rows, write_rows
 
@@ -33,7 +33,7 @@ def pretrain(a):
     """Base model, in two parts: see (what does each patch show?), then words (all lessons mixed). Stands in for Qwen-VL."""
     run = Run(a, "pretrain")
     torch.manual_seed(a.seed)
-    v = Vocabulary.learn(grpo.corpus())
+    v = Vocabulary.learn(corpus())
     config = ModelConfig(**{**PRESETS[a.preset], "vocab": v.size})
     policy = Policy(config).to(a.device)
     number_line(policy.embed_tokens.weight, [v.word(n) for n in range(100)])
@@ -45,7 +45,7 @@ def pretrain(a):
     word_opts = optimisers(((n, p) for n, p in policy.named_parameters() if "vision" not in n or "projector" in n), a.word_lr, a.word_lr)
     env = Environment(v, None, config)
     parts = (("see", 0, a.see_steps, eye_opts, partial(grpo.labelled_pictures, config, a.seed, a.see_batch)),
-             ("words", a.see_steps, a.word_steps, word_opts, partial(grpo.lessons, env, a.seed, a.word_batch)))
+             ("words", a.see_steps, a.word_steps, word_opts, partial(grpo.schooling, env, a.seed, a.word_batch, a.word_steps)))
     start = run.begin(a.see_steps + a.word_steps, [policy, heads], eye_opts + word_opts)["step"]
     for part, before, steps, opts, make in parts:  # before: steps of the parts in front
         first = min(max(0, start - before), steps)

@@ -25,7 +25,7 @@ import gog  # noqa: E402
 import grpo  # noqa: E402
 import tools  # noqa: E402
 import train  # noqa: E402
-from model import PRESETS, Cache, ModelConfig, Policy, Vocabulary, optimisers  # noqa: E402
+from model import PRESETS, Cache, ModelConfig, Policy, Vocabulary, corpus, optimisers  # noqa: E402
 from conftest import llama_twin  # noqa: E402
 from tools import TextIndex, describe, write_rows  # noqa: E402
 
@@ -42,7 +42,7 @@ class Bench:
         torch.manual_seed(0)
         torch.set_flush_denormal(True)
         self.world = data.heraldry(0, 1000)
-        self.v = Vocabulary.learn(grpo.corpus())
+        self.v = Vocabulary.learn(corpus())
         plain, self.preset = dict(smear=0, stem=False) if preset == "nano" else {}, preset  # the twin's shape
         self.policy = Policy(ModelConfig(**{**PRESETS[preset], **plain, "vocab": self.v.size})).freeze_eyes()
         self.env = tools.Environment(self.v, tools.make_toolbox(self.world), self.policy.config)

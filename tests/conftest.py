@@ -10,10 +10,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data  # noqa: E402
-import grpo  # noqa: E402
 import tools  # noqa: E402
 import train  # noqa: E402
-from model import PRESETS, ModelConfig, Policy, Vocabulary  # noqa: E402
+from model import PRESETS, ModelConfig, Policy, Vocabulary, corpus  # noqa: E402
 
 
 def llama_twin(hf, policy, **options):
@@ -44,7 +43,7 @@ def no_sockets(monkeypatch):
 
 @pytest.fixture(scope="session")
 def vocabulary():
-    return Vocabulary.learn(grpo.corpus())
+    return Vocabulary.learn(corpus())
 
 
 @pytest.fixture(scope="session")

@@ -289,21 +289,20 @@ def test_a_plan_is_the_questions_own_words(env):
     rng, hops = random.Random(0), set()
     for _ in range(40):
         t = grpo.plan_lesson(env, rng)
-        for question, plan in re.findall(r"What is the ([^?]*)\?<sep><think> look at [^,]*, for the (.*?)</think>", env.v.decode(t.ids)):
+        for question, plan in re.findall(r"What is the ([^?]*)\?<sep><think> [^,]*, for the (.*?)</think>", env.v.decode(t.ids)):
             assert plan == question.rpartition(" of the ")[0]
             hops.add(len(plan.split(" of the ")))
         taught = env.v.decode([token for token, trained in zip(t.ids, t.trained) if trained])
-        assert taught.count("<think>") == taught.count("</think>") == 7 and "?" not in taught
+        assert taught.count("for the") == taught.count("</think>") >= 5 and "?" not in taught and "<think>" not in taught
     assert hops == {1, 2, 3, 4, 5}
 
 
 def test_nothing_is_counted_that_was_named_before(env):
     """Prevents counting by copying: as long as the count came after the pointing, its list stood in the context, and the policy always said 1."""
     rng, counted = random.Random(0), 0
-    for _ in range(150):
-        t = grpo.wall_lesson(env, rng)
-        topics = {topic for topic, _ in t.lesson}
-        assert len({topic[:5] == "count" for topic in topics}) == 1
+    for _ in range(30):
+        t = grpo.count_lesson(env, rng)
+        assert {topic[:5] for topic, _ in t.lesson} == {"count"}
         colours = re.findall(r"How many \w+ are (\w+)", env.v.decode(t.ids))
         assert len(colours) == len(set(colours))
         counted += len(colours)

@@ -20,7 +20,7 @@ import train  # noqa: E402
 
 def updates():
     """{name: tensor}: what is logged by a step of the eyes, of SFT and of GRPO, the weights after all three, and greedy answers to five questions."""
-    world, v = data.heraldry(0, 60), model.Vocabulary.learn(grpo.corpus())
+    world, v = data.heraldry(0, 60), model.Vocabulary.learn(model.corpus())
     torch.manual_seed(0)
     policy = model.Policy(model.ModelConfig(**{**model.PRESETS["tiny"], "vocab": v.size}))
     env = tools.Environment(v, tools.make_toolbox(world), policy.config)
