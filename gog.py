@@ -2,7 +2,7 @@
 
 One whole trajectory (the protocol of its turns is tools.py's):
     What is the river of the twin of the leftmost shield?
-    <think> look at red round, for the river of the twin</think><gaze> 3 36 30 63</gaze>
+    <think> look at red round</think><gaze> 3 36 30 63</gaze>
         [crop] 97 Brenna: red round, gold bend, 2 white crowns | 84 Old Vosk: red round, gold bend, 2 white rings
     <think> want red round, see red round: yes, Brenna, for the river of the twin</think><search> Brenna twin</search>
         In Brenna the twin is Karvel Ost. | Dröse has one twin: Brenna.
@@ -10,8 +10,7 @@ One whole trajectory (the protocol of its turns is tools.py's):
         As for Karvel Ost, its river is Ilm. | In Karvel Ost the ruler is Te Gal IV.
     <think> river is Ilm</think><answer> Ilm</answer>
 The first thought always names the look of the shield that is meant, also where the question only says where it hangs: a hit is compared
-with that. Had the crop shown a blue square: <think> want red round, see blue square: no, look at red round, for the river of the
-twin</think><gaze> ...
+with that. Had the crop shown a blue square: <think> want red round, see blue square: no, look at red round</think><gaze> ...
 
 From the paper: Selective Gaze (the policy chooses at each turn: the whole picture, or a part of it); reflection after a wrong gaze; six
 benchmarks, two in-domain and four out of it; full-search, direct and no-gaze baselines.
@@ -222,8 +221,8 @@ def _bare_wall(boxes, rng):
 
 
 def plan(chain):
-    """What is still to be looked up, in the question's own words, the next step last. Every thought repeats it, less what has been found:
-    to copy a list and stop one earlier is easier than to turn it round (results/trials.md)."""
+    """What is still to be looked up, in the question's own words, the next step last. It is said once the thing is found, and after every
+    search again, less what has been found: to copy a list and stop one earlier is easier than to turn it round (results/trials.md)."""
     return f"for the {' of the '.join(reversed(chain))}" if chain else ""
 
 

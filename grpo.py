@@ -577,9 +577,9 @@ def errand_lesson(env, rng):
     it, so that what is learnt is to plan and to remember. Boxes are shown, not learnt (there is no picture); thoughts, searches and answers
     are:
 
-        <bos>What is the river of the twin of the red round shield?<sep> [<think> look at red round, for the river of the twin</think>] <gaze> 3 36
-        30 63</gaze><stop><obs> 97 Brenna: red round, gold bend, 2 white crowns | ..</obs> [<think> want red round, see red round: yes, Brenna, for
-        the river of the twin</think><search> Brenna twin</search><stop>] <obs> ..      (in brackets: trained)"""
+        <bos>What is the river of the twin of the red round shield?<sep> [<think> look at red round</think>] <gaze> 3 36 30 63</gaze><stop><obs>
+        97 Brenna: red round, gold bend, 2 white crowns | ..</obs> [<think> want red round, see red round: yes, Brenna, for the river of the
+        twin</think><search> Brenna twin</search><stop>] <obs> ..      (in brackets: trained)"""
     world = little_world(rng, pieces_by_lot(env, rng))
     q = errand(world, rng)
     t, script = begin(env), gog.expert(q, rng, wrong_gaze=0.2)
