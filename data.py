@@ -1,21 +1,32 @@
-"""The world: who hangs on the wall, and what is asked about it.
+"""The synthetic world: entities (towns with coats of arms), scenes (1 to 10 of them on a wall), questions about scenes.
 
-From the paper: questions about a picture that need 0..n searches.
-Here instead: an invented world of *heraldry* (towns with coats of arms drawn by code), because it is unlimited, long-tail by
-    construction, offline, and because every box, fact and search need is known exactly; or any *folder world* (real pictures
-    and facts). What can be known about a question (its targets, phrases and chain) is kept with it: the expert in gog.py lives on that.
+From the paper: questions about a picture that need zero or more searches.
+Here instead: an invented world of *heraldry* (the coats of arms are drawn by code), or any *folder world* (a user's
+    pictures and facts).
+Why: the invented world is unlimited, offline and long-tail by construction, and every box, fact and necessary search is
+    known exactly. A question carries what is known about it (targets, phrases, chain); the scripted expert in gog.py
+    relies on it.
 
-Words: look: what can be told from afar ("red round"); detail: what cannot ("2 gold crowns"); tincture: a colour; charge: the figures on a
-shield; ordinary: a stripe across it; blazon: look, ordinary and detail in words, the caption of a hit. kind: of a question (hop2), of an
-expression that points at something (order), of a turn (gaze). setting: which sort of wall (SETTINGS). mix: a list of (kind, setting,
-weight). target: what must be found. slip: a mistake that the expert makes on purpose.
+Glossary
+    look      colour and outline: visible in the shrunken picture ("red round")
+    detail    visible only in a crop ("2 gold crowns")
+    tincture  a heraldic colour. Charge: the figures on a shield. Ordinary: a stripe across it
+    blazon    look, ordinary and detail in words: the caption of an image hit
+    target    an object that a question refers to
+    chain     the relations to follow from the target; questions of kind hopN have N
+    kind      of a question (hop2), of a referring expression (order), or of a turn (gaze)
+    setting   the kind of wall: how many objects, how large, with look-alikes or not (SETTINGS)
+    mix       a list of (kind, setting, weight) from which questions are drawn
+    slip      a deliberate mistake of the expert: shown to the policy, but not trained
 
-Reading order: names -> arms -> entities and worlds -> scenes -> referring expressions -> questions -> folder worlds (skip at first). From
-tools.py comes what these need: a user's files (`lines`, `as_row`, `image_path`, `atomic`), pictures (`describe`: rows whose dot product is
-the similarity; `on_grey`: transparent parts grey; `to_pixels`), texts (`normalise`, `unaccented`).
-Boxes are (x0, y0, x1, y1), integers 0..99: percent of the picture's width and height. The policy, the expert and the scenes know no other
-format. (Pixels: only inside the crop, the image index and drawing. 0..1: only the labels from which the vision encoder, "the eyes",
-learns.)
+Reading order: names -> arms -> entities and worlds -> scenes -> referring expressions -> questions -> folder worlds
+(skip at first). The helpers imported from tools.py, the next file, need not be read first. Files: `lines`, `as_row`,
+`image_path`, `atomic`. Pictures: `describe` (one vector per picture; dot product = similarity), `on_grey` (transparent
+parts become grey), `to_pixels`. Text: `normalise`, `unaccented`.
+
+Boxes are (x0, y0, x1, y1), integers 0..99, in percent of the picture's width and height. Policy, expert and scenes use
+no other format. (Pixels appear only in crops, the image index and drawing; fractions 0..1 only in the labels that train
+the vision encoder, "the eyes".)
 """
 import argparse
 import colorsys
@@ -33,9 +44,9 @@ from PIL import Image, ImageDraw, ImageOps
 
 from tools import WorldError, as_row, atomic, describe, on_grey, image_path, lines, normalise, to_pixels, unaccented
 
-ALIKE = 0.98  # two pictures whose descriptors have such a cosine are one to a search
-LONGEST_SIDE = 1024  # of a user's picture, in pixels: a larger one is shrunk when it is read
-SCENE_PX = 384  # side of a scene in pixels; the model is given it much smaller, a gaze goes back to these pixels
+ALIKE = 0.98  # from this cosine of their descriptors on, an image search cannot tell two pictures apart
+LONGEST_SIDE = 1024  # pixels; a larger user picture is shrunk when it is read
+SCENE_PX = 384  # side of a scene in pixels. The model sees it much smaller; a gaze crops from these pixels
 
 # ---------------------------------------------------------------------------------------------------------------- names
 
@@ -59,52 +70,53 @@ def person_name(rng):
     return f"{word(rng, 1)} {word(rng)}" + (f" {rng.choice(['II', 'III', 'IV', 'V'])}" if rng.random() < 0.3 else "")
 
 
-VALUES = {  # relation -> how an invented value is drawn. Many, or a policy would choose among them instead of reading the question
-    **dict.fromkeys("ruler patron governor mayor bishop founder poet painter champion judge".split() + ["first queen", "last duke", "town crier"], person_name),
-    **dict.fromkeys("river harbour lake hill forest bridge valley".split() + ["old gate", "main square", "sacred well"], word),
-    **dict.fromkeys(("craft", "chief export", "rarest import"), lambda r: f"{r.choice(CRAFTS_A)} {r.choice(CRAFTS_B)}"),
-    **dict.fromkeys(("founding year", "year of fire", "last siege"), lambda r: str(r.randint(800, 1899))),
-    **dict.fromkeys(("towers", "number of wells", "number of mills"), lambda r: str(r.randint(2, 98))),
-    **dict.fromkeys(("anthem", "dance"), lambda r: f"{r.choice(['Song', 'March', 'Hymn'])} of {word(r)}")}
-ALL_TOWNS = ("ruler", "towers")  # facts of every town; four others of VALUES and two of TOWN_LINKS, by lot, and its region
-# values that lead on to another town. One word each: thoughts copy "river of the twin" from the question word by word, and behind a longer
-# name it is harder to tell where to go on
-TOWN_LINKS = ("twin", "rival", "ally", "neighbour")
-REGION_LINKS = ("capital", "stronghold")  # .. and from a region back to a town
+# relation -> how to draw an invented value. With few relations a policy would choose among them instead of reading the
+# question
+VALUES = {**dict.fromkeys("ruler patron governor mayor bishop founder poet painter champion judge".split() + ["first queen", "last duke", "town crier"], person_name),
+          **dict.fromkeys("river harbour lake hill forest bridge valley".split() + ["old gate", "main square", "sacred well"], word),
+          **dict.fromkeys(("craft", "chief export", "rarest import"), lambda r: f"{r.choice(CRAFTS_A)} {r.choice(CRAFTS_B)}"),
+          **dict.fromkeys(("founding year", "year of fire", "last siege"), lambda r: str(r.randint(800, 1899))),
+          **dict.fromkeys(("towers", "number of wells", "number of mills"), lambda r: str(r.randint(2, 98))),
+          **dict.fromkeys(("anthem", "dance"), lambda r: f"{r.choice(['Song', 'March', 'Hymn'])} of {word(r)}")}
+# Facts of every town. It also has a region, four more of VALUES and two of TOWN_LINKS, drawn at random
+ALL_TOWNS = ("ruler", "towers")
+# Relations that lead to another town, and from a region back to a town. One word each: thoughts copy "river of the
+# twin" from the question word by word, and a longer name would make it harder to see which relation comes next
+TOWN_LINKS, REGION_LINKS = ("twin", "rival", "ally", "neighbour"), ("capital", "stronghold")
 
 # ----------------------------------------------------------------------------------------------------------------- arms
 
 TINCTURES = {"red": (204, 32, 44), "blue": (36, 74, 190), "green": (32, 138, 66), "purple": (132, 52, 150), "black": (28, 28, 34), "gold": (238, 190, 40), "white": (244, 244, 240)}
-METALS = ("gold", "white")  # the heralds' rule of tincture: metal on colour or colour on metal, so that it can be seen
+METALS = ("gold", "white")  # the rule of tincture: metal on colour or colour on metal, so that charges are legible
 
 
 def arc(x, y, rx, ry, start=0, end=360, n=36):
-    """Points on an ellipse around (x, y), from one angle to another (degrees, clockwise as y points down)."""
+    """n + 1 points on an ellipse around (x, y), from angle `start` to `end` (degrees, clockwise because y points
+    down)."""
     angles = [math.radians(start + (end - start) * i / n) for i in range(n + 1)]
     return [(x + rx * math.cos(a), y + ry * math.sin(a)) for a in angles]
 
 
-OUTLINES = {  # polygons in the unit square
-    "heater": [(0, 0), (1, 0), (1, .5), (.86, .76), (.5, 1), (.14, .76), (0, .5)], "square": [(0, 0), (1, 0), (1, 1), (0, 1)],
-    "diamond": [(.5, 0), (1, .5), (.5, 1), (0, .5)], "banner": [(0, 0), (1, 0), (1, 1), (0, 1)], "round": arc(.5, .5, .5, .5)}
-ASPECT = {"heater": 0.86, "diamond": 0.9, "banner": 1.5}  # width / height, 1 where not named
+# polygons in the unit square
+OUTLINES = {"heater": [(0, 0), (1, 0), (1, .5), (.86, .76), (.5, 1), (.14, .76), (0, .5)], "square": [(0, 0), (1, 0), (1, 1), (0, 1)],
+            "diamond": [(.5, 0), (1, .5), (.5, 1), (0, .5)], "banner": [(0, 0), (1, 0), (1, 1), (0, 1)], "round": arc(.5, .5, .5, .5)}
+ASPECT = {"heater": 0.86, "diamond": 0.9, "banner": 1.5}  # width / height; 1 if not listed
+# stripes as polygons in the unit square, narrow so that the tincture stays visible in the shrunken picture
 ORDINARIES = {"": None, "chief": [(0, 0), (1, 0), (1, .17), (0, .17)], "base": [(0, .83), (1, .83), (1, 1), (0, 1)], "bordure": None,
-              "pale": [(.42, 0), (.58, 0), (.58, 1), (.42, 1)], "fess": [(0, .42), (1, .42), (1, .58), (0, .58)],
-              "bend": [(0, 0), (.16, 0), (1, .84), (1, 1), (.84, 1), (0, .16)]}  # narrow, so that the tincture can be told from afar
-CHARGES = {  # polygons in [-1, 1]^2, y down
-    "star": [(0, -1), (.25, -.32), (.95, -.3), (.4, .13), (.6, .85), (0, .43), (-.6, .85), (-.4, .13), (-.95, -.3), (-.25, -.32)],
-    "cross": [(-.3, -1), (.3, -1), (.3, -.3), (1, -.3), (1, .3), (.3, .3), (.3, 1), (-.3, 1), (-.3, .3), (-1, .3), (-1, -.3), (-.3, -.3)],
-    "tower": [(-.7, -1), (-.35, -1), (-.35, -.6), (-.17, -.6), (-.17, -1), (.17, -1), (.17, -.6), (.35, -.6), (.35, -1), (.7, -1), (.7, 1), (.25, 1), (.25, .3), (-.25, .3), (-.25, 1), (-.7, 1)],
-    "tree": [(0, -1), (.8, .4), (.2, .4), (.2, 1), (-.2, 1), (-.2, .4), (-.8, .4)],
-    "fish": [(-1, -.6), (-.5, -.1), (.1, -.55), (.7, -.35), (1, 0), (.7, .35), (.1, .55), (-.5, .1), (-1, .6)],
-    "crown": [(-1, -.7), (-.5, 0), (0, -.9), (.5, 0), (1, -.7), (.85, .8), (-.85, .8)],
-    "ring": arc(0, 0, 1, 1) + arc(0, 0, .5, .5, 360, 0), "crescent": arc(0, 0, 1, 1, -35, 215) + arc(0, -.4, .82, .7, 190, -10)}
+              "pale": [(.42, 0), (.58, 0), (.58, 1), (.42, 1)], "fess": [(0, .42), (1, .42), (1, .58), (0, .58)], "bend": [(0, 0), (.16, 0), (1, .84), (1, 1), (.84, 1), (0, .16)]}
+# polygons in [-1, 1]^2, y down
+CHARGES = {"star": [(0, -1), (.25, -.32), (.95, -.3), (.4, .13), (.6, .85), (0, .43), (-.6, .85), (-.4, .13), (-.95, -.3), (-.25, -.32)],
+           "cross": [(-.3, -1), (.3, -1), (.3, -.3), (1, -.3), (1, .3), (.3, .3), (.3, 1), (-.3, 1), (-.3, .3), (-1, .3), (-1, -.3), (-.3, -.3)],
+           "tower": [(-.7, -1), (-.35, -1), (-.35, -.6), (-.17, -.6), (-.17, -1), (.17, -1), (.17, -.6), (.35, -.6), (.35, -1), (.7, -1), (.7, 1), (.25, 1), (.25, .3), (-.25, .3), (-.25, 1), (-.7, 1)],
+           "tree": [(0, -1), (.8, .4), (.2, .4), (.2, 1), (-.2, 1), (-.2, .4), (-.8, .4)], "fish": [(-1, -.6), (-.5, -.1), (.1, -.55), (.7, -.35), (1, 0), (.7, .35), (.1, .55), (-.5, .1), (-1, .6)],
+           "crown": [(-1, -.7), (-.5, 0), (0, -.9), (.5, 0), (1, -.7), (.85, .8), (-.85, .8)], "ring": arc(0, 0, 1, 1) + arc(0, 0, .5, .5, 360, 0), "crescent": arc(0, 0, 1, 1, -35, 215) + arc(0, -.4, .82, .7, 190, -10)}
+# number of charges -> (x, y, radius) of each, in the unit square
 PLACES = {1: [(.5, .5, .28)], 2: [(.28, .5, .18), (.72, .5, .18)], 3: [(.29, .32, .16), (.71, .32, .16), (.5, .72, .16)]}
 
 
 @dataclass(frozen=True)
 class Arms:
-    """A coat of arms: outline and tincture can be told from afar, the rest takes a closer look."""
+    """A coat of arms. Outline and tincture are visible in the shrunken picture; the rest needs a closer look."""
     outline: str
     tincture: str
     ordinary: str
@@ -115,14 +127,13 @@ class Arms:
 
     @classmethod
     def draw(cls, rng, **fixed):
-        """Draw arms by lot; `fixed` presets any part (e.g. outline and tincture, to make a look-alike)."""
+        """Draw random arms. `fixed` presets any part (e.g. outline and tincture, to make a look-alike)."""
         tincture = fixed.get("tincture") or rng.choice(list(TINCTURES))
         contrast = [t for t in TINCTURES if (t in METALS) != (tincture in METALS)]
         charge_tincture = rng.choice(contrast)
         ordinary, other = rng.choice(list(ORDINARIES)), rng.choice([t for t in contrast if t != charge_tincture])
-        parts = dict(outline=rng.choice(list(OUTLINES)), tincture=tincture, ordinary=ordinary, charge=rng.choice(list(CHARGES)), count=rng.choice((1, 2, 3)),
-                     ordinary_tincture=other if ordinary else tincture, charge_tincture=charge_tincture)
-        return cls(**{**parts, **fixed})
+        parts = dict(outline=rng.choice(list(OUTLINES)), tincture=tincture, ordinary=ordinary, charge=rng.choice(list(CHARGES)), count=rng.choice((1, 2, 3)))
+        return cls(**parts | dict(ordinary_tincture=other if ordinary else tincture, charge_tincture=charge_tincture) | fixed)
 
     def in_words(self):
         """In words: (look, ordinary or "", detail), e.g. ("red round", "white bend", "2 gold crowns")."""
@@ -130,7 +141,8 @@ class Arms:
                 f"{self.count} {self.charge_tincture} {self.charge}" + {"fish": "", "cross": "es"}.get(self.charge, "s") * (self.count > 1))
 
     def picture(self, height):
-        """RGBA picture of the given height in pixels, transparent outside the outline (drawn at 2x, then shrunk)."""
+        """RGBA picture, `height` pixels high, transparent outside the outline (drawn at twice the size, then
+        shrunk)."""
         h, w = 2 * height, round(2 * height * ASPECT.get(self.outline, 1))
         outline = [(x * (w - 1), y * (h - 1)) for x, y in OUTLINES[self.outline]]
         art, mask = Image.new("RGB", (w, h), TINCTURES[self.tincture]), Image.new("L", (w, h))
@@ -153,13 +165,14 @@ class Arms:
 
 @dataclass(frozen=True)
 class Entity:
-    """Something with a name and facts, and (unless it is a region) a picture: drawn `arms`, or a file."""
+    """Something with a name, facts {relation: value} and, unless it is a region, a picture: drawn from `arms`, or the
+    file at `path`."""
     name: str
     facts: dict = field(hash=False)
     arms: Arms | None = None
     path: Path | None = None
-    look: str = ""  # what can be told from afar, e.g. 'red round'
-    detail: str = ""  # what only a closer look tells, e.g. '2 gold crowns'
+    look: str = ""  # visible in the shrunken picture, e.g. 'red round'
+    detail: str = ""  # visible only in a crop, e.g. '2 gold crowns'
     blazon: str = ""  # the caption that the image index returns; contains look and detail
     aspect: float = 1.0  # width / height
 
@@ -174,23 +187,27 @@ class Entity:
 
 @dataclass
 class World:
-    """`entities`: everything by name. `splits`: pictured names; they never share one. `late` ones exist only for suite `live`."""
+    """`entities`: {name: Entity}. `splits`: {split: names of entities with a picture}; they are disjoint. The split
+    "late" (added after training) is used by the suite `live` only."""
     name: str
     noun: str
     entities: dict
     splits: dict
     seed: int = 0
-    own: tuple = ()  # a user's questions about pictures of their own: every other one joins RL's pool, the rest are suite "own"
+    # a user's questions about pictures of their own: every other one joins RL's pool, the rest are the suite "own"
+    own: tuple = ()
 
     def pictured(self, *splits):
+        """The entities of some splits (default: train, dev, test)."""
         return [self.entities[n] for s in splits or ("train", "dev", "test") for n in self.splits[s]]
 
 
 def split_names(names, rng):
+    """Shuffle names and split them: 55 % train, 10 % dev, 28 % test, 7 % late."""
     names = list(names)
     rng.shuffle(names)
     a, b, c = (round(len(names) * f) for f in (0.55, 0.65, 0.93))
-    b = max(b, a + 1)  # of ten names both would be 6
+    b = max(b, a + 1)  # with ten names both would round to 6
     return {"train": names[:a], "dev": names[a:b], "test": names[b:c], "late": names[c:]}
 
 
@@ -200,26 +217,29 @@ def heraldry(seed=0, towns=3000):
     distinct = lambda make, n: list(dict.fromkeys(make(rng) for _ in range(4 * n)))[:n]
     names, shields = distinct(town_name, towns), distinct(Arms.draw, towns)
     regions = [r for r in distinct(lambda g: f"{word(g)} {g.choice(['Vale', 'March', 'Coast', 'Heath'])}", max(2, towns // 25)) if r not in names]
-    facts = lambda keys, more: {k: VALUES[k](rng) for k in (*keys, *rng.sample([k for k in VALUES if k not in keys], more))}
-    entities = {n: Entity.with_arms(n, {**facts(ALL_TOWNS, 4), "region": rng.choice(regions)}, a) for n, a in zip(names, shields)}
+    draw_facts = lambda keys, more: {k: VALUES[k](rng) for k in (*keys, *rng.sample([k for k in VALUES if k not in keys], more))}
+    entities = {n: Entity.with_arms(n, {**draw_facts(ALL_TOWNS, 4), "region": rng.choice(regions)}, a) for n, a in zip(names, shields)}
     splits = split_names(names, rng)
-    # links stay within a split; a region's capital may be of any but `late`: so a name and facts of another split may be read in training,
-    # but its arms are never asked about there
+    # Links stay within a split. A region's capital may be in any split but `late`: in training, a passage may show the
+    # name and facts of a test town, but no question is about its arms
     for group in splits.values():
         for n in group:
             entities[n].facts.update({link: rng.choice([t for t in group if t != n] or [n]) for link in rng.sample(TOWN_LINKS, 2)})
-    for r in regions:
-        entities[r] = Entity(r, facts((), 4) | {link: rng.choice(splits["train"] + splits["dev"] + splits["test"]) for link in REGION_LINKS})
+    capitals = splits["train"] + splits["dev"] + splits["test"]
+    entities |= {r: Entity(r, draw_facts((), 4) | {link: rng.choice(capitals) for link in REGION_LINKS}) for r in regions}
     return World("heraldry", "shield", entities, splits, seed)
 
 
 def with_strangers(world, n):
-    """The same world with more towns to be found by a search, that no question is about (they join the training split): of `n` drawn by lot
-    those whose names and arms nobody else has."""
-    rng, taken = random.Random(f"strangers/{world.seed}"), {e.arms for e in world.pictured(*world.splits)}
-    drawn = {arms: name for arms, name in ((Arms.draw(rng), town_name(rng)) for _ in range(n)) if arms not in taken and name not in world.entities}
-    more = {name: Entity.with_arms(name, {k: VALUES[k](rng) for k in rng.sample(list(VALUES), 6)}, arms) for arms, name in drawn.items()}
-    return replace(world, entities=world.entities | more, splits=world.splits | {"train": [*world.splits["train"], *more]})
+    """The same world with more towns in the index, as distractors: they join the training split, so no held-out
+    question is about them. Of `n` towns drawn, those with a name and arms of their own are added: some 6,200 of 10,000
+    and 23,000 of 100,000, because only 38,400 different arms exist."""
+    rng, taken_arms = random.Random(f"strangers/{world.seed}"), {e.arms for e in world.pictured(*world.splits)}
+    # values are taken, too: a town named like a river would turn that river into a link
+    taken_names = {*world.entities, *(value for e in world.entities.values() for value in e.facts.values())}
+    drawn = {arms: name for arms, name in ((Arms.draw(rng), town_name(rng)) for _ in range(n)) if arms not in taken_arms and name not in taken_names}
+    added = {name: Entity.with_arms(name, {k: VALUES[k](rng) for k in rng.sample(list(VALUES), 6)}, arms) for arms, name in drawn.items()}
+    return replace(world, entities=world.entities | added, splits=world.splits | {"train": [*world.splits["train"], *added]})
 
 
 # --------------------------------------------------------------------------------------------------------------- scenes
@@ -229,7 +249,8 @@ PLASTERS = ((14, 4, -14), (0, 0, 0), (-8, 0, 10), (8, -2, -8), (-6, 6, -4))
 
 @dataclass(frozen=True)
 class Scene:
-    """Entities hung on a wall. `boxes[i]` frames `entities[i]`. Drawn anew from `seed` whenever asked for: same seed, same bytes."""
+    """Entities on a wall. `boxes[i]` frames `entities[i]`. (A user's photo has no entities, and at most one box.) The
+    picture is drawn from `seed` on demand (same seed, same bytes); the last 512 pictures are cached."""
     entities: tuple
     boxes: tuple
     noun: str
@@ -237,20 +258,20 @@ class Scene:
     photo: Path | None = None  # a user's own picture instead of a drawn wall
 
     def picture(self, px=SCENE_PX):
-        """RGB, px square (a photo keeps its own size, up to LONGEST_SIDE). Shared: draw on a copy."""
+        """RGB, px square (a photo keeps its own size, up to LONGEST_SIDE). The picture is shared: draw on a copy."""
         return on_grey(_load(self.photo)) if self.photo else _drawn(self, px)
 
 
-@lru_cache(maxsize=512)  # demonstrations and suites come back to a wall again and again
+@lru_cache(maxsize=512)  # demonstrations and suites use the same scenes again and again
 def _drawn(scene, px):
-    """The wall of a scene, and what hangs on it."""
+    """Draw the wall of a scene and the objects on it."""
     rng = random.Random(scene.seed)
-    light, hue = rng.randint(110, 200), rng.choice(PLASTERS)
-    plaster = tuple(light + h for h in hue)
+    light = rng.randint(110, 200)
+    plaster = tuple(light + shift for shift in rng.choice(PLASTERS))
     wall = Image.new("RGB", (px, px), plaster)
     pen = ImageDraw.Draw(wall)
     course, mortar = px // rng.randint(6, 14), tuple(c - 16 for c in plaster)
-    for y in range(0, px, course):  # stone courses, each stone in a tone of its own
+    for y in range(0, px, course):  # courses of stones, each stone in a tone of its own
         for x in range(-rng.randint(0, course), px, 2 * course):
             tone = rng.randint(-9, 9)
             pen.rectangle((x, y, x + 2 * course, y + course), fill=tuple(c + tone for c in plaster), outline=mortar)
@@ -269,83 +290,101 @@ def iou(a, b):
 
 
 def hang(entities, noun, rng, cells=3, sizes=(0.62, 0.95)):
-    """Hang entities in rows: a `cells` x `cells` grid with a little jitter. `sizes`: smallest and largest of the three sizes that
-    shields are made in, longer side as a share of the cell."""
+    """Place entities on a wall: a random cell each of a `cells` x `cells` grid, with a little jitter. `sizes`: the
+    smallest and largest of three sizes, as the longer side's share of the cell."""
     pitch, boxes = 99 / cells, []
     for e, cell in zip(entities, rng.sample(range(cells * cells), len(entities))):
         long = pitch * rng.choice((sizes[0], sum(sizes) / 2, sizes[1]))
-        # at least 3: less of a ribbon could not be gazed at
-        w, h = (max(3, side) for side in ((long, long / e.aspect) if e.aspect > 1 else (long * e.aspect, long)))
+        w, h = (long, long / e.aspect) if e.aspect > 1 else (long * e.aspect, long)
+        w, h = max(3, w), max(3, h)  # percent: `crop` refuses a narrower box
         slack = lambda side: (pitch - side) * rng.uniform(0.35, 0.65)
         x, y = cell % cells * pitch + slack(w), cell // cells * pitch + slack(h)
         boxes.append((round(x), round(y), round(x + w), round(y + h)))
     return Scene(tuple(entities), tuple(boxes), noun, rng.getrandbits(48))
 
 
-# ------------------------------------------------------------------------------------------------- referring expressions
+# ------------------------------------------------------------------------------------------------ referring expressions
 
-# Where an object hangs among all, from left to right ("across") and from the top ("down"), and how large it is. The first word of each:
-# nothing clear to say
+# How an object hangs among all others: from left to right ("across"), from top to bottom ("down"), and by size. "":
+# nothing unambiguous to say
 ACROSS, DOWN, SIZE = ("", "leftmost", "rightmost"), ("", "topmost", "lowest"), ("", "largest", "smallest")
 ZONES = ("top left", "top middle", "top right", "middle left", "centre", "middle right", "bottom left", "bottom middle", "bottom right")
-SIDES = {"left of": -1, "right of": 1, "above": -1j, "below": 1j}  # x + yj, as all of `layout` counts
+SIDES = {"left of": -1, "right of": 1, "above": -1j, "below": 1j}  # directions x + iy, y points down
 
 
 def layout(scene):
-    """How each object hangs among the others, list over objects of {"across", "down", "size": one of the words above, "" where there is
-    nothing clear to say; "zone": index into ZONES; a key of SIDES: the object that it stands left of, right of, ...}."""
+    """Describe how each object hangs among the others: one dict per object. "across", "down", "size": one of the words
+    above. "zone": index into ZONES. "left of" and the other SIDES, if they apply: index of the object beside it.
+
+    i is "left of" j if it is the only object at most 45 left of j and at most 45 out of line, and if it is more than 18
+    left of j and at most 14 out of line (percent of the picture, between centres)."""
     n, boxes = len(scene.boxes), scene.boxes
     centre = [((b[0] + b[2]) / 2, (b[1] + b[3]) / 2) for b in boxes]
-    out = [dict(across="", down="", size="", zone=min(2, int(y / 33.4)) * 3 + min(2, int(x / 33.4))) for x, y in centre]
-    area = [-math.log((b[2] - b[0]) * (b[3] - b[1])) for b in boxes]  # the largest first
-    for relation, words, values, gap in zip(("across", "down", "size"), (ACROSS, DOWN, SIZE), (*zip(*centre), area), (7, 7, 0.4)):
+    entries = [dict(across="", down="", size="", zone=min(2, int(y / 33.4)) * 3 + min(2, int(x / 33.4))) for x, y in centre]
+    area = [-math.log((b[2] - b[0]) * (b[3] - b[1])) for b in boxes]  # ascending order: largest first
+    for dimension, words, values, gap in zip(("across", "down", "size"), (ACROSS, DOWN, SIZE), (*zip(*centre), area), (7, 7, 0.4)):
         order = sorted(range(n), key=values.__getitem__)
-        for word, (i, *rest) in zip(words[1:], (order, order[::-1])):  # the first and the last, where the next one is far enough
+        # the first and the last in this order, if the next one is far enough away (7 %, or 0.4 in log area)
+        for word, (i, *rest) in zip(words[1:], (order, order[::-1])):
             if rest and abs(values[i] - values[rest[0]]) > gap:
-                out[i][relation] = word
-    # who stands beside j? The only one within 45 on that side, if it is more than 18 away and at most 14 out of line (percent, between
-    # middles)
+                entries[i][dimension] = word
     for j in range(n):
         for side, toward in SIDES.items():
-            # of every object: how far it is on that side (real), and out of line
-            away = [(complex(*c) - complex(*centre[j])) / toward for c in centre]
-            near = [i for i, d in enumerate(away) if 0 < d.real <= 45 and abs(d.imag) <= 45]
-            if len(near) == 1 and away[near[0]].real > 18 and abs(away[near[0]].imag) <= 14:
-                out[near[0]][side] = j
-    return out
+            # offsets from j; dividing by the direction rotates that side onto the positive real axis: real = distance,
+            # imag = out of line
+            offsets = [(complex(*c) - complex(*centre[j])) / toward for c in centre]
+            nearby = [i for i, d in enumerate(offsets) if 0 < d.real <= 45 and abs(d.imag) <= 45]
+            if len(nearby) == 1 and offsets[nearby[0]].real > 18 and abs(offsets[nearby[0]].imag) <= 14:
+                entries[nearby[0]][side] = j
+    return entries
+
+
+def colours(e):
+    """The colours of an entity, largest area first. A shield has one, its tincture; a flag has all that its caption
+    names."""
+    return [e.look.split()[0], *(c for c in e.detail.split(" and ") if c in TINCTURES and not e.arms)]
+
+
+def single_out(scene):
+    """Return a function of words (colour, shape, or both): do they fit exactly one object of the scene?"""
+    features = [{*colours(e), e.look.split()[1]} for e in scene.entities]
+    return lambda words: sum(set(words.split()) <= f for f in features) == 1
 
 
 def references(scene):
-    """Unambiguous ways to point at each object, at most one of a kind: list over objects of {kind: expression without 'the'}."""
-    noun, looks, places = scene.noun, [e.look for e in scene.entities], layout(scene)
-    # a flag is of all its colours, a shield of one
-    seen = [set((e.look if e.arms else e.blazon.replace(",", "")).split()) for e in scene.entities]
-    out, tells = [{} for _ in looks], lambda words: sum(set(words.split()) <= s for s in seen) == 1
-    for i, (look, place) in enumerate(zip(looks, places)):
-        if tells(look):
-            out[i]["look"] = f"{look} {noun}"
-        elif looks.count(look) > 1 and sum(e.look == look and e.detail == scene.entities[i].detail for e in scene.entities) == 1:
-            out[i]["detail"] = f"{look} {noun} with {scene.entities[i].detail}"
-        out[i] |= {kind: f"{part} {noun}" for kind, part in zip(("colour", "shape"), look.split()) if tells(part)}
-        out[i] |= {kind: f"{place[side]} {noun}" for kind, side in (("order", "down"), ("order", "across"), ("size", "size")) if place[side]}
-        if len(looks) > 1 and sum(p["zone"] == place["zone"] for p in places) == 1:
-            out[i]["position"] = f"{noun} at the {ZONES[place['zone']]}"
-        if near := beside(looks, place):
-            out[i]["neighbour"] = f"{noun} {near[0]} the {looks[near[1]]} {noun}"
-    return out
+    """Unambiguous expressions for each object, at most one of each kind: list over objects of {kind: expression}.
+    Expressions come without an article ("red round shield")."""
+    noun, looks, entries = scene.noun, [e.look for e in scene.entities], layout(scene)
+    expressions, is_unique = [{} for _ in looks], single_out(scene)
+    for mine, e, entry in zip(expressions, scene.entities, entries):
+        if is_unique(e.look):
+            mine["look"] = f"{e.look} {noun}"
+        elif looks.count(e.look) > 1 and sum((o.look, o.detail) == (e.look, e.detail) for o in scene.entities) == 1:
+            mine["detail"] = f"{e.look} {noun} with {e.detail}"
+        mine |= {kind: f"{part} {noun}" for kind, part in zip(("colour", "shape"), e.look.split()) if is_unique(part)}
+        mine |= {kind: f"{entry[side]} {noun}" for kind, side in (("order", "down"), ("order", "across"), ("size", "size")) if entry[side]}
+        if len(looks) > 1 and sum(o["zone"] == entry["zone"] for o in entries) == 1:
+            mine["position"] = f"{noun} at the {ZONES[entry['zone']]}"
+        if neighbour := beside(looks, entry, is_unique):
+            mine["neighbour"] = f"{noun} {neighbour[0]} the {looks[neighbour[1]]} {noun}"
+    return expressions
 
 
-def beside(looks, place):
-    """(side, j): an object stands on that side of object j, whose look tells it apart; None if there is no such j."""
-    return next(((side, place[side]) for side in SIDES if side in place and looks.count(looks[place[side]]) == 1), None)
+def beside(looks, entry, is_unique):
+    """(side, j) if an object hangs on this side of object j, whose look is unique; None if there is no such j. `entry`:
+    of the object, from `layout`; `is_unique`: from `single_out`."""
+    return next(((side, entry[side]) for side in SIDES if side in entry and is_unique(looks[entry[side]])), None)
 
 
 # ------------------------------------------------------------------------------------------------------------ questions
 
 @dataclass(frozen=True)
 class Question:
-    """`targets`: indices of the scene's objects that must be found; `phrases`: what to look for, in the words of a blazon;
-    `chain`: relations from the picture outwards. These and `pointed_by` are the expert's knowledge; the policy sees scene and text only."""
+    """A question and what the expert needs to answer it; the policy sees only scene and text.
+
+    `targets`: indices of the scene's objects to be found. `phrases`: what to look for, one per target, in the words of
+    a blazon. `chain`: the relations to follow, first one first. `pointed_by`: the kind of referring expression, one per
+    target."""
     text: str
     answers: tuple
     scene: Scene
@@ -354,133 +393,159 @@ class Question:
     targets: tuple = ()
     phrases: tuple = ()
     chain: tuple = ()
-    pointed_by: tuple = ()  # the kind of referring expression, one a target
+    pointed_by: tuple = ()
 
     @property
     def search_free(self):
         return self.kind in VISUAL
 
 
-VISUAL = ("colour", "shape", "count")
-# What is trained on is mixed here; what is examined, in gog.py (SUITES, DEV_MIX)
-SETTINGS = {  # name: (least, most objects, cells, sizes, look-alikes of the target)
-    "single": (1, 1, 1, (0.45, 0.8), 0), "normal": (2, 6, 3, (0.66, 0.98), 0), "alike": (3, 6, 3, (0.66, 0.98), 2),
-    "small": (4, 6, 3, (0.52, 0.72), 2), "crowd": (7, 10, 4, (0.7, 0.98), 0)}
-# how often the base model's lessons draw each: where shields hang freely (one alone, small ones) takes more practice than a full wall
+VISUAL = ("colour", "shape", "count")  # kinds that need no search
+# The training mixes are below; the evaluation mixes are in gog.py (SUITES, DEV_MIX)
+# name: (least, most objects, cells per side of the grid, sizes as in `hang`, look-alikes of the target)
+SETTINGS = {"single": (1, 1, 1, (0.45, 0.8), 0), "normal": (2, 6, 3, (0.66, 0.98), 0), "alike": (3, 6, 3, (0.66, 0.98), 2),
+            "small": (4, 6, 3, (0.52, 0.72), 2), "crowd": (7, 10, 4, (0.7, 0.98), 0)}
+# Weights of the settings in the base model's lessons: freely hanging shields (one alone, small ones) take more practice
+# than a full wall
 LESSON_WALLS = {"single": 2, "normal": 4, "alike": 3, "small": 4, "crowd": 2}
 SFT_MIX = [("colour", "normal", 3), ("shape", "normal", 2), ("count", "normal", 2), ("count", "crowd", 4), ("colour", "single", 1), ("shape", "single", 1), ("name", "single", 1), ("hop1", "single", 1),
            ("name", "normal", 2), ("hop1", "normal", 4), ("name", "alike", 1), ("hop1", "alike", 2), ("hop2", "normal", 0.9), ("hop3", "normal", 0.3), ("hop2", "single", 0.3), ("hop3", "single", 0.2), ("compare", "normal", 1)]
-# Of RL: mostly long chains (why: grpo.py, 6). The last three keep up gazing: chains about a single shield are solved by a glance, and a
-# policy that only glances finds nothing on a crowded wall
+# For RL: mostly long chains (why: grpo.py, Curriculum). The last three keep the policy gazing: chains about a single
+# shield are solved by a glance, and a policy that only glances finds nothing on a crowded wall
 RL_MIX = [("count", "normal", 1), ("hop2", "normal", 1), ("hop3", "single", 1), ("hop3", "normal", 2), ("hop4", "single", 3), ("hop4", "normal", 4), ("hop5", "single", 2),
           ("hop1", "crowd", 1), ("hop2", "crowd", 1), ("hop1", "small", 2)]
 
 
 def fits(text):
-    """Is a question short enough to leave room for turns? A token is a byte or more, and a trajectory has 832 (gog.rollout)."""
+    """Is a question short enough to leave room for turns? A token is at least one byte, and a trajectory has 832 tokens
+    (gog.rollout)."""
     return len(text.encode(errors="replace")) <= 600
 
 
 def ask(world, kind, setting, split, rng):
-    """One question of this kind, or None if the draw fails (no unambiguous expression, no chain that long, or too long a text)."""
+    """Draw one question of this kind about entities of these splits, or None if the draw fails: no unambiguous
+    expression for a target, an expression that contains the answer, no second number to compare (or a tie), no chain
+    that long, or too long a text."""
+    # scene: the target, look-alikes of it (if the setting has any) and other entities
     pool = world.pictured(*split)
     least, most, cells, sizes, look_alikes = SETTINGS[setting]
     target = rng.choice(pool)
     alike = [e for e in pool if e.look == target.look and e.detail != target.detail]
-    chosen = {e.name: e for e in [target, *rng.sample(alike, min(look_alikes, len(alike))), *rng.sample(pool, min(most, len(pool)))]}
-    # the target first, then its look-alikes: this cut never drops them
-    shown = list(chosen.values())[:max(rng.randint(least, most), min(len(chosen), look_alikes + 1))]
+    candidates = {e.name: e for e in [target, *rng.sample(alike, min(look_alikes, len(alike))), *rng.sample(pool, min(most, len(pool)))]}
+    # the target comes first, then its look-alikes: this cut never drops them
+    shown = list(candidates.values())[:max(rng.randint(least, most), min(len(candidates), look_alikes + 1))]
     scene = hang(rng.sample(shown, len(shown)), world.noun, rng, cells, sizes)
-    ways, targets = references(scene), [scene.entities.index(target)]  # ways: of each object {kind: expression}
+
+    # count (needs no target)
     if kind == "count":
         colour = rng.choice(shown).look.split()[0]
-        return Question(f"How many {scene.noun}s are {colour}?", (str(sum(e.look.split()[0] == colour for e in shown)),), scene, kind, setting)
+        return Question(f"How many {scene.noun}s are {colour}?", (str(sum(colour in colours(e) for e in shown)),), scene, kind, setting)
+
+    # targets: one, or two to compare
+    targets = [scene.entities.index(target)]
     if kind == "compare":
-        # whole numbers: 2 to 98; a folder's may be larger, and no lesson compares such
-        relation = "towers" if world.noun == "shield" else "number of neighbours"
-        other = [i for i in range(len(shown)) if i != targets[0] and scene.entities[i].facts.get(relation, "").isdecimal()]
-        targets += rng.sample(other, min(1, len(other)))
-    # of every target a (kind, expression) by lot, None where nothing is unambiguous. Where look-alikes hang, always by the detail (though
-    # "the leftmost" would do, too), so that a closer look is needed; elsewhere never
-    usable = lambda i: sorted((k, t) for k, t in ways[i].items() if (k == "detail") == bool(look_alikes))
-    pointed = [rng.choice(usable(i) or [None]) for i in targets]
-    if None in pointed or kind == "compare" and len(targets) < 2:
+        # below 100: the lessons compare no larger numbers
+        number = lambda e, r: (v := e.facts.get(r, "")).isdecimal() and len(v) < 3
+        relation = next((r for r in ("towers", *target.facts) if number(target, r)), "")
+        others = [i for i in range(len(shown)) if i != targets[0] and number(scene.entities[i], relation)]
+        targets += rng.sample(others, min(1, len(others)))
+
+    # expressions: a random (kind, text) for each target, None if it has none. On walls with look-alikes always the
+    # detail, even if "the leftmost" would do, so that a closer look is needed; on other walls never
+    expressions = references(scene)
+    usable = lambda i: sorted((k, text) for k, text in expressions[i].items() if (k == "detail") == bool(look_alikes))
+    chosen = [rng.choice(usable(i) or [None]) for i in targets]
+    if None in chosen or kind == "compare" and len(targets) < 2:
         return None
-    pointed_by, expressions = zip(*pointed)  # kinds of expressions, and their words
+    pointed_by, texts = zip(*chosen)
     found = [scene.entities[i] for i in targets]
     phrases = tuple(f"{e.look}, {e.detail}" if k == "detail" else e.look for e, k in zip(found, pointed_by))
-    made = lambda text, answer, chain=(): Question(text, (answer,), scene, kind, setting, tuple(targets), phrases, chain, pointed_by) if fits(text) else None
+    question = lambda text, answers, chain=(): Question(text, answers, scene, kind, setting, tuple(targets), phrases, chain, pointed_by) if fits(text) else None
+
+    # colour, shape
     if kind in VISUAL:
-        # it would contain its answer; and nearly all flags have one shape
-        useless = pointed_by[0] in ("look", "detail", kind) or kind == "shape" and world.noun != "shield"
-        return None if useless else made(f"What is the {kind} of the {expressions[0]}?", target.look.split()[VISUAL.index(kind)])
+        # the expression would contain the answer; or the shape of a flag is asked for, and nearly all have the same
+        if pointed_by[0] in ("look", "detail", kind) or kind == "shape" and world.noun != "shield":
+            return None
+        return question(f"What is the {kind} of the {texts[0]}?", tuple(colours(target)) if kind == "colour" else (target.look.split()[1],))
+
+    # compare
     if kind == "compare":
-        a, b = (e.facts.get(relation, "") for e in found)  # b is a number: `other` holds only such
-        text = f"Which has more {relation}, the {expressions[0]} or the {expressions[1]}?"
-        return made(text, found[int(a) < int(b)].name, (relation,)) if a.isdecimal() and int(a) != int(b) else None
-    chain, values, unknown = [], [target.name], set() if "late" in split else world.splits.get("late", ())  # no passage tells of these
-    for left in range(int(kind[3:]) if kind != "name" else 0, 0, -1):  # all but the last relation must lead to another entity
-        facts = world.entities[values[-1]].facts
-        options = [r for r, v in facts.items() if v not in values and (left == 1 or v in world.entities and v not in unknown)]
+        a, b = (int(e.facts[relation]) for e in found)
+        text = f"Which has more {relation}, the {texts[0]} or the {texts[1]}?"
+        return question(text, (found[a < b].name,), (relation,)) if a != b else None
+
+    # name, hop1 .. hop5: follow a chain. All relations but the last must lead to another entity, but not to one added
+    # after training (no passage mentions those)
+    chain, path = [], [target.name]
+    unknown = set() if "late" in split else world.splits.get("late", ())
+    for remaining in range(int(kind[3:]) if kind != "name" else 0, 0, -1):
+        facts = world.entities[path[-1]].facts
+        options = [r for r, v in facts.items() if v not in path and (remaining == 1 or v in world.entities and v not in unknown)]
         if not options:
             return None
-        chain.append(rng.choice([r for r in options if r not in chain] or options))  # "twin of the twin" only where nothing else leads on
-        values.append(facts[chain[-1]])
-    return made(f"What is the {' of the '.join(reversed(chain)) or 'name'} of the {expressions[0]}?", values[-1], tuple(chain))
+        # repeat a relation ("twin of the twin") only if there is no other
+        chain.append(rng.choice([r for r in options if r not in chain] or options))
+        path.append(facts[chain[-1]])
+    return question(f"What is the {' of the '.join(reversed(chain)) or 'name'} of the {texts[0]}?", (path[-1],), tuple(chain))
 
 
 def questions(world, mix, n, seed, split=("train",)):
-    """`n` questions drawn from a mix of (kind, setting, weight). Same arguments, same questions. WorldError if the world has none of these
-    kinds."""
-    rng, out, lots = random.Random(f"{world.name}/{world.seed}/{seed}"), [], 0
+    """Draw `n` questions from a mix of (kind, setting, weight). Same arguments, same questions.
+
+    A kind that this world cannot ask (e.g. the shape of a flag) is silently dropped, and the others take its place.
+    WorldError if none of them can be asked."""
+    rng, out, draws = random.Random(f"{world.name}/{world.seed}/{seed}"), [], 0
     while len(out) < n:
-        if (lots := lots + 1) > 60 and not out:
+        if (draws := draws + 1) > 60 and not out:
             raise WorldError(f"{world.name}: no question of {', '.join(sorted({f'{k} ({s})' for k, s, _ in mix}))} can be asked. Add entities, or facts that lead from one to another")
         kind, setting, _ = rng.choices(mix, [w for *_, w in mix])[0]
-        # of the same kind, or rare luck would bend the mix
+        # retry the same kind, so that kinds that often fail keep their weight in the mix
         out += islice(filter(None, (ask(world, kind, setting, split, rng) for _ in range(50))), 1)
     return out
 
 
-# --------------------------------------------------------------------------------------------------------- folder worlds
+# -------------------------------------------------------------------------------------------------------- folder worlds
 
 def folder_world(path, seed=0):
-    """A world of the user's own: `entities.jsonl`, one {"name", "image", "facts": {relation: value}} a line, and the images.
+    """Read a user's world: `entities.jsonl`, one {"name", "image", "facts": {relation: value}} per line, and the
+    images.
 
-    A value that is another entity's name leads on (a hop). Its look (main colour and shape) is read off the picture.
-    """
-    root, entities = Path(path), {}
+    A value that is another entity's name can be followed (a hop). The look (main colour and shape) is computed from the
+    picture. An optional `questions.jsonl` holds the user's own questions. WorldError if a line is invalid, or for fewer
+    than 8 entities."""
+    root, name, entities = Path(path), Path(path).resolve().name, {}
     for where, line in lines(root / "entities.jsonl"):
         folder_entity(entities, root, where, line)
     if len(entities) < 8:
         raise WorldError(f"{root / 'entities.jsonl'}: {len(entities)} entities, and splits need at least 8. Add more")
-    # what questions call them: the world that comes with the code has flags
-    return World(root.resolve().name, "flag" if root.resolve().name == "countries" else "picture", entities,
-                 split_names(entities, random.Random(f"folder/{seed}")), seed, tuple(own_question(root, *line) for line in lines(root / "questions.jsonl", optional=True)))
+    own = tuple(own_question(root, *line) for line in lines(root / "questions.jsonl", optional=True))
+    # "flag" or "picture": the noun in questions; the world that comes with the code has flags
+    return World(name, "flag" if name == "countries" else "picture", entities, split_names(entities, random.Random(f"folder/{seed}")), seed, own)
 
 
 def folder_entity(known, root, where, line):
-    """One line of entities.jsonl joins those `known` before, {name: Entity}."""
+    """Read one line of entities.jsonl and add its entity to `known`, {name: Entity}."""
     row = as_row(where, line)
     name, facts = row.get("name"), row.get("facts", {})
     if not plain(name) or name in known or ": " in name:
-        raise WorldError(f"{where}: 'name' is missing, given twice, over 200 characters, holds ': ', ' | ', <, > or a line break, or nothing that counts in an answer ({str(name)[:80]!r}). Give every entity one name of its own")
+        raise WorldError(f"{where}: 'name' is missing, given twice, over 200 characters, holds ': ', ' | ', <, > or a line break, or has no letters or digits ({str(name)[:80]!r}). Give every entity a unique name")
     if not isinstance(facts, dict) or not all(plain(x) for fact in facts.items() for x in fact):
-        raise WorldError(f"{where}: a fact of {name!r} is no text of 1 to 200 characters, holds ' | ', <, > or a line break, or nothing that counts in an answer. Write facts as {{\"relation\": \"value\"}}")
-    colours, aspect = _tinctures(image := image_path(root, row.get("image"), where), where)
-    look, detail = f"{colours[0]} {'banner' if aspect > 1.2 else 'square'}", " and ".join(colours[1:]) or "plain"
+        raise WorldError(f"{where}: a fact of {name!r} is not a text of 1 to 200 characters, holds ' | ', <, > or a line break, or has no letters or digits. Write facts as {{\"relation\": \"value\"}}")
+    tinctures, aspect = _tinctures(image := image_path(root, row.get("image"), where), where)
+    look, detail = f"{tinctures[0]} {'banner' if aspect > 1.2 else 'square'}", " and ".join(tinctures[1:]) or "plain"
     known[name] = Entity(name, {k.replace("_", " "): v for k, v in facts.items()}, None, image, look, detail, f"{look}, {detail}", aspect)
 
 
 def plain(text):
-    """Can it be told, copied and compared? A text of 1 to 200 characters without tags, line breaks and " | ", of which something counts in
-    an answer."""
+    """Can this text be shown, copied and compared? A string of 1 to 200 characters without tags, line breaks and " | ",
+    of which something is left after `normalise`."""
     return isinstance(text, str) and len(text) <= 200 and normalise(text) and not any(mark in text for mark in ("<", ">", "\n", "\r", " | "))
 
 
 def own_question(root, where, line):
-    """One line of the optional `questions.jsonl`: {"image", "question", "answers": [..], "box": [x0, y0, x1, y1] of the target or left
-    out}."""
+    """Read one line of the optional `questions.jsonl`: {"image", "question", "answers": [..], "box": [x0, y0, x1, y1]
+    of the target, optional}."""
     row = as_row(where, line)
     text, answers, box = row.get("question"), row.get("answers"), row.get("box", [])
     if not plain(text) or not fits(text) or not isinstance(answers, list) or not answers or not all(map(plain, answers)):
@@ -493,7 +558,7 @@ def own_question(root, where, line):
 
 @lru_cache(maxsize=4)
 def open_world(where, seed=0, towns=3000):
-    """"heraldry", or the folder of a world."""
+    """The built-in world ("heraldry", with this many towns), or the folder world at the path `where`."""
     if where != "heraldry" and Path(where).resolve().name.casefold() == "heraldry":
         raise WorldError(f"{where}: a folder of this name would share its results with the built-in world. Rename it")
     return heraldry(seed, towns) if where == "heraldry" else folder_world(where, seed)
@@ -502,7 +567,7 @@ def open_world(where, seed=0, towns=3000):
 @lru_cache(maxsize=256)
 def _load(path):
     picture = ImageOps.exif_transpose(Image.open(path, formats=("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")))
-    if picture.mode[0] == "I":  # grey of 16 bits, which Pillow would cut off at 255
+    if picture.mode[0] == "I":  # 16-bit grey, which Pillow would clip at 255
         picture = Image.fromarray((np.asarray(picture, np.float32) / 257).clip(0, 255).astype(np.uint8))
     picture = picture.convert("RGBA")
     picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
@@ -510,19 +575,20 @@ def _load(path):
 
 
 def check_image(path, where="command line"):
-    """The picture at `path`, RGBA; WorldError if it cannot be read."""
+    """Read the picture at `path` as RGBA. WorldError if it cannot be read."""
     try:
         return _load(Path(path))
     except Exception as e:  # a broken file may make Pillow raise nearly anything
         raise WorldError(f"{where}: image {path} cannot be read ({e}). Replace it with a PNG or JPEG") from None
 
 
-HUES = {t: colorsys.rgb_to_hsv(*rgb)[0] for t, rgb in TINCTURES.items() if t not in ("white", "black")}  # round a circle, 0..1
+# place of each hue on the colour circle, 0..1
+HUES = {t: colorsys.rgb_to_hsv(*rgb)[0] for t, rgb in TINCTURES.items() if t not in ("white", "black")}
 
 
 def _tincture(rgb):
-    """The tincture that a person would call a colour (0..255 each): black or white where it is dark or pale, else that of the nearest hue.
-    Navy is blue, not black."""
+    """The tincture that a person would call a colour (r, g, b, each 0..255): black or white if it is greyish or very
+    dark, else the nearest hue. Navy is blue, not black."""
     hue, saturation, value = colorsys.rgb_to_hsv(*(c / 255 for c in rgb))
     if saturation < 0.25 or value < 0.2:
         return "white" if value > 0.5 else "black"
@@ -530,7 +596,8 @@ def _tincture(rgb):
 
 
 def _tinctures(path, where):
-    """The tincture names that cover at least an eighth of a picture, largest first, and its aspect (width / height)."""
+    """(names of the tinctures that cover at least an eighth of a picture, largest first; its aspect, width / height,
+    within 1/20 .. 20)."""
     art = check_image(path, where)
     count = Counter(_tincture(rgba[:3]) for rgba in art.resize((24, 24), Image.BOX).get_flattened_data() if rgba[3] > 127)
     return [t for t in sorted(TINCTURES, key=lambda t: -count[t]) if count[t] >= max(1, count.total() / 8)] or ["white"], min(20, max(0.05, art.width / art.height))
@@ -539,28 +606,30 @@ def _tinctures(path, where):
 # ------------------------------------------------------------------------------- python data.py check | preview FOLDER
 
 def check(path):
-    """(what is wrong with a folder world, line by line; what makes it a poor one), two lists of texts."""
-    root, wrong, known, poor = Path(path), [], {}, []
+    """Check a folder world: two lists of messages, the errors (line by line, at most 100) and what makes it a poor
+    world."""
+    root, errors, known, warnings = Path(path), [], {}, []
     for read, file in ((partial(folder_entity, known), lines(root / "entities.jsonl")), (own_question, lines(root / "questions.jsonl", optional=True))):
-        for where, line in takewhile(lambda _: len(wrong) < 100, file):  # enough to mend at once
+        for where, line in takewhile(lambda _: len(errors) < 100, file):  # enough to correct at once
             try:
                 read(root, where, line)
             except WorldError as e:
-                wrong.append(str(e))
-    if bare := [name for name, e in known.items() if not e.facts]:
-        poor.append(f"{len(bare)} of {len(known)} entities have no facts, {bare[0]!r} for one: there is nothing to search for. Is \"facts\" spelt so?")
-    seen, names = describe([on_grey(e.picture(96)) for e in known.values()]), list(known)
+                errors.append(str(e))
+    if without := [name for name, e in known.items() if not e.facts]:
+        warnings.append(f"{len(without)} of {len(known)} entities have no facts, {without[0]!r} for one, so there is nothing to search for. Is the key spelled \"facts\"?")
+    vectors, names = describe([on_grey(e.picture(96)) for e in known.values()]), list(known)
     for i, name in enumerate(names):
-        if len(alike := np.flatnonzero(seen[:i] @ seen[i] > ALIKE)):
-            poor.append(f"{name!r} looks nearly like {names[alike[0]]!r}: a search takes one for the other. Leave one out")
+        if len(alike := np.flatnonzero(vectors[:i] @ vectors[i] > ALIKE)):
+            warnings.append(f"{name!r} is nearly identical to {names[alike[0]]!r}, and a search may confuse them. Remove one")
     for relation in dict.fromkeys(r for e in known.values() for r in e.facts):
-        if told := [e for e in known.values() if e.name.casefold() in e.facts.get(relation, "").casefold()]:
-            poor.append(f"fact {relation!r} holds the entity's own name in {len(told)} of {len(known)}, as in {told[0].facts[relation]!r} of {told[0].name!r}: half of the answer is known before the search")
-    return wrong, poor
+        if holders := [e for e in known.values() if e.name.casefold() in e.facts.get(relation, "").casefold()]:
+            warnings.append(f"fact {relation!r} contains the entity's name for {len(holders)} of {len(known)} entities (e.g. {holders[0].facts[relation]!r} of {holders[0].name!r}), which gives away part of the answer")
+    return errors, warnings
 
 
 def preview(world, n=9, side=384):
-    """`n` questions about a world with their pictures and answers, the first of the user's own among them, as one picture."""
+    """`n` sample questions with their pictures and answers as one picture; up to three of the user's own questions come
+    first."""
     mix = [(kind, setting, 1) for kind in ("colour", "count", "name", "hop1", "hop2", "compare") for setting in ("single", "normal", "alike", "crowd")]
     sheet = Image.new("RGB", (3 * (side + 16), -(-n // 3) * (side + 70)), "white")
     for i, q in enumerate([*world.own[:3], *questions(world, mix, n, "preview", ("train", "dev", "test"))][:n]):
@@ -571,17 +640,17 @@ def preview(world, n=9, side=384):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Look at a folder world before you train on it.")
+    parser = argparse.ArgumentParser(description="Check or preview a folder world before training.")
     parser.add_argument("what", choices=("check", "preview"), help="check: what is wrong with it, line by line; preview: sample questions as one picture"), parser.add_argument("path", help="the folder")
-    parser.add_argument("--save", default="preview.png", help="where the preview goes (default: %(default)s)")
+    parser.add_argument("--save", default="preview.png", help="output file of the preview (default: %(default)s)")
     a = parser.parse_args()
     try:
-        wrong, poor = check(a.path) if a.what == "check" else ([], [])
-        print(*(f"wrong: {x}\n" for x in wrong), *(f"look at this: {x}\n" for x in poor), sep="", end="")
-        if wrong:
-            raise WorldError(f"{a.path}: {len(wrong)} lines are wrong{' (the check ends here)' if len(wrong) == 100 else ''}, see above")
+        errors, warnings = check(a.path) if a.what == "check" else ([], [])
+        print(*(f"wrong: {x}\n" for x in errors), *(f"warning: {x}\n" for x in warnings), sep="", end="")
+        if errors:
+            raise WorldError(f"{a.path}: {len(errors)} lines are wrong{' (the check ends here)' if len(errors) == 100 else ''}, see above")
         world = open_world(a.path)
-        print(f"{a.path}: {len(world.entities)} entities, {sum(len(e.facts) for e in world.entities.values())} facts, {len(world.own)} questions of your own. Next: python train.py --world {a.path}")
+        print(f"{a.path}: {len(world.entities)} entities, {sum(len(e.facts) for e in world.entities.values())} facts, {len(world.own)} own questions. Next: python train.py --world {a.path}")
         if a.what == "preview":
             atomic(a.save, lambda p: preview(world).save(p, format="PNG")), print(f"sample questions: {a.save}")
     except (WorldError, OSError) as e:

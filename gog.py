@@ -1,6 +1,7 @@
-"""Glance-or-Gaze: a policy's batched rollout, the expert that shows how it is done, scoring and evaluation, one question about one picture.
+"""Glance-or-Gaze, the method: the batched rollout of a policy, the expert that writes demonstrations, the metrics and
+suites, reports, and the command line that answers a question about a picture: python gog.py IMAGE QUESTION.
 
-One whole trajectory (the protocol of its turns is tools.py's):
+A whole trajectory (indented: observations; the format of turns is defined in tools.py):
     What is the river of the twin of the leftmost shield?
     <think> look at red round</think><gaze> 3 36 30 63</gaze>
         [crop] 97 Brenna: red round, gold bend, 2 white crowns | 84 Old Vosk: red round, gold bend, 2 white rings
@@ -9,15 +10,17 @@ One whole trajectory (the protocol of its turns is tools.py's):
     <think> twin is Karvel Ost, for the river</think><search> Karvel Ost river</search>
         As for Karvel Ost, its river is Ilm. | In Karvel Ost the ruler is Te Gal IV.
     <think> river is Ilm</think><answer> Ilm</answer>
-The first thought always names the look of the shield that is meant, also where the question only says where it hangs: a hit is compared
-with that. Had the crop shown a blue square: <think> want red round, see blue square: no, look at red round</think><gaze> ...
+The first thought always names the look of the target, even if the question only says where it hangs; the hit is then
+compared with this look. If the crop had shown a blue square, the next turn would look elsewhere:
+    <think> want red round, see blue square: no, look at red round</think><gaze> ...
 
-From the paper: Selective Gaze (the policy chooses at each turn: the whole picture, or a part of it); reflection after a wrong gaze; six
-benchmarks, two in-domain and four out of it; full-search, direct and no-gaze baselines.
-Here instead: a program as the expert, where the paper filters a strong model's trajectories.
+From the paper: Selective Gaze (in every turn the policy chooses between the whole picture and a part of it); reflection
+    after a wrong gaze; six benchmarks, two in-domain and four out-of-domain; full-search, direct and no-gaze baselines.
+Here instead: the expert is a program, because it knows every box and fact of the world. The paper filters trajectories
+    of a strong model.
 
-Reading order: rollout -> the expert, and chance -> evaluation -> tables and curves -> what there is to look at: pictures, reports, one
-question.
+Reading order: rollout -> scripts: the expert and the random baseline -> evaluation -> tables and curves -> reports and
+the command line.
 """
 import argparse
 import base64
@@ -41,77 +44,85 @@ import data
 from model import Cache, CheckpointError, gathered, load, pick, share
 from tools import ACTIONS, PASSAGES, Environment, Turn, atomic, on_grey, make_toolbox, normalise, parse, to_array, to_pixels, unaccented
 
-MAX_TURNS, TURN_TOKENS = 8, 90  # a gaze, five searches and the answer are seven turns: one is left for a look in vain
-# where no hit scores so much, the picture probably shows nothing that the index knows. Look-alikes score more, too (careful crops of what
-# the index knows: 82 or more in 99 of 100; of flags that it lacks: below 75 in half)
+# the longest questions (hop5) take seven turns: a gaze, five searches and the answer. One is left for a missed gaze
+MAX_TURNS, TURN_TOKENS = 8, 90
+# If no hit reaches this score, the picture probably shows nothing that is in the index. The reverse does not hold, as
+# look-alikes score high as well. Measured: careful crops of what is in the index score 82 or more in 99 of 100 cases;
+# crops of flags that are not in it stay below 75 in half of the cases
 KNOWN = 75
-FREE = [ACTIONS] * MAX_TURNS  # the schedule of a policy that may do what it wants
+FREE = [ACTIONS] * MAX_TURNS  # the schedule without restrictions: every action in every turn
 
 # -------------------------------------------------------------------------------------------------------------- rollout
 
 @torch.no_grad()
 def rollout(policy, env, questions, group=1, temperature=1.0, schedule=FREE, generator=None, rows=256, room=832, progress=None):
-    """Let the policy answer questions: list of Q * group trajectories, a question's group side by side.
-    schedule: the actions allowed, turn by turn; at its end a trajectory ends, too. rows: batch size. room: tokens a trajectory may have (the
-    longest demonstrations have some 600); the next turn must fit in, or it ends. generator: torch.Generator on the policy's device.
-    """
-    mine, out, per_batch = share(questions), [], max(1, rows // group)
+    """Let the policy answer questions. Returns Q * group trajectories; those of one question are adjacent.
+
+    schedule: the actions allowed in each turn; a trajectory ends at the latest with the schedule. rows: batch size.
+    room: the most tokens of a trajectory (the longest demonstrations have some 600); it ends if another turn might not
+    fit.
+    generator: a torch.Generator on the policy's device. progress: the label of a progress bar."""
+    mine, trajectories, per_batch = share(questions), [], max(1, rows // group)
     for start in tqdm(range(0, len(mine), per_batch), desc=progress, unit="batch", leave=False, disable=progress is None):
-        out += _rollout_batch(policy, env, mine[start:start + per_batch], group, temperature, schedule, generator, room)
-    return [t for side_by_side in gathered([out[i:i + group] for i in range(0, len(out), group)]) for t in side_by_side]
+        trajectories += _rollout_batch(policy, env, mine[start:start + per_batch], group, temperature, schedule, generator, room)
+    return [t for one_group in gathered([trajectories[i:i + group] for i in range(0, len(trajectories), group)]) for t in one_group]
 
 
 def _rollout_batch(policy, env, questions, group, temperature, schedule, generator, room):
-    """Read the prompts once, copy the cache for every rollout of a group, then turn by turn: sample, run the tools, read what they answer.
-    A trajectory leaves the batch at an answer, at a turn of TURN_TOKENS tokens without <stop>, or where another turn would not fit into
-    `room`."""
-    walls = [q.scene.picture() for q in questions]
-    shrunk = [to_array(w, env.side) for w in walls]
+    """One batch of `rollout`. Reads each prompt once and copies its cache for every rollout of the group. Then, turn by
+    turn: sample, run the tools, read the observations.
+
+    A trajectory leaves the batch at an answer, at a turn of TURN_TOKENS tokens without <stop>, or when another turn
+    might not fit into `room`."""
+    pictures = [q.scene.picture() for q in questions]
+    shrunk = [to_array(picture, env.side) for picture in pictures]
     cache = Cache(policy.config, len(questions), room, policy.device, policy.embed_tokens.weight.dtype)
-    trajectories = [env.prompt(q, g) for q, g in zip(questions, shrunk) for _ in range(group)]
+    trajectories = [env.prompt(q, array) for q, array in zip(questions, shrunk) for _ in range(group)]
     hidden = _feed(policy, env, cache, [t.ids for t in trajectories[::group]], shrunk)
-    repeat = torch.arange(len(questions), device=policy.device).repeat_interleave(group)  # the prompt is read once for the whole group
+    repeat = torch.arange(len(questions), device=policy.device).repeat_interleave(group)  # one row per rollout
     cache, hidden = (cache.take(repeat) if group > 1 else cache), hidden[repeat]
-    live, walls = list(trajectories), [w for w in walls for _ in range(group)]
+    live, pictures = list(trajectories), [picture for picture in pictures for _ in range(group)]
     for turn, actions in enumerate(schedule, 1):
         allowed = _allowed(env, actions, policy.device)
         sampled = _sample_turn(policy, env.v, cache, hidden, temperature, allowed, generator)
         for t, (ids, logprobs) in zip(live, sampled):
             t.act(ids, logprobs)
-        # where the next chunk begins: <stop> has been sampled, but not yet read into the cache
+        # each row's next chunk begins with <stop>, which has been sampled but not yet read into the cache
         stop, unread = env.v.id["<stop>"], [len(t.ids) - 1 for t in live]
-        turns = [parse(env.v.decode(ids[:-1])) if ids[-1] == stop else Turn("malformed", "the turn is too long") for ids, _ in sampled]
-        env.step(live, turns, walls)
+        env.step(live, [_read_turn(env.v, ids) for ids, _ in sampled], pictures)
         keep = [i for i, (t, (ids, _)) in enumerate(zip(live, sampled)) if t.answer is None and ids[-1] == stop and len(t.ids) + TURN_TOKENS < room]
         if not keep or turn == len(schedule):
             break
         if len(keep) < len(live):
             cache = cache.take(torch.tensor(keep, device=policy.device))
-        new = [live[i].ids[unread[i]:] for i in keep]
-        live, walls = [live[i] for i in keep], [walls[i] for i in keep]
-        hidden = _feed(policy, env, cache, new, [t.pictures[-1] for t, ids in zip(live, new) if env.image_ids[0] in ids])  # crops of gazes
+        chunks = [live[i].ids[unread[i]:] for i in keep]
+        live, pictures = [live[i] for i in keep], [pictures[i] for i in keep]
+        # new pictures: the crops of gazes
+        hidden = _feed(policy, env, cache, chunks, [t.pictures[-1] for t, ids in zip(live, chunks) if env.image_ids[0] in ids])
     return trajectories
 
 
 def _feed(policy, env, cache, chunks, pictures):
-    """Read one ragged chunk of ids a row into the cache; hidden state of each row's last token, (B, D)."""
+    """Read one chunk of ids per row (chunks may differ in length) into the cache. Returns the hidden state of each
+    row's last token, (B, D). `pictures`: the arrays that fill the chunks' image placeholders, in order."""
     lengths = torch.tensor([len(c) for c in chunks], device=policy.device)
     ids = torch.nn.utils.rnn.pad_sequence(list(map(torch.tensor, chunks)), batch_first=True, padding_value=env.v.id["<pad>"]).to(policy.device)
     pictures = torch.from_numpy(np.stack(pictures)).to(policy.device) if pictures else None
-    hidden = policy(ids, pictures, env.image_ids[0], cache, valid=lengths)  # so many of each row are real, the rest is padding
+    hidden = policy(ids, pictures, env.image_ids[0], cache, valid=lengths)  # valid: the rest is padding
     return hidden[torch.arange(len(chunks), device=policy.device), lengths - 1]
 
 
 def _allowed(env, actions, device):
-    """(1, vocab) mask of what may be sampled: never observation, image or padding ids; only these actions' tags."""
-    barred = {env.v.id[f"<{a}>"] for a in ACTIONS if a not in actions}
-    return torch.tensor([[may and i not in barred for i, may in enumerate(env.sampleable)]], device=device)
+    """Mask (1, vocab) of the ids that may be sampled: no observation, image or padding ids, only tags of `actions`."""
+    forbidden = {env.v.id[f"<{a}>"] for a in ACTIONS if a not in actions}
+    return torch.tensor([[sampleable and i not in forbidden for i, sampleable in enumerate(env.sampleable)]], device=device)
 
 
 def _sample_turn(policy, v, cache, hidden, temperature, allowed, generator):
-    """Sample one turn for every row: list of (ids, logprobs), stop token included. A row that has stopped is still fed, but its length
-    stays, so its next real token overwrites that slot; when more than half have stopped, the others go on in a smaller cache."""
-    out, rows, part = [([], []) for _ in hidden], torch.arange(len(hidden), device=hidden.device), cache
+    """Sample one turn for every row: list of (ids, logprobs), <stop> included. A row that has stopped is still fed,
+    but its cache length does not grow, so its next real token overwrites that slot. When more than half of the rows
+    have stopped, the others continue in a smaller cache."""
+    out, rows, active = [([], []) for _ in hidden], torch.arange(len(hidden), device=hidden.device), cache
     live = torch.ones_like(rows, dtype=torch.bool)
     for step in range(1, TURN_TOKENS + 1):
         token, logp = pick(policy.logits(hidden), temperature, allowed, generator)
@@ -120,37 +131,49 @@ def _sample_turn(policy, v, cache, hidden, temperature, allowed, generator):
         live = live & (token != v.id["<stop>"])
         if step == TURN_TOKENS or not live.any():
             break
-        hidden = policy(token[:, None], cache=part, valid=live.long())[:, 0]
-        if 2 * live.sum() < len(live):  # in a smaller cache, which is written back when they are done
-            part is cache or cache.put(rows, part)
+        hidden = policy(token[:, None], cache=active, valid=live.long())[:, 0]
+        if 2 * live.sum() < len(live):  # go on in a smaller cache, which is written back at the end
+            active is cache or cache.put(rows, active)
             rows, hidden, live = rows[live], hidden[live], live[live]
-            part = cache.take(rows)
-    part is cache or cache.put(rows, part)
+            active = cache.take(rows)
+    active is cache or cache.put(rows, active)  # write the smaller cache back, if there is one
     return out
+
+
+def _read_turn(v, ids):
+    """The Turn that sampled ids spell; malformed if it does not end in <stop>."""
+    return parse(v.decode(ids[:-1])) if ids[-1] == v.id["<stop>"] else Turn("malformed", "the turn is too long")
 
 
 @torch.no_grad()
 def respond(policy, env, prompts, pictures):
-    """One greedy turn to each prompt (list of ids), all at once: parsed turns. `pictures`: of all prompts, in order."""
+    """One greedy turn for each prompt (list of ids) in a single batch: list of Turn. `pictures`: the arrays of all
+    prompts, in order."""
     cache = Cache(policy.config, len(prompts), max(map(len, prompts)) + TURN_TOKENS, policy.device, policy.embed_tokens.weight.dtype)
-    sampled = _sample_turn(policy, env.v, cache, _feed(policy, env, cache, prompts, pictures), 0.0, _allowed(env, ACTIONS, policy.device), None)
-    return [parse(env.v.decode(ids[:-1])) for ids, _ in sampled]
+    hidden = _feed(policy, env, cache, prompts, pictures)
+    sampled = _sample_turn(policy, env.v, cache, hidden, 0.0, _allowed(env, ACTIONS, policy.device), None)
+    return [_read_turn(env.v, ids) for ids, _ in sampled]
 
 
-# ------------------------------------------------------------------------------------------ scripts: the expert and chance
+# -------------------------------------------------------------------------- scripts: the expert and the random baseline
 
 class Slip(str):
-    """A turn with a mistake in it: it is acted out, to show how one recovers from it, but its tokens are not trained."""
+    """A turn with a deliberate mistake. It is acted out, to show how to recover, but its tokens are not trained."""
 
 
 def expert(q, rng, wrong_gaze=0.0, missed=None):
-    """The demonstrator, a generator: yields the text of a turn, is sent the observation. It knows boxes, looks and plan, but reads every
-    name and fact from the tools. Its thoughts are its memory: what is still to be looked up (in the question's own order, the next step
-    last), and what was found of the first of two. After each look it states what it wants and what it sees, and goes on where they differ.
-    missed: {target: (look that the base model named, box that it chose)}, where its own gaze missed (grpo.misses): the expert begins with this
-    very mistake, then recovers. wrong_gaze: if there is none, the chance of an invented one, at another object or at bare wall. Where
-    several hang, a useless glance comes first with a quarter of that chance. All three are slips.
-    """
+    """The demonstrator, a generator: it yields the text of a turn and is sent the observation. It knows boxes, looks
+    and the chain of relations, but reads every name and fact from the tools. Its thoughts serve as memory: they hold
+    the plan (relations still to be looked up, in the question's order, next one last) and, in comparisons, what was
+    found of the first target. After each look it states what it wants and what it sees, and looks elsewhere if they
+    differ.
+
+    Three kinds of mistakes are shown as slips:
+    - missed: {target: (look that the base model named, box that it chose)} where the base model's own gaze missed
+      (grpo.misses). The expert first repeats this mistake.
+    - wrong_gaze: if the base model did not miss, the probability of an invented wrong gaze, at another object or bare
+      wall.
+    - If the scene has several objects, a useless glance comes first with probability wrong_gaze / 4."""
     if q.search_free:
         yield (count_aloud(q.scene, q.text.split()[-1].strip("?")) if q.kind == "count" else
                f"<think> {look_thought(q.scene, q.targets[0], q.pointed_by[0], q.phrases[0])}</think><answer> {q.answers[0]}</answer>")
@@ -159,10 +182,10 @@ def expert(q, rng, wrong_gaze=0.0, missed=None):
     for target, phrase, kind in zip(q.targets, q.phrases, q.pointed_by):
         name, thought = yield from _find(q, target, phrase, kind, rng, (missed or {}).get(target), wrong_gaze, thought, memory)
         if not name:
-            return  # the tools did not find it, or found what the base model's mistake looks like: grpo.instruct drops this demonstration
+            return  # nothing found, or a hit for the base model's wrong look: grpo.instruct drops this demonstration
         value = name
         for k, relation in enumerate(q.chain):
-            # the name first: it is copied from its first token on, and that is found more surely right behind <search> (results/trials.md)
+            # the name comes first: copying starts more reliably right behind <search> (results/trials.md)
             query = f"<search> {value} {relation}</search>"
             obs = yield from _try(f"<think> {thought}</think>{query}", query)
             value = _read(obs, value, relation)
@@ -178,119 +201,127 @@ def expert(q, rng, wrong_gaze=0.0, missed=None):
     yield f"<think> {thought}</think><answer> {values[-1]}</answer>"
 
 
-def _find(q, target, phrase, kind, rng, missed_here, wrong_gaze, thought, memory):
-    """The expert's looks at one target, slips among them, until a hit fits what is wanted: returns (its name or None, what to think next).
-    phrase: the true look, of a look-alike (kind "detail") its detail, too; kind: how the question points; missed_here: (look, box) of the base
-    model's own mistake, or None; thought: the end of the last thought; memory: what was found of the first of two. Of look-alikes every box
-    is tried in turn: looks in vain, but no slips."""
+def _find(q, target, phrase, kind, rng, base_miss, wrong_gaze, thought, memory):
+    """Look for one target until a hit matches. Returns (its name or None, the next thought). If the target has
+    look-alikes (kind "detail"), their boxes are tried in turn; those misses are no slips and are trained.
+
+    phrase: the true look of the target, with its detail if it has look-alikes. kind: the kind of referring expression.
+    base_miss: (look, box) of the base model's own mistake, or None. thought: the end of the last thought. memory: what
+    was found of the first of two targets."""
     looks, boxes = [e.look for e in q.scene.entities], q.scene.boxes
     if kind not in ("look", "colour", "detail") and (also := also_looks(q.scene.entities[target])):
-        phrase = rng.choice([phrase, *also])  # the question names no colour, so any will do
-    alike, others = ([b for b, l in zip(boxes, looks) if (l == looks[target]) == same] for same in (True, False))
+        phrase = rng.choice([phrase, *also])  # the question names no colour, so any of a flag's colours will do
+    alike, other_boxes = ([b for b, look in zip(boxes, looks) if (look == looks[target]) == same] for same in (True, False))
     places = ["glance"] if len(looks) == 1 else left_to_right(alike) if kind == "detail" else [boxes[target]]
-    # (the look that the thought names, where to look, is it a slip?); it is the true look but in the base model's own mistake
-    tries = [(phrase, place, False) for place in places]
-    elsewhere = [b for b in (rng.choice(others or [None]), _bare_wall(boxes, rng)) if b]
-    if missed_here:
-        tries = [(*missed_here, True), *tries]
-    elif elsewhere and rng.random() < wrong_gaze:
-        tries.insert(rng.randrange(len(tries)), (phrase, rng.choice(elsewhere), True))
+    # attempts: (look named in the thought, where to look, is it a slip?). The named look is wrong only when an attempt
+    # repeats the base model's own mistake
+    attempts = [(phrase, place, False) for place in places]
+    wrong_places = [b for b in (rng.choice(other_boxes or [None]), _bare_wall(boxes, rng)) if b]
+    if base_miss:
+        attempts = [(*base_miss, True), *attempts]
+    elif wrong_places and rng.random() < wrong_gaze:
+        attempts.insert(rng.randrange(len(attempts)), (phrase, rng.choice(wrong_places), True))
     if len(looks) > 1 and rng.random() < wrong_gaze / 4:
-        tries = [(phrase, "glance", True), *tries]
-    for k, (named, place, slipped) in enumerate(tries):
-        sentence, action = look_thought(q.scene, target, kind, named), "<glance></glance>" if place == "glance" else gaze(place)
-        left = [place] + [p for _, p, slip in tries[k + 1:] if not slip] if kind == "detail" and place != "glance" else []
-        turn = f"<think> {with_commas(thought, memory, sentence)}{spots(left)}</think>{action}"
-        obs = yield from _try(Slip(turn) if slipped else turn, action)
-        # a hit is compared with one word where the question gives only that ("the round shield"), else with the look that was named
+        attempts = [(phrase, "glance", True), *attempts]
+    for k, (named, place, is_slip) in enumerate(attempts):
+        sentence = look_thought(q.scene, target, kind, named)
+        action = "<glance></glance>" if place == "glance" else gaze(place)
+        untried = [place] + [p for _, p, slip in attempts[k + 1:] if not slip] if kind == "detail" and place != "glance" else []
+        turn = f"<think> {with_commas(thought, memory, sentence)}{spots(untried)}</think>{action}"
+        obs = yield from _try(Slip(turn) if is_slip else turn, action)
+        # a hit must match the only word that the question gives ("the round shield"), or else the look in the thought
         wanted = must_match(kind, phrase) if kind in ("colour", "shape") else named
         name, seen = _best_hit(obs, wanted, kind)
         thought = compare_aloud(wanted, seen)
         if name:
             break
-    # `named` is not `phrase` only in the base model's own mistake: a hit that fits it is a stranger, so no name. (A stranger that fits
-    # `phrase` leads to a wrong answer. grpo.instruct drops both.)
+    # `named` differs from `phrase` only in the base model's own mistake: a hit that matches it is another entity, so
+    # there is no name. (Another entity that matches `phrase` leads to a wrong answer. grpo.instruct drops both.)
     return (name if named == phrase else None), with_commas(thought, name, plan(q.chain), memory)
 
 
 def _bare_wall(boxes, rng):
-    """A box where nothing hangs, as one who mixes up two objects sees it: the columns of one, the rows of another. None if the lot fell
-    badly."""
+    """A box at bare wall, as someone would choose who mixes up two objects: the columns of one, the rows of the
+    other. None if the two drawn objects give a box that overlaps an object (IoU 0.2 or more)."""
     (x0, _, x1, _), (_, y0, _, y1) = rng.choice(boxes), rng.choice(boxes)
     return (x0, y0, x1, y1) if all(data.iou((x0, y0, x1, y1), b) < 0.2 for b in boxes) else None
 
 
 def plan(chain):
-    """What is still to be looked up, in the question's own words, the next step last. It is said once the thing is found, and after every
-    search again, less what has been found: to copy a list and stop one earlier is easier than to turn it round (results/trials.md)."""
+    """The relations still to be followed, next one last, in the words of the question. It is stated when the target
+    is found and after every search. Each later plan is a prefix of this one: copying a list and stopping one earlier
+    is easier than reversing it (results/trials.md)."""
     return f"for the {' of the '.join(reversed(chain))}" if chain else ""
 
 
 def with_commas(*parts):
-    """Parts of a thought, those that there are, with commas between."""
+    """Join the parts of a thought with commas, leaving out empty ones."""
     return ", ".join(filter(None, parts))
 
 
 def gaze(box):
+    """The gaze action at a box, as text."""
     return "<gaze> {} {} {} {}</gaze>".format(*box)
 
 
 def left_to_right(boxes):
-    """Boxes column by column, each from top to bottom: their left edges alone would order a column by its jitter, which nobody can
-    learn."""
+    """Sort boxes column by column, each column from top to bottom. Sorting by left edges alone would order a column
+    by its jitter, which cannot be learnt."""
     ordered = sorted(boxes, key=lambda b: b[0] + b[2])
-    # a new one where centres are 8 apart
+    # a new column begins where centres are more than 8 apart (x0 + x1 is twice the centre)
     columns = itertools.accumulate(b[0] + b[2] - a[0] - a[2] > 16 for a, b in zip(ordered[:1] + ordered, ordered))
     return [b for _, _, b in sorted((column, b[1], b) for column, b in zip(columns, ordered))]
 
 
 def spots(boxes):
-    """Where look-alikes hang that are still to be looked at, the next last, as in `plan`: every thought drops one, so that nobody looks
-    there twice."""
+    """The centres of boxes as text, the next one last as in `plan`: " at X Y, X Y", or "" for no boxes. Used for
+    look-alikes still to be looked at (each thought drops one, so that no place is visited twice), for objects to
+    count, and for the neighbour of a target."""
     return " at " + ", ".join(f"{(x0 + x1) // 2} {(y0 + y1) // 2}" for x0, y0, x1, y1 in reversed(boxes)) if boxes else ""
 
 
 def must_match(kind, phrase):
-    """The words that a hit must match: asked for "the round shield" only "round", as the colour in the thought is a guess; asked for "the
-    red shield" only "red"; else the whole phrase."""
+    """The words that a hit must match. Asked for "the round shield" only "round", as the colour in the thought is a
+    guess; asked for "the red shield" only "red"; otherwise the whole phrase."""
     return phrase.split()[0] if kind == "colour" else phrase.split()[-1] if kind == "shape" else phrase
 
 
 def also_looks(e):
-    """A flag has several colours, and nobody can say which of them strikes the eye from afar: its look by those that its caption does not
-    begin with."""
-    return [f"{colour} {e.look.split()[1]}" for colour in e.detail.split(" and ") if colour in data.TINCTURES]
+    """Alternative looks of a flag, one per secondary colour: which colour dominates is ambiguous. [] for a shield."""
+    return [f"{colour} {e.look.split()[1]}" for colour in data.colours(e)[1:]]
 
 
 def look_thought(scene, i, kind, phrase):
-    """What to think before a look at object i. Its look comes last, right before the gaze: with as little as a plan between the two, gazes went
-    astray (results/trials.md). By its shape: that shape first, or its colour would be named before the shape has been read. By its
-    neighbour it is found in two steps: where does that one hang, and what is beside it?"""
+    """The thought before a look at object i. The look comes last, right before the gaze: gazes missed when even a plan
+    stood between the two (results/trials.md). If the question points by shape, the shape comes first; otherwise the
+    colour would be named before the shape has been read. If it points by a neighbour, the thought has two steps: where
+    the neighbour is, and what is beside it."""
     look, _, detail = phrase.partition(", ")
     if kind != "neighbour":
         return with_commas(detail, look.split()[-1] if kind == "shape" else "", f"look at {look}")
     looks = [e.look for e in scene.entities]
-    side, j = data.beside(looks, data.layout(scene)[i])
+    side, j = data.beside(looks, data.layout(scene)[i], data.single_out(scene))
     return f"{looks[j]}{spots([scene.boxes[j]])}, {side} it {look}"
 
 
 def compare_aloud(wanted, seen):
-    """What to think about what was found: part by part (look, then detail), up to the first that differs. Five words at once are too much
-    for a small model: of look-alikes that differ in one of them some kind, by luck of the run, went unnoticed nearly always
-    (results/trials.md)."""
+    """The thought after a look: compares wanted and seen part by part (look, then detail), up to the first difference.
+    Comparing five words at once is too hard for a small model: differences in some kind of word, a different kind in
+    every run, went unnoticed nearly always (results/trials.md)."""
     pairs = list(zip(wanted.split(", "), seen.split(", ")))
     differ = next((i for i, (w, s) in enumerate(pairs) if w != s), len(pairs) - 1)
     return ", ".join(f"want {w}, see {s}: {'yes' if w == s else 'no'}" for w, s in pairs[:differ + 1])
 
 
 def count_aloud(scene, colour):
-    """Tell where what is to be counted hangs, then say how many: a small model counts what it has written."""
-    boxes = left_to_right([box for box, e in zip(scene.boxes, scene.entities) if e.look.split()[0] == colour])
+    """The turn that answers a counting question: list the positions of the objects to count, then their number. A
+    small model counts what it has written."""
+    boxes = left_to_right([box for box, e in zip(scene.boxes, scene.entities) if colour in data.colours(e)])
     return f"<think> {colour}{spots(boxes)}</think><answer> {len(boxes)}</answer>"
 
 
 def _try(turn, action, patience=3):
-    """Take a turn; while the tool fails, take the action again."""
+    """Take a turn and return its observation. If the tool fails, repeat the action, up to `patience` tries in all."""
     obs = yield turn
     while obs == "search failed" and (patience := patience - 1):
         obs = yield type(turn)(f"<think> failed, again</think>{action}")
@@ -298,24 +329,25 @@ def _try(turn, action, patience=3):
 
 
 def _best_hit(obs, phrase, kind):
-    """(name, what the best hit shows): name is None if the hit does not fit the phrase. What it shows is cut to what the phrase tells:
-    colour, shape, look (of a flag: by any of its colours), or look and detail."""
+    """(name, what the best hit shows); name is None if the hit does not match the phrase. What it shows is cut to the
+    kind of words that the phrase has: colour, shape, look, or look and detail. A flag matches by any of its colours."""
     name, _, blazon = (obs or "").split(" | ")[0].partition(": ")
     look, *_, detail = blazon.split(", ") if ", " in blazon else (blazon, "")
-    if phrase.split()[0] in detail.split(" and ") and "," not in phrase:  # "gold banner, red and green" is a red banner, too
+    # "gold banner, red and green" is also a red banner
+    if phrase.split()[0] in detail.split(" and ") and "," not in phrase:
         look = " ".join([phrase.split()[0], *look.split()[1:]])
     seen = f"{look}, {detail}" if "," in phrase else must_match(kind, look) if look else ""
     return (name.split(" ", 1)[-1] if seen == phrase else None), seen
 
 
 def _read(obs, name, relation):
-    """The value that one of the passages gives for (name, relation), by the wordings in PASSAGES; None if there is none."""
+    """The value that a passage gives for (name, relation), by the wordings of PASSAGES; None if there is none."""
     patterns = [re.escape(form).replace(r"\{v\}", "(.+)").replace(r"\{n\}", re.escape(name)).replace(r"\{r\}", re.escape(relation)) for form in PASSAGES]
     return next((match[1] for passage in (obs or "").split(" | ") for pattern in patterns if (match := re.fullmatch(pattern, passage))), None)
 
 
 def chance(q, rng, words):
-    """The random baseline: actions by lot, with arguments by lot; `words` are possible answers."""
+    """The random baseline: random actions with random arguments; `words` are possible answers."""
     while True:
         action, word, x0, y0 = rng.choice(ACTIONS), rng.choice(words), rng.randint(0, 80), rng.randint(0, 80)
         argument = {"answer": word, "search": word, "glance": "", "gaze": f"{x0} {y0} {rng.randint(x0 + 5, 99)} {rng.randint(y0 + 5, 99)}"}[action]
@@ -323,53 +355,56 @@ def chance(q, rng, words):
 
 
 def play_scripts(env, questions, scripts, rows=256, progress=None):
-    """Run scripts (generators of turn texts) through the same environment as a policy: one trajectory a question."""
+    """Run scripts (generators of turn texts) in the same environment as a policy: one trajectory per question."""
     out = []
     for start in tqdm(range(0, len(questions), rows), desc=progress, leave=False, disable=progress is None):
-        walls = [q.scene.picture() for q in questions[start:start + rows]]
-        batch = [env.prompt(q, to_array(w, env.side)) for q, w in zip(questions[start:start + rows], walls)]
+        pictures = [q.scene.picture() for q in questions[start:start + rows]]
+        batch = [env.prompt(q, to_array(picture, env.side)) for q, picture in zip(questions[start:start + rows], pictures)]
         out += batch
-        live = [(t, script, wall, next(script)) for t, script, wall in zip(batch, scripts[start:start + rows], walls)]
+        live = [(t, script, picture, next(script)) for t, script, picture in zip(batch, scripts[start:start + rows], pictures)]
         for _ in range(MAX_TURNS):
             for t, _, _, text in live:
                 (t.observe if isinstance(text, Slip) else t.act)(env.v.encode_turn(text) + [env.v.id["<stop>"]])
-            env.step([t for t, *_ in live], [parse(text) for *_, text in live], [wall for *_, wall, _ in live])
-            live = [(t, script, wall, text) for t, script, wall, _ in live if t.answer is None and (text := next_turn(script, t.turns[-1].observation))]
+            env.step([t for t, *_ in live], [parse(text) for *_, text in live], [picture for *_, picture, _ in live])
+            live = [(t, script, picture, text) for t, script, picture, _ in live if t.answer is None and (text := next_turn(script, t.turns[-1].observation))]
     return out
 
 
 def next_turn(script, observation):
-    """The script's next turn, or None when it has no more."""
+    """Send the observation to a script; returns its next turn, or None if the script has ended."""
     with suppress(StopIteration):
         return script.send(observation)
 
 
-# ------------------------------------------------------------------------------------------------------------ evaluation
+# ----------------------------------------------------------------------------------------------------------- evaluation
 
-SUITES = {  # the six held-out suites, as (kind, setting, weight): what each isolates (the paper's benchmark that it stands for)
-    # FVQA
+# The six held-out suites, as mixes of (kind, setting, weight). Comments: the benchmark of the paper that a suite stands
+# for, and what it isolates
+SUITES = {
+    # FVQA: questions with and without a need to search
     "facts": [("hop1", "normal", 5), ("name", "normal", 2), ("colour", "normal", 1), ("shape", "normal", 1), ("count", "normal", 1)],
-    "fine": [("name", "small", 1), ("hop1", "small", 1)],  # InfoSeek: small target among look-alikes
-    # SimpleVQA
+    "fine": [("name", "small", 1), ("hop1", "small", 1)],  # InfoSeek: a small target among look-alikes
+    # SimpleVQA: a single object, or no need to search
     "plain": [("name", "single", 2), ("hop1", "single", 3), ("colour", "single", 1), ("shape", "normal", 2), ("count", "normal", 2)],
-    # MMSearch: more and smaller objects than any demonstration searches among (lessons in pointing know them, demonstrations count them; RL
-    # asks two parts of 18, of the training split)
+    # MMSearch: more and smaller objects than in any demonstration with a search (pointing lessons and counting
+    # demonstrations have such scenes; so do 2 of 18 parts of RL's mix, with entities of the training split)
     "crowd": [("name", "crowd", 1), ("hop1", "crowd", 2)],
-    "live": [("hop1", "normal", 3), ("hop2", "normal", 1)],  # LiveVQA: facts rewritten, entities added after training
-    # DynVQA: more hops than any demonstration shows (lessons without pictures do; RL asks such, of the training split: data.RL_MIX)
+    "live": [("hop1", "normal", 3), ("hop2", "normal", 1)],  # LiveVQA: facts and entities changed after training
+    # DynVQA: more hops than in any demonstration (lessons without pictures have as many; RL asks such questions about
+    # the training split: data.RL_MIX)
     "hops": [("hop4", "normal", 3), ("hop5", "normal", 1)]}
-# the mixes of all suites, each as heavy as the others
+# the mixes of all suites, with equal total weights
 DEV_MIX = [(kind, setting, weight / sum(w for *_, w in mix)) for mix in SUITES.values() for kind, setting, weight in mix]
 
 
 def suite(world, name, n=300):
-    """A held-out suite: (world to search in, questions)."""
+    """A held-out suite of n questions: (world to search in, questions)."""
     searched = aged(world) if name == "live" else world
     return searched, data.questions(searched, SUITES[name], n, f"suite/{name}", ("test", "late") if name == "live" else ("test",))
 
 
 def aged(world):
-    """The same world some time after training: among test and late entities the values of every fact have been dealt anew."""
+    """The same world some time after training: the values of every fact are shuffled among test and late entities."""
     rng, entities = random.Random(f"{world.seed}/aged"), dict(world.entities)
     names = world.splits["test"] + world.splits["late"]
     for relation in sorted({r for n in names for r in entities[n].facts}):
@@ -379,12 +414,12 @@ def aged(world):
     return replace(world, entities=entities)
 
 
-SCHEDULES = {  # baselines that need no other model: which actions a turn allows
-    "direct": [("answer",)], "full-search": [("glance",), ("search",), ("answer",)], "no-gaze": [("answer", "search", "glance")] * MAX_TURNS}
+# baselines that only restrict the policy: the actions allowed in each turn
+SCHEDULES = {"direct": [("answer",)], "full-search": [("glance",), ("search",), ("answer",)], "no-gaze": [("answer", "search", "glance")] * MAX_TURNS}
 
 
 def overlap(t, box):
-    """Best IoU of a box with a target of a trajectory's question."""
+    """Best IoU of a box with a target of the trajectory's question, 0..1."""
     return max((data.iou(box, t.question.scene.boxes[i]) for i in t.question.targets), default=0.0)
 
 
@@ -394,85 +429,89 @@ def gazes(t):
 
 
 def looked_elsewhere(t):
-    """For every gaze that missed (IoU < 0.5): True if the next action is a gaze elsewhere (IoU with the missed box < 0.5)."""
+    """For every gaze that missed (best IoU with a target < 0.5): is the next action a gaze elsewhere (IoU with the
+    missed box < 0.5)? List of bool; [] if the question has no targets."""
     return [after.kind == "gaze" and data.iou(after.argument, turn.argument) < 0.5 for turn, after in zip(t.turns, [*t.turns[1:], Turn("answer")])
-            if turn.kind == "gaze" and overlap(t, turn.argument) < 0.5]
+            if turn.kind == "gaze" and t.question.targets and overlap(t, turn.argument) < 0.5]
 
 
 def behaviour(trajectories):
-    """What a policy does: {metric: value}, over a list of trajectories. Shares are 0..1, of trajectories or (action_share) of turns.
-    no / single / mixed_search: none, one kind or several kinds of tool; gaze_correct: gazes with IoU >= 0.5 with a target; target_found: some
-    gaze of the trajectory had (of questions that need a tool, about more than one object); reflection: vain gazes that a gaze elsewhere
-    follows; truncated: ended without an answer.
-    """
+    """Metrics of a list of trajectories: {metric: value}. Shares are 0..1: of trajectories, but *_share of all turns.
+
+    - no_search, single_search, mixed_search: the trajectory uses no tool, one kind of tool, or several kinds.
+    - gaze_correct: share of gazes with IoU >= 0.5 with a target; gaze_iou: mean IoU of gazes.
+    - target_found: share of trajectories with a correct gaze, of questions on several objects that need a tool.
+    - reflection: share of missed gazes (IoU < 0.5) that are followed by a gaze elsewhere.
+    - turns, tool_calls, tokens (trained ones): mean per trajectory. truncated: ended without an answer."""
     mean = lambda values: float(np.mean(values)) if len(values) else float("nan")
-    kinds = [{t.kind for t in x.turns} & {"search", "glance", "gaze"} for x in trajectories]
-    looked = [g for x in trajectories if x.question.targets for g in gazes(x)]
-    vain = [again for x in trajectories if x.question.targets for again in looked_elsewhere(x)]
-    acts = Counter(t.kind for x in trajectories for t in x.turns)
-    found = [any(u >= 0.5 for _, u in gazes(x)) for x in trajectories if x.question.targets and not x.question.search_free and len(x.question.scene.boxes) > 1]
+    tools_used = [{t.kind for t in x.turns} & {"search", "glance", "gaze"} for x in trajectories]
+    all_gazes = [g for x in trajectories if x.question.targets for g in gazes(x)]
+    reflected = [again for x in trajectories for again in looked_elsewhere(x)]
+    counts = Counter(t.kind for x in trajectories for t in x.turns)
+    found = [any(iou >= 0.5 for _, iou in gazes(x)) for x in trajectories if x.question.targets and not x.question.search_free and len(x.question.scene.boxes) > 1]
     return {"accuracy": mean([x.correct for x in trajectories]), "well_formed": mean([x.well_formed for x in trajectories]),
-            "no_search": mean([not k for k in kinds]), "single_search": mean([len(k) == 1 for k in kinds]),
-            "mixed_search": mean([len(k) > 1 for k in kinds]), **{f"{a}_share": acts[a] / max(1, sum(acts.values())) for a in (*ACTIONS, "malformed")},
-            "gaze_correct": mean([u >= 0.5 for _, u in looked]), "gaze_iou": mean([u for _, u in looked]), "target_found": mean(found),
-            "reflection": mean(vain), "turns": mean([len(x.turns) for x in trajectories]), "tool_calls": sum(acts[a] for a in ACTIONS[1:]) / max(1, len(trajectories)),
+            "no_search": mean([not kinds for kinds in tools_used]), "single_search": mean([len(kinds) == 1 for kinds in tools_used]),
+            "mixed_search": mean([len(kinds) > 1 for kinds in tools_used]), **{f"{a}_share": counts[a] / max(1, sum(counts.values())) for a in (*ACTIONS, "malformed")},
+            "gaze_correct": mean([iou >= 0.5 for _, iou in all_gazes]), "gaze_iou": mean([iou for _, iou in all_gazes]), "target_found": mean(found),
+            "reflection": mean(reflected), "turns": mean([len(x.turns) for x in trajectories]), "tool_calls": sum(counts[a] for a in ACTIONS[1:]) / max(1, len(trajectories)),
             "tokens": mean([sum(x.trained) for x in trajectories]), "truncated": mean([x.answer is None for x in trajectories])}
 
 
-SIZES = {"small": (0, 4), "medium": (4, 9), "large": (9, 100)}  # of a target: percent of the picture's area, above and up to
+SIZES = {"small": (0, 4), "medium": (4, 9), "large": (9, 100)}  # of a target: (above, up to) percent of the picture
 
 
 def by_size(trajectories):
-    """Accuracy by the size of the (first) target, of questions that need a tool: {metric: (value, number of questions)}."""
-    tries = [(t.question.scene.boxes[t.question.targets[0]], t.correct) for t in trajectories if t.question.targets and not t.question.search_free]
-    areas = [((x1 - x0) * (y1 - y0) / 100, right) for (x0, y0, x1, y1), right in tries]
+    """Accuracy by the size of the (first) target, if a tool is needed: {metric: (value, number of questions)}."""
+    asked = [t for t in trajectories if t.question.targets and not t.question.search_free]
+    areas = [((x1 - x0) * (y1 - y0) / 100, t.correct) for t in asked for x0, y0, x1, y1 in [t.question.scene.boxes[t.question.targets[0]]]]
     sized = {size: [right for area, right in areas if low < area <= high] for size, (low, high) in SIZES.items()}
     return {f"accuracy_{size}": (float(np.mean(right)), len(right)) for size, right in sized.items() if right}
 
 
 def evaluate(policy, env, questions, row="", seed=0, turns=MAX_TURNS, progress=None):
-    """Greedy trajectories of one row of the main table (default: no baseline), at most so many turns (of a row without a schedule);
-    `policy` may be None for oracle and random."""
+    """Greedy trajectories for one row of the main table (the default "": the policy without restrictions). turns: the
+    most turns of a trajectory, for rows without a schedule. `policy` may be None for the rows oracle and random."""
     rng = random.Random(f"{row}/{seed}")
     if row in ("oracle", "random"):
-        words = sorted({a for q in questions for a in q.answers})  # possible answers
+        words = sorted({a for q in questions for a in q.answers})  # the random baseline's possible answers
         return play_scripts(env, questions, [expert(q, rng) if row == "oracle" else chance(q, rng, words) for q in questions], progress=progress)
-    # a whole suite at once
+    # up to 320 questions per batch: a whole suite of the default size
     return rollout(policy, env, questions, 1, 0.0, schedule=SCHEDULES.get(row, [ACTIONS] * turns), rows=320, progress=progress)
 
 
-# ----------------------------------------------------------------------------------------------------- tables and curves
+# ---------------------------------------------------------------------------------------------------- tables and curves
 
 def accuracy_table(table):
-    """Accuracy in percent: the suites, their mean and, where there are such, a user's own questions; of each row its name and values."""
+    """Accuracy in percent from rows of results.csv: {columns, rows}. The columns are the suites, their mean and, if
+    measured, the user's own questions; each row starts with its name."""
     accuracy = {(r["row"], r["suite"]): 100 * float(r["value"]) for r in table if r["metric"] == "accuracy"}
     suites = [s for s in SUITES if any(s == suite for _, suite in accuracy)]
     rows, own = [[row, *(accuracy[row, s] for s in suites)] for row in dict.fromkeys(r["row"] for r in table)], ["own"] * any(s == "own" for _, s in accuracy)
     return dict(columns=[*suites, "mean", *own], rows=[[*row, sum(row[1:]) / max(1, len(suites)), *(accuracy.get((row[0], s)) for s in own)] for row in rows])
 
 
-STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # 97.5 % quantile, by number of seeds
+# 97.5 % quantile of Student's t distribution
+STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # by number of seeds
 
 
 def pooled(measured, row, size):
-    """Accuracy in percent where the target has one of SIZES, of all suites together: mean of the seeds in `measured` (rows of results.csv);
-    "" where there is none."""
+    """Accuracy in percent for targets of one of SIZES, all suites together: mean over the seeds in `measured` (rows
+    of results.csv), as text; "" if there are none."""
     seeds = {}
     for r in (r for r in measured if (r["row"], r["metric"]) == (row, f"accuracy_{size}")):
         seeds.setdefault(r["seed"], []).append((float(r["value"]), int(r["n"])))
-    return f"{100 * np.mean([np.average(values, weights=n) for values, n in (zip(*of) for of in seeds.values())]):.1f}" if seeds else ""
+    return f"{100 * np.mean([np.average(values, weights=n) for values, n in (zip(*pairs) for pairs in seeds.values())]):.1f}" if seeds else ""
 
 
 def grid_tables(tables, measured, paper):
-    """Markdown of {table: its rows}: accuracy in percent, the mean of the seeds in `measured` (rows of results.csv) +- half of its 95 %
-    interval, beside the paper's mean. The last column compares with the SFT policy of the same seed: base models differ more from seed to
-    seed than most rows from each other."""
+    """Markdown of {table: its rows}. Each cell is accuracy in percent, mean over the seeds in `measured` (rows of
+    results.csv) +- half of its 95 % interval; `paper`: {row: the paper's mean}. The column "over SFT" compares with the
+    SFT policy of the same seed, because base models differ more between seeds than most rows from each other."""
     accuracy = {(r["row"], r["seed"], r["suite"]): (float(r["value"]), int(r["n"])) for r in measured if r["metric"] == "accuracy"}
     suites = [s for s in SUITES if any(s == suite for *_, suite in accuracy)]
-    text = ("Accuracy in percent, mean of the seeds +- half of the 95 % interval: over seeds (Student), or, where there is one seed, over questions (binomial). Over SFT: the mean "
-            "less that of the SFT policy of the same seed. Small, medium, large: questions that need a tool and whose target fills up to 4 %, up to 9 %, or more of the picture, all "
-            "suites together. Empty: not measured yet.\n")
-    # (seeds, suites, 2) -> two of (seeds, suites)
+    text = ("Accuracy in percent, mean of the seeds +- half of the 95 % interval: over seeds (Student), or, where there is one seed, over questions (binomial). Over SFT: the mean less that of the SFT policy of the same seed. "
+            "Small, medium, large: questions that need a tool and whose target fills up to 4 %, up to 9 %, or more of the picture, all suites together. Empty: not measured yet.\n")
+    # accuracies and numbers of questions, two arrays (seeds, suites)
     cells = lambda row, seeds: np.array([[accuracy[row, s, suite] for suite in suites] for s in seeds]).transpose(2, 0, 1)
     for name, rows in tables.items():
         text += f"\n## {name}\n\n| row | paper, mean | {' | '.join(suites)} | mean | over SFT | {' | '.join(SIZES)} | seeds |\n" + "|---" * (len(suites) + 8) + "|\n"
@@ -480,22 +519,23 @@ def grid_tables(tables, measured, paper):
             seeds = [s for s in sorted({s for r, s, _ in accuracy if r == row}) if all((x, s, suite) in accuracy for x in (row, "sft") for suite in suites)]
             shown = [""] * (len(suites) + 2)
             if seeds:
-                (p, n), (q, _) = cells(row, seeds), cells("sft", seeds)
-                # (seeds, suites + 2), two of (suites,)
-                every, v, w = np.column_stack([p, p.mean(1), (p - q).mean(1)]), *((x * (1 - x) / n)[0] for x in (p, q))
-                half = STUDENT.get(len(seeds), 2.26) * every.std(0, ddof=1) / len(seeds) ** 0.5 if seeds[1:] else 1.96 * np.array([*v, v.mean() / len(v), (v + w).mean() / len(v)]) ** 0.5
-                shown = [f"{100 * m:.1f} +- {100 * h:.1f}" for m, h in zip(every.mean(0), half)]
+                (p, n), (sft, _) = cells(row, seeds), cells("sft", seeds)
+                columns = np.column_stack([p, p.mean(1), (p - sft).mean(1)])  # (seeds, suites + 2)
+                v, w = ((x * (1 - x) / n)[0] for x in (p, sft))  # binomial variances of a single seed, each (suites,)
+                half = STUDENT.get(len(seeds), 2.26) * columns.std(0, ddof=1) / len(seeds) ** 0.5 if seeds[1:] else 1.96 * np.array([*v, v.mean() / len(v), (v + w).mean() / len(v)]) ** 0.5
+                shown = [f"{100 * m:.1f} +- {100 * h:.1f}" for m, h in zip(columns.mean(0), half)]
+                shown[-1] = "" if row == "sft" else shown[-1]
             text += f"| {row} | {paper.get(row, '')} | {' | '.join(shown)} | {' | '.join(pooled(measured, row, size) for size in SIZES)} | {len(seeds)} |\n"
     return text
 
 
 def curve_values(rows, columns):
-    """Columns of a csv as numbers, {name: values}; None where a row has none."""
+    """Columns of a csv as numbers: {name: values}; None where a row has no value."""
     return {c: [float(r[c]) if r.get(c) not in (None, "", "nan") else None for r in rows] for c in columns}
 
 
 def curve_sheet(title, curves, across=3, w=330, h=190):
-    """One panel a curve ({name: values}, `curve_values`), value by value (grey) and as a running mean (red): a picture."""
+    """A picture with one panel per curve ({name: values}, see `curve_values`): values in grey, running mean in red."""
     sheet = Image.new("RGB", (across * w, -(-len(curves) // across) * h), "white")
     pen = ImageDraw.Draw(sheet)
     for i, (name, values) in enumerate(curves.items()):
@@ -507,126 +547,128 @@ def curve_sheet(title, curves, across=3, w=330, h=190):
         low, high = values.min(), max(values.max(), values.min() + 1e-9)
         kernel = np.ones(max(1, min(5, len(values) // 8), len(values) // 25))
         smooth = np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
-        at = lambda y: list(zip(left + np.linspace(0, w - 60, len(y)), top + (h - 50) * (1 - (y - low) / (high - low))))
-        pen.line(at(values), fill=(205, 205, 210))
-        pen.line(at(smooth), fill=(200, 30, 50), width=2)
+        points = lambda y: list(zip(left + np.linspace(0, w - 60, len(y)), top + (h - 50) * (1 - (y - low) / (high - low))))
+        pen.line(points(values), fill=(205, 205, 210))
+        pen.line(points(smooth), fill=(200, 30, 50), width=2)
         for value, y in ((high, top - 4), (low, top + h - 62)):
             pen.text((left - 44, y), f"{value:.3g}", fill=(90, 90, 90), font_size=11)
         pen.text((left + w - 100, top + h - 48), f"{len(values)} values", fill=(90, 90, 90), font_size=11)
     return sheet
 
 
-# -------------------------------------------------------------------- what there is to look at: pictures, reports, one question
+# ----------------------------------------------------------------------------------------- reports and the command line
 
 def poster(t, width=760, line=19):
-    """The picture, every gaze framed and numbered, beside the turns in words: one image to look at."""
+    """A trajectory as one image: the picture with every gaze framed and numbered, beside the turns in words."""
     picture = t.question.scene.picture().copy()
     pen, thick = ImageDraw.Draw(picture), max(2, picture.width // 150)
-    for n, where in enumerate((turn.argument for turn in t.turns if turn.kind == "gaze"), 1):
-        x0, y0, x1, y1 = box = to_pixels(where, picture.size)
+    for n, gaze_box in enumerate((turn.argument for turn in t.turns if turn.kind == "gaze"), 1):
+        x0, y0, x1, y1 = box = to_pixels(gaze_box, picture.size)
         if x1 > x0 and y1 > y0:
             pen.rectangle(box, outline=(230, 40, 60), width=thick)
             pen.rectangle((x0, y0, x0 + 9 * thick, y0 + 9 * thick), fill=(230, 40, 60))
             pen.text((x0 + 2 * thick, y0), str(n), fill=(255, 255, 255), font_size=8 * thick)
     picture.thumbnail((420, 420))
-    lines = [part for text in unaccented(tell(t)).split("\n")  # Pillow's own font has no accents
+    # Pillow's default font has no accents. Grey: observations, which `tell` indents by 12
+    lines = [(part, (120, 120, 125) if text.startswith(" " * 12) else (20, 20, 25)) for text in unaccented(tell(t)).split("\n")
              for part in textwrap.wrap(text, 96, subsequent_indent=" " * 14, drop_whitespace=False)]
     sheet = Image.new("RGB", (picture.width + width, max(picture.height, line * len(lines) + 20)), "white")
     sheet.paste(picture, (0, 0))
-    for i, text in enumerate(lines):
-        ImageDraw.Draw(sheet).text((picture.width + 8, 10 + line * i), text, fill=(120, 120, 125) if text.startswith(" " * 12) else (20, 20, 25), font_size=14)
+    for i, (text, colour) in enumerate(lines):
+        ImageDraw.Draw(sheet).text((picture.width + 8, 10 + line * i), text, fill=colour, font_size=14)
     return sheet
 
 
 def record(t, world, v, pictures):
-    """A trajectory as report.html shows it and report.jsonl keeps it: all of it but who did it, what it was rewarded with and its advantage
-    (train.report_entry adds those, r_acc less the search penalty). `pictures`: {scene or name: (its number, its size, data URI)}, to which
-    those of the scene and of the hits are added; each is drawn once."""
-    def add(key, what, px):  # what: a scene or an entity, px: how large
+    """A trajectory as a dict, as report.html shows it and report.jsonl stores it. train.report_entry adds the rest: who
+    acted, reward, advantage, and r_acc less the search penalty.
+
+    pictures: {scene or name: (number, size, data URI)}. The scene and the entities of hits are added here."""
+    def add_picture(key, subject, px):  # subject: a scene or an entity; px: size of its picture
         if key not in pictures:
-            picture = on_grey(what.picture(px)).copy()
+            picture = on_grey(subject.picture(px)).copy()
             picture.thumbnail((640, 640))
             picture.save(file := io.BytesIO(), "WEBP", quality=60)
             pictures[key] = len(pictures), picture.size, "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
         return pictures[key]
 
-    def shown(line):  # the picture of an image hit, "97 Brenna: red round, gold bend, 2 white crowns"
+    def hit_picture(line):  # number of the picture of an image hit, "97 Brenna: red round, gold bend, 2 white crowns"
         entity = world.entities.get(line.split(" ", 1)[-1].partition(": ")[0])
-        return add(entity.name, entity, 48)[0] if entity and entity.look and line[0].isdigit() else None
+        return add_picture(entity.name, entity, 48)[0] if entity and entity.look and line[0].isdigit() else None
 
-    image = v.id["<image>"]
-    # a picture is many tokens
+    q, image = t.question, v.id["<image>"]
+    # the many image tokens of a picture are shown as one
     tokens = [("[picture]" if i == image else v.decode([i]), int(own)) for i, own, before in zip(t.ids, t.trained, [None, *t.ids]) if not i == before == image]
     turns = [dict(kind=x.kind, argument=x.argument, thought=x.thought, ok=x.ok, iou=overlap(t, x.argument) if x.kind == "gaze" and t.question.targets else None,
-                  found=[dict(text=line, picture=shown(line) if x.kind in ("glance", "gaze") else None) for line in x.observation.split(" | ") if line]) for x in t.turns]
-    q = t.question
-    scene, size, _ = add(q.scene, q.scene, data.SCENE_PX)
+                  found=[dict(text=line, picture=hit_picture(line) if x.kind in ("glance", "gaze") else None) for line in x.observation.split(" | ") if line]) for x in t.turns]
+    scene, size, _ = add_picture(q.scene, q.scene, data.SCENE_PX)
     return dict(question=q.text, answers=q.answers, kind=q.kind, setting=q.setting, scene=scene, size=size, targets=[q.scene.boxes[i] for i in q.targets],
                 turns=turns, tokens=tokens, r_acc=int(t.correct), r_fmt=int(t.well_formed))
 
 
-def write_report(path, title, about, tries, pictures, table=None, curves=None):
-    """One page that needs nothing else (viewer.html, filled), and beside it the tries as jsonl. tries: `record` and what sets each apart;
-    table: {columns, rows}; curves: {name: values}."""
+def write_report(path, title, about, entries, pictures, table=None, curves=None):
+    """Write a self-contained page (viewer.html with the data filled in), and beside it the trajectories as jsonl.
+
+    entries: list of `record`, with what train.report_entry adds; table: {columns, rows}; curves: {name: values}."""
     content = dict(title=title, about=about, table=table or dict(columns=[], rows=[]), curves=[dict(name=c, values=y) for c, y in (curves or {}).items() if y],
-                pictures=[uri for *_, uri in pictures.values()], trajectories=tries)
-    # no text can end the script that it stands in
-    page, text = (data.Path(__file__).parent / "viewer.html").read_text(encoding="utf-8"), json.dumps(content, allow_nan=False).replace("<", "\\u003c")
-    atomic(path, lambda p: p.write_text(page.replace(">DATA<", f">{text}<"), encoding="utf-8"))
-    atomic(data.Path(path).with_suffix(".jsonl"), lambda p: p.write_text("".join(json.dumps(t) + "\n" for t in tries), encoding="utf-8"))
-    print(f"to look at: {path}", file=sys.stderr)
+                pictures=[uri for *_, uri in pictures.values()], trajectories=entries)
+    # "<" is escaped, so that no text can end the script element that contains it
+    page, encoded = (data.Path(__file__).parent / "viewer.html").read_text(encoding="utf-8"), json.dumps(content, allow_nan=False).replace("<", "\\u003c")
+    atomic(path, lambda p: p.write_text(page.replace(">DATA<", f">{encoded}<"), encoding="utf-8"))
+    atomic(data.Path(path).with_suffix(".jsonl"), lambda p: p.write_text("".join(json.dumps(t) + "\n" for t in entries), encoding="utf-8"))
+    print(f"report: {path}", file=sys.stderr)
 
 
 def tell(t):
-    """A trajectory in words, one line a step."""
+    """A trajectory in words: the question, then each turn with its observations below it."""
     lines = [f"  {t.question.text}" + (f"   (gold: {t.question.answers[0]})" if t.question.answers else "")]
     for turn in t.turns:
         argument = " ".join(map(str, turn.argument)) if isinstance(turn.argument, tuple) else turn.argument
         lines.append(f"    {turn.kind:<10}{argument}" + (f"      ({turn.thought})" if turn.thought else ""))
         lines += [f"            {line}" for line in turn.observation.split(" | ") if line]
-    lines += [f"    do not trust this: {why}" for why in [doubts(t)] if why and not t.question.answers]
-    return "\n".join(lines + ([] if t.answer is not None else ["    no answer: it ran out of turns or tokens"]))
+    lines += [f"    not reliable: {why}" for why in [doubts(t)] if why and not t.question.answers]
+    return "\n".join(lines + ([] if t.answer is not None else ["    no answer: out of turns or tokens"]))
 
 
 def doubts(t):
-    """What speaks against the answer of a trajectory, in words; "" where nothing does. A policy answers anyway: it has never seen a
-    question without an answer."""
-    # of the best hit of every look
+    """Reasons not to trust the answer of a trajectory, as text; "" if there are none. A policy always answers: it has
+    never seen a question that has no answer."""
+    # the score of the best hit of every glance and gaze
     scores = [turn.observation.split(" ")[0] for turn in t.turns if turn.kind in ("glance", "gaze") and turn.ok]
     found = normalise(" ".join(turn.observation for turn in t.turns if turn.kind != "malformed"))
-    # what can be told without a search
-    seen = t.answer is None or normalise(t.answer) in (*data.TINCTURES, *data.OUTLINES, *map(str, range(20)))
-    reasons = {"it ended without an answer": t.answer is None, "nothing was looked up": not found and not seen,
-               "the answer stands in nothing that was found": found and f" {normalise(t.answer or '')} " not in f" {found} ",
-               "the picture is like nothing that is known": scores and not any(s.isdecimal() and int(s) >= KNOWN for s in scores)}
+    # answers that need no search
+    needs_no_search = t.answer is None or normalise(t.answer) in (*data.TINCTURES, *data.OUTLINES, *map(str, range(20)))
+    reasons = {"it ended without an answer": t.answer is None, "no tool was used": not found and not needs_no_search,
+               "the answer does not occur in any result": found and not needs_no_search and f" {normalise(t.answer)} " not in f" {found} ",
+               "nothing in the index resembles the picture": scores and not any(s.isdecimal() and int(s) >= KNOWN for s in scores)}
     return ", ".join(reason for reason, holds in reasons.items() if holds)
 
 
 def main():
     parser = argparse.ArgumentParser(description="Ask a trained policy about one picture.")
-    parser.add_argument("image"), parser.add_argument("question", nargs="?", type=lambda text: text.encode(errors="replace").decode(), help="without it, questions are read one by one")
-    parser.add_argument("--checkpoint", help="policy (default: out/WORLD-nano-0/rl.safetensors, or, until you have trained it, the one that comes with the code)")
-    parser.add_argument("--world", default="heraldry", help="what to search in: heraldry, or a folder world (default: %(default)s)")
-    parser.add_argument("--html", help="also write the turns as a page to look at, here"), parser.add_argument("--save", default="gaze.png", help="where the picture with the gazes goes (default: %(default)s)")
+    parser.add_argument("image", help="picture file"), parser.add_argument("question", nargs="?", type=lambda text: text.encode(errors="replace").decode(), help="without it, questions are read from the terminal")
+    parser.add_argument("--checkpoint", help="policy (default: out/WORLD-nano-0/rl.safetensors, or, until you have trained it, the shipped one)")
+    parser.add_argument("--world", default="heraldry", help="world to search: heraldry or a folder (default: %(default)s)")
+    parser.add_argument("--html", help="also write the turns as an html page to this path"), parser.add_argument("--save", default="gaze.png", help="output file for the picture with gazes (default: %(default)s)")
     a = parser.parse_args()
     try:
         data.check_image(a.image)
-        world, asked, pictures = data.open_world(a.world), [], {}
+        world, entries, pictures = data.open_world(a.world), [], {}
         own, ours = data.Path(f"out/{world.name}-nano-0/rl.safetensors"), data.Path(__file__).parent / "policies" / "rl.safetensors"
         a.checkpoint = a.checkpoint or (own if own.is_file() else ours)
-        print(f"policy {a.checkpoint}, world {a.world}" + (", of which it has learnt nothing" if a.checkpoint == ours and world.name != "heraldry" else ""), file=sys.stderr)
+        print(f"policy {a.checkpoint}, world {a.world}" + (" (the policy was not trained on this world)" if a.checkpoint == ours and world.name != "heraldry" else ""), file=sys.stderr)
         policy, v = load(a.checkpoint)
         env = Environment(v, make_toolbox(world), policy.config)
-        for question in [a.question] if a.question else iter(lambda: input("question (Enter alone: end) > ").strip(), ""):
-            if (long := len(env.v.encode(question))) > 300:
-                raise data.WorldError(f"the question has {long} tokens, and at most 300 leave room for turns. Ask more briefly")
+        for question in [a.question] if a.question else iter(lambda: input("question (empty: quit) > ").strip(), ""):
+            if (tokens := len(env.v.encode(question))) > 300:
+                raise data.WorldError(f"the question has {tokens} tokens, and at most 300 leave room for turns. Ask a shorter question")
             t = rollout(policy, env, [data.Question(question, (), data.Scene((), (), "picture", 0, data.Path(a.image)), "own")], temperature=0.0)[0]
             print(tell(t))
             atomic(a.save, lambda path: poster(t).save(path, format="PNG"))
-            print(f"  picture with the gazes: {a.save}")
-            asked.append(dict(key=str(len(asked)), suite="own", policy=str(a.checkpoint), reward=float(t.correct), advantage=None, doubts=doubts(t), **record(t, world, env.v, pictures)))
+            print(f"  picture with gazes: {a.save}")
+            entries.append(dict(key=str(len(entries)), suite="own", policy=str(a.checkpoint), reward=float(t.correct), advantage=None, doubts=doubts(t), **record(t, world, env.v, pictures)))
             if a.html:
-                write_report(a.html, "Questions about one picture", f"{a.image}, policy {a.checkpoint}, world {a.world}", asked, pictures)
+                write_report(a.html, "Questions about one picture", f"{a.image}, policy {a.checkpoint}, world {a.world}", entries, pictures)
     except (EOFError, KeyboardInterrupt):
         print()
     except (CheckpointError, data.WorldError, OSError) as e:

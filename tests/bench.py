@@ -287,9 +287,9 @@ def main():
         times = [(clock(ours), clock(theirs) if theirs else float("nan")) for _ in range(a.rounds)]
         mine, other = np.median(times, 0)
         print(f"{part:<20}{mine:10.4f}{other:10.4f}{other / mine:8.2f}   {n / mine:,.0f} {unit} a second" + (f" (peer: {name})" if theirs else ""))
-        rows.append(dict(part=part, preset=a.preset, unit=unit, n=n, ours_s=f"{mine:.5f}", peer_s=f"{other:.5f}", ratio=f"{other / mine:.3f}", peer=name if theirs else "", rounds=a.rounds,
-                         threads=torch.get_num_threads()))
-    write_rows(Path(a.out), rows, [*rows[0]], ("part", "preset", "threads"))
+        rows.append(dict(what=part, ours=f"{mine:.5f}", peer=f"{other:.5f}" if theirs else "", peer_name=name if theirs else "", ratio=f"{other / mine:.3f}" if theirs else "",
+                         unit=f"s for {n} {unit}", device=f"cpu, {torch.get_num_threads()} threads", preset=a.preset, rounds=a.rounds))
+    write_rows(Path(a.out), rows, [*rows[0]], ("what", "preset", "device"))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 import json
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -88,6 +89,34 @@ def test_references_are_unambiguous(world):
                 assert sum(o.look == e.look for o in scene.entities) == 1
 
 
+def test_a_flag_is_of_all_its_colours():
+    """Prevents questions about flags with several right answers: "the flag left of the red flag" where two flags have red in them, a colour question that accepts only the largest of three colours, and a
+    count that leaves out a flag whose red is not its largest colour."""
+    flags, rng = data.open_world(str(Path(__file__).parent.parent / "worlds" / "countries")), random.Random(2)
+    has = lambda e, colour: colour in e.blazon.replace(",", "").split()
+    anchors = 0
+    for _ in range(150):
+        scene = data.hang(rng.sample(flags.pictured(), 4), "flag", rng, 3)
+        for expression in (names["neighbour"] for names in data.references(scene) if "neighbour" in names):
+            colour, shape = expression.split(" the ")[1].split()[:2]
+            anchors += 1
+            assert sum(has(e, colour) and e.look.split()[1] == shape for e in scene.entities) == 1, expression
+    assert anchors > 20
+    for q in data.questions(flags, [("colour", "normal", 1), ("count", "normal", 1)], 60, "colours"):
+        if q.kind == "count":
+            assert q.answers == (str(sum(has(e, q.text.split()[-1].strip("?")) for e in q.scene.entities)),)
+        else:
+            assert set(q.answers) == {c for c in data.TINCTURES if has(q.scene.entities[q.targets[0]], c)}
+
+
+def test_strangers_change_no_question():
+    """Prevents an index with more towns that is measured on other questions: a stranger named like a river of the world would open new chains."""
+    small = data.heraldry(0, 120)
+    crowded = data.with_strangers(small, 3000)
+    asked = lambda world: [(q.text, q.answers) for q in data.questions(world, [("hop2", "normal", 1), ("hop4", "normal", 1)], 60, "strangers", ("test",))]
+    assert len(crowded.entities) > 1000 and asked(small) == asked(crowded)
+
+
 def test_relations_say_what_the_picture_shows(world):
     """Prevents 'left of' that means right of, and 'leftmost' counted from the wrong side: a wall laid out by hand."""
     towns = world.pictured()[:4]
@@ -131,13 +160,13 @@ def good(n):
 
 
 @pytest.mark.parametrize("bad, says", [
-    ('{"name": ', ":9: not valid JSON"), ("[1]", ":9: a JSON object"), ({"name": "x"}, ":9: no 'image'"), ({"name": "n1", "image": "a.png"}, "given twice"),
+    ('{"name": ', ":9: not valid JSON"), ("[1]", ":9: expected a JSON object"), ({"name": "x"}, ":9: no 'image'"), ({"name": "n1", "image": "a.png"}, "given twice"),
     ({"name": "x", "image": "../../etc/passwd"}, "lies outside"), ({"name": "x", "image": "b.png"}, "does not exist"),
     ({"name": "x", "image": "entities.jsonl"}, "cannot be read"), ({"name": "x", "image": "a.png", "facts": {"r": None}}, "fact"),
     ({"name": "x", "image": "a.png", "facts": {"r": float("nan")}}, "fact"), ({"name": "x: y", "image": "a.png"}, "holds"),
-    ({"name": "x", "image": "a.png", "facts": {"r": "a | b"}}, "holds"), ({"name": "x", "image": "a.png", "facts": {"r": "<5 %"}}, "holds"), ({"name": "x", "image": "a.png", "facts": {"r": "€"}}, "nothing that counts"),
-    ({"name": "x" * 201, "image": "a.png"}, "over 200"), ({"name": "x\ud800", "image": "a.png"}, ":9: not valid JSON"), ("[" * 20000, ":9: not valid JSON"), ({"name": "x", "image": "a\0.png"}, "is no path|does not exist"),
-    ({"name": "x", "image": "a" * 5000}, "is no path|does not exist"), ({"name": "x", "image": "loop.png"}, "is no path|does not exist")])
+    ({"name": "x", "image": "a.png", "facts": {"r": "a | b"}}, "holds"), ({"name": "x", "image": "a.png", "facts": {"r": "<5 %"}}, "holds"), ({"name": "x", "image": "a.png", "facts": {"r": "€"}}, "no letters or digits"),
+    ({"name": "x" * 201, "image": "a.png"}, "over 200"), ({"name": "x\ud800", "image": "a.png"}, ":9: not valid JSON"), ("[" * 20000, ":9: not valid JSON"), ({"name": "x", "image": "a\0.png"}, "is not a valid path|does not exist"),
+    ({"name": "x", "image": "a" * 5000}, "is not a valid path|does not exist"), ({"name": "x", "image": "loop.png"}, "is not a valid path|does not exist")])
 def test_bad_folder_worlds_are_refused(tmp_path, bad, says):
     """Prevents a traceback or a silently wrong world: file, line and way out in one message."""
     with pytest.raises(data.WorldError, match=says):

@@ -219,7 +219,7 @@ def test_a_link_out_of_the_folder_is_refused(tmp_path):
         data.folder_world(folder)
     write_world(folder, good(8))
     (folder / "questions.jsonl").symlink_to(tmp_path / "secret.png")
-    with pytest.raises(data.WorldError, match="is a link out"):
+    with pytest.raises(data.WorldError, match="links to a file outside"):
         data.folder_world(folder)
 
 

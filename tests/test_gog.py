@@ -319,21 +319,22 @@ def test_questions_one_by_one(tmp_path, monkeypatch, capsys, vocabulary, policy)
     printed = capsys.readouterr().out
     assert all(q in printed and q in (tmp_path / "page.html").read_text(encoding="utf-8") for q in ("What is the capital?", "How many flags are red?"))
     told = [json.loads(line)["doubts"] for line in (tmp_path / "page.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert len(told) == 2 and all(f"do not trust this: {why}" in printed for why in told if why) and any(told)  # an untrained policy is to be doubted, on the page as in the terminal
+    assert len(told) == 2 and all(f"not reliable: {why}" in printed for why in told if why) and any(told)  # an untrained policy is to be doubted, on the page as in the terminal
     monkeypatch.setattr("builtins.input", press_ctrl_c)
     gog.main()  # Ctrl-C ends it as Enter does
 
 
 @pytest.mark.parametrize("turns, doubt", [
-    ([("gaze", (1, 2, 30, 40), "93 Brenna: red round | 80 Ost: blue round"), ("answer", "Brenna", "")], ""), ([("answer", "red", "")], ""), ([("answer", "3", "")], ""), ([("answer", "Brenna", "")], "nothing was looked up"),
-    ([("gaze", (1, 2, 30, 40), "41 Brenna: red round | 40 Ost: blue round"), ("answer", "Brenna", "")], "like nothing that is known"),
+    ([("gaze", (1, 2, 30, 40), "93 Brenna: red round | 80 Ost: blue round"), ("answer", "Brenna", "")], ""), ([("answer", "red", "")], ""), ([("answer", "3", "")], ""), ([("answer", "Brenna", "")], "no tool was used"),
+    ([("gaze", (1, 2, 30, 40), "41 Brenna: red round | 40 Ost: blue round"), ("answer", "Brenna", "")], "nothing in the index resembles"),
     ([("gaze", (1, 2, 30, 40), "41 Brenna: red round"), ("gaze", (50, 50, 90, 90), "90 Ost: blue round"), ("answer", "Ost", "")], ""),
-    ([("glance", "", "93 Brenna: red round"), ("search", "river Brenna", "In Brenna the river is Ilm."), ("answer", "Elm", "")], "stands in nothing"),
+    ([("glance", "", "93 Brenna: red round"), ("search", "river Brenna", "In Brenna the river is Ilm."), ("answer", "Elm", "")], "does not occur"),
+    ([("search", "river Brenna", "In Brenna the river is Ilm."), ("answer", "red", "")], ""), ([("search", "river Brenna", "In Brenna the river is Ilm.")], "without an answer"),
     ([("glance", "", "nothing found")], "without an answer")])
 def test_a_doubtful_answer_is_called_doubtful(turns, doubt):
-    """Prevents made-up answers that look like found ones, and warnings at every answer."""
+    """Prevents made-up answers that look like found ones, warnings at every answer, and a second reason where there is no answer."""
     t = tools.Trajectory(None, turns=[tools.Turn(kind, argument, observation=found) for kind, argument, found in turns])
-    assert doubt in gog.doubts(t) and bool(gog.doubts(t)) == bool(doubt)
+    assert doubt in gog.doubts(t) and bool(gog.doubts(t)) == bool(doubt) and (doubt != "without an answer" or "occur" not in gog.doubts(t))
 
 
 @pytest.mark.parametrize("name", ["sft", "rl"])

@@ -171,7 +171,7 @@ def test_levels_and_curriculum():
 def test_fresh_questions_are_never_asked_twice(world):
     """Prevents learning questions by heart (+9.5 points on them, +3.9 on others, where 800 came again and again), and a resume that asks other ones."""
     own = data.Question("What is it?", ("it",), None, "own")
-    kinds = grpo.kinds(replace(world, own=(own,)))
+    kinds = grpo.askable(replace(world, own=(own,)))
     assert kinds[0] is own and kinds[1:] == data.RL_MIX
     steps = [grpo.ask_each(world, kinds[:1] + kinds[-3:] * 6, f"rl/0/{step}") for step in range(3)]
     assert all(asked[0] is own for asked in steps) and [(q.kind, q.setting) for q in steps[1][1:4]] == [k[:2] for k in kinds[-3:]]

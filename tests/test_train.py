@@ -125,7 +125,7 @@ def test_ctrl_c_saves_and_resume_is_exact(tmp_path, monkeypatch, capsys):
         rows = [[{k: v for k, v in r.items() if "seconds" not in k} for r in csv.DictReader(open(tmp_path / d / f"{steps}.csv"))] for d in ("whole", "broken")]
         assert rows[0] == rows[1], steps
         assert not curriculum or all(float(r["dead"]) < 1 and float(r["grad_norm"]) > 0 and float(r["gaze_share"]) > 0 for r in rows[0][:3])  # or it would have proved nothing
-    with pytest.raises(train.CheckpointError, match="begun with --group 4"):
+    with pytest.raises(train.CheckpointError, match="started with --group 4"):
         run = train.Run(replace(whole, out="other"), "rl")
         train.save_state(run.state, [], [], extra=json.dumps({"step": 1, "flags": run.flags}), rows="[]")
         run.lock.close()
@@ -176,7 +176,7 @@ def test_the_grid_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys, be
         told[folder] = sorted(map(str, measured)), capsys.readouterr().err
         return {r["row"] for r in measured if r["table"] == "main"}
 
-    assert grid("whole", 2) == {"sft", "rl", "lambda-0", "demos-9", "rl-turns-2"} and "nothing, seed 0: no question is left" in told["whole"][1]
+    assert grid("whole", 2) == {"sft", "rl", "lambda-0", "demos-9", "rl-turns-2"} and "nothing, seed 0: no question passes the filter" in told["whole"][1]
     assert told["whole"][1].count("rl: preset") == 4 and told["whole"][1].count("sft: preset") == 2  # the row that fails is tried
     real = press_ctrl_c(monkeypatch, lambda run, row: run.stage == "lambda-0" and row["step"] == 1)
     assert grid("broken", 130) == {"sft", "rl"}
@@ -184,8 +184,8 @@ def test_the_grid_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys, be
     grid("broken", 2)
     assert told["broken"][0] == told["whole"][0]
     grid("broken", 2)
-    assert "nothing, seed 0: no question is left" in told["broken"][1]  # and not: is locked by the call before
-    assert told["broken"][0] == told["whole"][0] and told["broken"][1].count("is there") == 4 and told["broken"][1].count("rl: preset") == 1
+    assert "nothing, seed 0: no question passes the filter" in told["broken"][1]  # and not: is locked by the call before
+    assert told["broken"][0] == told["whole"][0] and told["broken"][1].count("already measured") == 4 and told["broken"][1].count("rl: preset") == 1
     assert "## GRPO" in (tmp_path / "broken/run/grid.md").read_text()
 
 
