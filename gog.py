@@ -523,8 +523,7 @@ def grid_tables(tables, measured, paper):
                 columns = np.column_stack([p, p.mean(1), (p - sft).mean(1)])  # (seeds, suites + 2)
                 v, w = ((x * (1 - x) / n)[0] for x in (p, sft))  # binomial variances of a single seed, each (suites,)
                 half = STUDENT.get(len(seeds), 2.26) * columns.std(0, ddof=1) / len(seeds) ** 0.5 if seeds[1:] else 1.96 * np.array([*v, v.mean() / len(v), (v + w).mean() / len(v)]) ** 0.5
-                shown = [f"{100 * m:.1f} +- {100 * h:.1f}" for m, h in zip(columns.mean(0), half)]
-                shown[-1] = "" if row == "sft" else shown[-1]
+                shown = [f"{100 * m:.1f} +- {100 * h:.1f}" if row != "sft" or k <= len(suites) else "" for k, (m, h) in enumerate(zip(columns.mean(0), half))]
             text += f"| {row} | {paper.get(row, '')} | {' | '.join(shown)} | {' | '.join(pooled(measured, row, size) for size in SIZES)} | {len(seeds)} |\n"
     return text
 

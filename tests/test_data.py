@@ -241,7 +241,7 @@ def test_check_tells_everything_at_once(tmp_path, world, monkeypatch, capsys):
     (folder / "questions.jsonl").write_text(json.dumps({"image": "0.png", "question": "What?", "answers": []}))
     wrong, poor = data.check(folder)
     assert [w.split(": ")[0][len(str(folder)) + 1:] for w in wrong] == ["entities.jsonl:4", "entities.jsonl:12", "questions.jsonl:1"]
-    assert len(poor) == 3 and "1 of 10 entities have no facts, 'Town9'" in poor[0] and "'Town8' looks nearly like 'Town6'" in poor[1] and "'Song of Town4'" in poor[2]
+    assert len(poor) == 3 and "1 of 10 entities have no facts, 'Town9'" in poor[0] and "'Town8' is nearly identical to 'Town6'" in poor[1] and "'Song of Town4'" in poor[2]
     monkeypatch.setattr("sys.argv", ["data.py", "check", str(folder)])
     with pytest.raises(SystemExit) as stop:
         data.main()

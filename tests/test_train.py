@@ -45,14 +45,14 @@ def test_both_stages_from_nothing(tmp_path):
     assert [bool(r["development"]) for r in rows] == [True, False, True, True] and not rows[3]["reward"]  # the last update is followed by a look at the development split only
     assert all(float(r["ratio_gap"]) < 1e-3 for r in rows[:3])  # one update a batch: what is trained on is what was sampled
     before, again = (tmp_path / "run" / "rl.safetensors").read_bytes(), run("--stage", "rl", *TINY, "--out", "run", "--resume", cwd=tmp_path)
-    assert again.returncode == 0 and "rl is done" in again.stderr and before == (tmp_path / "run" / "rl.safetensors").read_bytes()
+    assert again.returncode == 0 and "rl is already done" in again.stderr and before == (tmp_path / "run" / "rl.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("flags, says", [
     (["--sead", "1"], "did you mean --seed"), (["--stage", "rl", "--world", "nowhere"], "nowhere"), (["--preset", "huge"], "huge"),
-    (["--stage", "dance"], "dance"), (["--device", "abacus"], "abacus"), (["--device", "mps" if torch.cuda.is_available() else "cuda"], "this machine has"),
+    (["--stage", "dance"], "dance"), (["--device", "abacus"], "abacus"), (["--device", "mps" if torch.cuda.is_available() else "cuda"], "this machine only has"),
     (["--towns", "5"], "--towns 5"), (["--group", "0"], "--group 0"), (["--suite-size", "-1"], "--suite-size -1"), (["--rl-lr", "nan"], "--rl-lr nan"), (["--temperature", "0"], "--temperature 0.0"),
-    (["--name", "sft"], "--name sft"), (["--stage", "reproduce", "--out", "x"], "--stage reproduce chooses")])
+    (["--name", "sft"], "--name sft"), (["--stage", "reproduce", "--out", "x"], "--stage reproduce sets")])
 def test_mistakes_are_answered_in_one_line(tmp_path, monkeypatch, capsys, flags, says):
     """Prevents a traceback for a user's mistake, or an answer that is buried under a list of flags: exit code 2 and one line that says what to do."""
     monkeypatch.chdir(tmp_path)
