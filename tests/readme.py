@@ -33,11 +33,9 @@ BEHAVIOUR = ("no_search", "single_search", "mixed_search", "answer_share", "sear
              "reflection", "turns", "tool_calls")
 OF_GAZES = ("gaze_correct", "target_found", "reflection")  # mostly one shield in `plain`: nothing to choose there
 EXAM = {"pointing: by look": "iou look", **{f"by {k}": f"iou {k}" for k in ("colour", "shape", "order", "size", "position", "neighbour")}, "after a miss": "iou after a miss",
-                  "does this crop show it?": "verify", "does this hit fit?": "reflect", "read and copy": "copy", "copy any text": "copy any text", "caption a crop": "caption", "colour, shape": "visual",
-                  "count: one": "count one", "count: more": "count more"}
+        "does this crop show it?": "verify", "does this hit fit?": "reflect", "read and copy": "copy", "copy any text": "copy any text", "caption a crop": "caption", "colour, shape": "visual",
+        "count: one": "count one", "count: more": "count more"}  # topics, as README calls them
 GOALS = {**{k: 0.85 for k in EXAM.values() if k.startswith("iou") and "miss" not in k}, "verify": 0.95, "copy": 0.97}
-
-
 COMMITTED = __name__ != "__main__" and (ROOT / ".git").exists()
 
 
@@ -136,10 +134,6 @@ def feeding():
                  [[r["stage"], r["seconds_a_step"], *(f"{100 * float(r[c]):.1f} %" if r[c] else "" for c in ("waits", "real"))] for r in published("feeding.csv")])
 
 
-def zero_shot():
-    return accuracy("countries-zero-shot", ("base", "direct", "full-search", "sft", "rl", "oracle"))
-
-
 def presets():
     """Minutes of a whole run; of `small`, which nobody has run to its end, as much longer as its steps (eyes, words, updates) and its rollouts are in bench.csv."""
     timed = {(r["what"], r["preset"]): float(r["ours"]) for r in published("bench.csv")}
@@ -154,10 +148,6 @@ def presets():
     return table(["preset", "parameters", "device", "pretrain", "sft", "rl", "all three"],
                  [["`nano`", f"{parameters('nano'):.1f} M", "two CPU cores", *(f"{x:.1f} min" for x in (*nano, sum(nano)))],
                   ["`small`", f"{parameters('small'):.0f} M", "two CPU cores", *(f"{x / 60:.1f} h" for x in (*small, sum(small)))], untried])
-
-
-def main_table():
-    return accuracy("heraldry")
 
 
 @lru_cache
@@ -184,17 +174,13 @@ def quoted(t, v):
     return "\n>\n".join(f"> {p}" for p in paragraphs)
 
 
-def sample_colour():
-    tries, _, v = sampled()
-    return quoted(next(t for t in tries if t.correct), v)
+def sample(suite, wanted=lambda t: True):
+    """The first of the sampled trajectories (0: about a colour, 1: about look-alikes) that is right and as wanted."""
+    *tries, v = sampled()
+    return quoted(next(t for t in tries[suite] if t.correct and wanted(t)), v)
 
 
-def sample_alike():
-    """The first that is right after a gaze in vain."""
-    _, tries, v = sampled()
-    return quoted(next(t for t in tries if t.correct and any(gog.looked_elsewhere(t))), v)
-
-
+@lru_cache
 def parameters(preset):
     """Millions of parameters."""
     return sum(p.numel() for p in Policy(ModelConfig(**PRESETS[preset])).parameters()) / 1e6
@@ -223,10 +209,11 @@ def gain(after="rl", before="sft", suites=tuple(gog.SUITES)):
     return 100 * (means("heraldry", after, suites=suites) - means("heraldry", before, suites=suites))
 
 
-DETAILS = ("group-4", "group-16", "lambda-0", "lambda-0.2", "kl-0.001", "mean-only", "lr-0.01", "lr-0.1")
-
-
-TABLES = {"main table": main_table, "presets": presets, "behaviour": behaviour, "exam": exam, "stages": stages, "cost": cost, "bench": bench, "feeding": feeding, "zero-shot": zero_shot, "sample colour": sample_colour, "sample alike": sample_alike}
+TABLES = {
+    "main table": lambda: accuracy("heraldry"), "zero-shot": lambda: accuracy("countries-zero-shot", ("base", "direct", "full-search", "sft", "rl", "oracle")),
+    "behaviour": behaviour, "exam": exam, "stages": stages, "presets": presets, "cost": cost, "bench": bench, "feeding": feeding,
+    "sample colour": lambda: sample(0), "sample alike": lambda: sample(1, lambda t: any(gog.looked_elsewhere(t)))}  # after a wrong gaze
+DETAILS = ("group-4", "group-16", "lambda-0", "lambda-0.2", "kl-0.001", "mean-only", "lr-0.01", "lr-0.1")  # of GRPO
 UNMASKED = lambda: published("earlier/runs/heraldry-nano-0-rl-no-mask.csv")
 OLD = {  # points or percent by the recipe of 2026-11-23
     "no-gaze": lambda: earlier("no-gaze-rl", seeds=2), "rl two": lambda: earlier("rl", seeds=2), "no-gaze plain": lambda: earlier("no-gaze-rl", "plain", seeds=2), "rl plain": lambda: earlier("rl", "plain", seeds=2),

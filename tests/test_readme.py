@@ -22,7 +22,7 @@ def tables(text):
 def test_tables_and_numbers_are_those_of_the_csv():
     """Prevents a table that was typed, rounded twice, or left behind by a new run, and a number in the text that was true once: python tests/readme.py makes them, from results/ and the source."""
     assert filled(README) == README
-    assert {name for name in readme.TABLES} == {name for name in readme.BLOCK.findall(README)} and set(readme.NUMBERS) == {name for name, _ in readme.NUMBER.findall(README)}
+    assert set(readme.TABLES) == set(readme.BLOCK.findall(README)) and set(readme.NUMBERS) == {name for name, _ in readme.NUMBER.findall(README)}
 
 
 TRIALS = (ROOT / "results" / "trials.md").read_text(encoding="utf-8")
