@@ -64,7 +64,7 @@ class Args:
     rl_steps: int = 40  # number of RL updates
     rl_batch: int = 32  # questions per update
     group: int = 8  # rollouts per question
-    rl_lr: float = 0.08  # peak learning rate of SGD (three steps of warm-up, then linear decay to 0)
+    rl_lr: float = 0.08  # peak learning rate of SGD (three steps of warm-up; over the second half, linear decay to 0)
     lam: float = 0.1  # lambda, the weight of the format reward
     search_penalty: float = 0.0  # fraction of r_acc that a trajectory loses if it used a tool
     beta: float = 0.0  # weight of the KL penalty, relative to the SFT policy
@@ -223,7 +223,7 @@ def rl(a):
             run.log(step=step, development=score)
             group_report(a, run, entries, pictures)
             break
-        lr = set_lr(opts, lr_factor(step, a.rl_steps, warmup=3, decay=1.0))
+        lr = set_lr(opts, lr_factor(step, a.rl_steps, warmup=3, decay=0.5))
         chosen = curriculum.draw(a.rl_batch, step)
         env.toolbox.rng.seed(f"tools/{a.seed}/{step}/{RANK}")  # all randomness depends on seed and step only, so --resume is exact
         questions = grpo.ask_each(world, [askable[i] for i in chosen], f"rl/{a.seed}/{step}")

@@ -1,11 +1,14 @@
-"""How fast, beside what a user would pick instead, and beside what the machine can do. Run by hand: python tests/bench.py [PART ...]
+"""Speed compared with what a user would choose instead, and with what the machine can do. Run by hand: python
+tests/bench.py [PART ...]
 
-Every part does the same work twice in one process, ours and a peer's in turn (A B A B ...), and tells the median seconds of each and their
-ratio (above 1: we are faster). Peers are optional: pip install transformers faiss-cpu scikit-learn; what is missing is said. The peer of the
-policy is transformers' Llama with our weights (the same logits: tests/test_model.py), without `smear` and with a linear patch embedding on
-both sides, since Llama has neither; eyes are the same module for both. In rollouts both are made to say what the expert says, so that
-turns, tools and stops are the same, and every logit is computed all the same. --preset small: our own parts only, of the larger policy. Writes results/bench.csv.
-"""
+Every part does the same work with our code and with a peer, in one process and in turn (A B A B ...). It prints the
+median seconds of each and their ratio (above 1: ours is faster). Peers are optional (pip install transformers faiss-cpu
+scikit-learn); missing ones are listed.
+
+The peer of the policy is Llama from transformers with our weights (same logits: tests/test_model.py). Both sides run
+without `smear` and with a linear patch embedding, as Llama has neither `smear` nor a stem; both use the same vision
+encoder. In rollouts, both are forced to sample the tokens of the expert, so that turns, tool calls and stops are the
+same; all logits are still computed. --preset small: the larger policy, without this peer. Writes results/bench.csv."""
 import argparse
 import importlib.util
 import os
@@ -31,19 +34,19 @@ from tools import TextIndex, describe, write_rows  # noqa: E402
 
 
 def peer(module):
-    """Is this optional package here?"""
+    """Is this optional package installed?"""
     return importlib.util.find_spec(module) is not None
 
 
 class Bench:
-    """A small heraldry, a policy, and its twin in transformers."""
+    """A small heraldry world, a policy, and its twin in transformers."""
 
     def __init__(self, preset):
         torch.manual_seed(0)
         torch.set_flush_denormal(True)
         self.world = data.heraldry(0, 1000)
         self.v = Vocabulary.learn(corpus())
-        plain, self.preset = dict(smear=0, stem=False) if preset == "nano" else {}, preset  # the twin's shape
+        plain, self.preset = dict(smear=0, stem=False) if preset == "nano" else {}, preset  # as in the twin
         self.policy = Policy(ModelConfig(**{**PRESETS[preset], **plain, "vocab": self.v.size})).freeze_eyes()
         self.env = tools.Environment(self.v, tools.make_toolbox(self.world), self.policy.config)
         self.questions = data.questions(self.world, data.RL_MIX, 64, "bench")
@@ -55,7 +58,7 @@ class Bench:
         transformers.logging.set_verbosity_error()
         return llama_twin(transformers, self.policy, max_position_embeddings=1024, bos_token_id=None, eos_token_id=None, pad_token_id=None)
 
-    # every part: (what is counted, how many of them, ours, peer's name, peer's or None)
+    # every part returns (what is counted, how many of them, our function, name of the peer, its function or None)
 
     def image_index(self):
         index, pictures = self.env.toolbox.image_index, [e.picture(80) for e in self.world.pictured()[:256]]
@@ -68,7 +71,8 @@ class Bench:
         return "queries", len(pictures), lambda: index.search(pictures, 5), "faiss IndexFlatIP on the same descriptors", other
 
     def image_index_million(self, rows=1_000_000):
-        """Exact search alone: a million rows (111,111 entities, nine framings each), crops described beforehand. Ours tells the best five entities, the peer the best five rows."""
+        """The exact search alone, over a million rows (111,111 entities in nine framings each), with descriptors
+        computed beforehand. Ours returns the best five entities, the peer the best five rows."""
         index, lots, dot = tools.ImageIndex(()), np.random.default_rng(0), Image.new("RGB", (1, 1))
         index.entries = [(i, i) for i in range(rows // len(tools.FRAMINGS))]
         index.blocks = [tools._unit(lots.standard_normal((len(part) * len(tools.FRAMINGS), tools.WIDTH), np.float32)) for part in (index.entries[at:at + tools.BLOCK] for at in range(0, len(index.entries), tools.BLOCK))]
@@ -103,7 +107,7 @@ class Bench:
         return "questions with picture", 64, lambda: [data._drawn.cache_clear(), data.questions(self.world, data.RL_MIX, 64, "bench/data"), [tools.to_array(q.scene.picture(), 128) for q in asked]], "", None
 
     def prompts(self, rows, length=60):
-        """Ids (rows, length) whose first tokens are a picture, and the pictures."""
+        """Random ids (rows, length) with the placeholders of one picture near the start, and the pictures."""
         ids = torch.randint(120, self.v.size, (rows, length))
         ids[:, 1:1 + len(self.env.image_ids)] = self.env.image_ids[0]
         return ids, torch.randint(0, 255, (rows, 3, 128, 128), dtype=torch.uint8)
@@ -143,7 +147,7 @@ class Bench:
         return "questions", len(self.questions), self.our_rollout, "transformers generate, the conversation read anew at every turn", self.their_rollout if self.llama else None
 
     def our_rollout(self):
-        """gog.rollout, whose every choice is overruled by the expert's."""
+        """gog.rollout, with logits changed so that it samples the tokens of the expert."""
         scripts = [t.ids + [0] for t in self.demos]
 
         class Tagged(Cache):  # knows which trajectory a row belongs to
@@ -157,7 +161,7 @@ class Bench:
                 part.tags, Tagged.current = self.tags[rows], part
                 return part
 
-            def put(self, rows, part):  # those of a smaller cache have stopped: back to the larger one
+            def put(self, rows, part):  # the smaller cache is written back: go on with the larger one
                 super().put(rows, part)
                 Tagged.current = self
 
@@ -175,7 +179,8 @@ class Bench:
         assert [t.ids for t in tries] == [t.ids for t in self.demos]
 
     def their_rollout(self):
-        """The loop that one writes with transformers: pad on the left, generate a turn, ask the tools, begin again with the longer conversation."""
+        """The loop that one would write with transformers: pad on the left, generate a turn, run the tools, start again
+        with the longer conversation."""
         from transformers import LogitsProcessor
         v, env, stop = self.v, self.env, self.v.id["<stop>"]
         scenes = [q.scene.picture() for q in self.questions]
@@ -205,7 +210,7 @@ class Bench:
         assert [t.ids for t in done] == [t.ids for t in self.demos]
 
     def see_step(self):
-        policy = Policy(ModelConfig(**{**PRESETS[self.preset], "vocab": self.v.size}))  # with its stem
+        policy = Policy(ModelConfig(**{**PRESETS[self.preset], "vocab": self.v.size}))  # with the convolutional stem
         c = policy.config
         heads = torch.nn.ModuleList(torch.nn.Linear(w, 4 + sum(map(len, grpo.PARTS.values()))) for w in (c.vit_width, c.width))
         batch = [torch.from_numpy(x) for x in grpo.labelled_pictures(c, 0, 12, 0)]
@@ -257,7 +262,7 @@ def clock(work):
 
 
 def limits():
-    """What this machine does at best: float32 multiplications, and copies in memory."""
+    """The best that this machine reaches: float32 matrix products, and copies in memory."""
     a, b, c, d, big = torch.randn(2048, 2048), torch.randn(2048, 2048), torch.randn(1000, 192), torch.randn(192, 512), torch.randn(32 << 20)
     best = lambda work, n=7: min(clock(work) for _ in range(n))
     return [("matmul 2048 x 2048 x 2048", f"{2 * 2048**3 / best(lambda: a @ b) / 1e9:.0f} GFLOP/s"),
@@ -283,7 +288,7 @@ def main():
     bench, rows = Bench(a.preset), []
     for part in a.parts or PARTS:
         unit, n, ours, name, theirs = getattr(bench, part)()
-        ours(), theirs and theirs()  # warm
+        ours(), theirs and theirs()  # warm-up
         times = [(clock(ours), clock(theirs) if theirs else float("nan")) for _ in range(a.rounds)]
         mine, other = np.median(times, 0)
         print(f"{part:<20}{mine:10.4f}{other:10.4f}{other / mine:8.2f}   {n / mine:,.0f} {unit} a second" + (f" (peer: {name})" if theirs else ""))

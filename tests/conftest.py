@@ -1,10 +1,10 @@
-"""Shared small things: one world, one vocabulary, one tiny policy. No test may open a socket."""
+"""Shared fixtures: one world, one vocabulary, one tiny policy. No test may connect to the network."""
 import socket
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import far  # noqa: F401 (its device must be there before the first backward pass)
+import far  # noqa: F401 (registers its device, which must happen before the first backward pass)
 import pytest
 import torch
 
@@ -16,7 +16,7 @@ from model import PRESETS, ModelConfig, Policy, Vocabulary, corpus  # noqa: E402
 
 
 def llama_twin(hf, policy, **options):
-    """transformers' Llama with the decoder weights of a policy without `smear`; `hf` is the package."""
+    """Llama from transformers (the package `hf`) with the decoder weights of a policy without `smear`."""
     c = policy.config
     llama = hf.LlamaForCausalLM(hf.LlamaConfig(
         vocab_size=c.vocab, hidden_size=c.width, intermediate_size=c.mlp, num_hidden_layers=c.layers, num_attention_heads=c.heads, num_key_value_heads=c.kv_heads,
@@ -29,13 +29,13 @@ def llama_twin(hf, policy, **options):
 
 
 def still(policy):
-    """Optimisers that change neither weights nor gradients: for a look at what an update would have been made of."""
+    """Optimisers that change neither weights nor gradients, so that a test can look at the gradient of an update."""
     return [SimpleNamespace(param_groups=[{"params": [*policy.parameters()]}], step=lambda: None, zero_grad=lambda **_: None)]
 
 
 @pytest.fixture(autouse=True)
 def no_sockets(monkeypatch):
-    """Everything is offline: a test that reaches for the network fails."""
+    """Everything is offline: a test that connects a socket fails."""
     def refuse(*_, **__):
         raise AssertionError("a socket was opened")
     monkeypatch.setattr(socket.socket, "connect", refuse)
@@ -69,7 +69,8 @@ def questions(world):
 
 @pytest.fixture(scope="session")
 def begun(tmp_path_factory):
-    """A function of a folder: the base model and the SFT policy of a tiny run (test_train.TINY), trained once, are copied there."""
+    """A function that copies the base model and the SFT policy of a tiny run (test_train.TINY) into a folder. They are
+    trained once per test session."""
     from test_train import TINY
     made = tmp_path_factory.mktemp("begun")
     a = train.arguments([*TINY, "--out", str(made), "--results", str(made)])

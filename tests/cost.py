@@ -1,8 +1,12 @@
-"""What a question costs, how that grows, and how well training is fed. Run by hand: python tests/cost.py [PART ...]    -> results/cost.csv, growth.csv, growth.png, feeding.csv
+"""What a rollout costs, how the cost grows, and how much training waits for its data. Run by hand: python tests/cost.py
+[PART ...] -> results/cost.csv, growth.csv, growth.png, feeding.csv
 
-cost: a batch of RL rollouts by the policy that comes with the code: multiplications and additions by part (counted by PyTorch), and the seconds that each part took.
-growth: seconds, and memory where it can be told, as one thing at a time grows (batch, group, slots of the cache, pictures, entities and passages in the index, preset).
-feeding: of a training step, the share that waits for its batch to be made, and the share of the computed tokens that are no padding.
+- cost: a batch of RL rollouts by the policy that comes with the code: FLOPs of each part (counted by PyTorch), and its
+  seconds.
+- growth: seconds, and memory where it is known, as one thing at a time grows (batch, group, slots of the cache,
+  pictures, entities and passages in the index, preset).
+- feeding: the share of a training step spent waiting for its batch, and the share of the computed tokens that are not
+  padding.
 """
 import contextlib
 import sys
@@ -28,7 +32,7 @@ from model import PRESETS, Cache, ModelConfig, Policy, autocast, load, optimiser
 
 
 def median(work, rounds=3):
-    """Median seconds of some work, after a first go that is not counted."""
+    """Median seconds of some work, after a warm-up run that is not counted."""
     return float(np.median([clock(work) for _ in range(rounds + 1)][1:]))
 
 
@@ -36,7 +40,9 @@ PARTS = ("vision", "read", "decode", "tools")
 
 
 class Parts:
-    """Wraps the parts of a rollout: seconds of each, or, if they are to be counted, FLOPs (those of vision are taken out of the forward that calls it). Counting takes time, so it is done in a run of its own."""
+    """Wraps the parts of a rollout and measures the seconds of each or, with `count`, its FLOPs. (Seconds and FLOPs of
+    the vision encoder are subtracted from those of the forward pass that calls it.) Counting takes time, so it is done
+    in a run of its own."""
 
     def __init__(self, policy, env, count):
         self.count, self.wrapped = count, (policy, policy.vision, env)
@@ -46,7 +52,7 @@ class Parts:
 
     def unwrap(self):
         policy, vision, env = self.wrapped
-        del policy.forward, vision.forward, env.step  # those of their classes are back
+        del policy.forward, vision.forward, env.step  # the methods of their classes apply again
 
     def measured(self, part, work):
         counter, began = FlopCounterMode(display=False), time.perf_counter()
@@ -73,7 +79,7 @@ class Parts:
 
 
 def cost(policy, env, questions, group=8):
-    """One row a part: its FLOPs and milliseconds a question, and how many tokens, pictures or calls that is."""
+    """One row per part: its FLOPs and milliseconds per rollout, and how many tokens, pictures or calls that is."""
     play = lambda: gog.rollout(policy, env, questions, group, 0.8, generator=torch.Generator().manual_seed(0))
 
     def taken_apart(count):
@@ -95,7 +101,7 @@ def cost(policy, env, questions, group=8):
 
 
 def growth(shipped, v):
-    """Rows (what grows, how large, milliseconds, MB) of sweeps over one thing at a time."""
+    """Rows (what grows, how large, milliseconds, MB); in each sweep only one thing grows."""
     rows, fresh = [], lambda preset: Policy(ModelConfig(**{**PRESETS[preset], "vocab": v.size})).freeze_eyes()
     policy = fresh("nano")
 
@@ -103,7 +109,8 @@ def growth(shipped, v):
         rows.append(dict(what=what, size=size, ms=f"{1000 * seconds:.2f}", mb=f"{mb:.1f}"))
         print(f"{what:<24}{size:>9}{1000 * seconds:12.2f} ms{mb:12.1f} MB", flush=True)
 
-    def step(policy, batch, slots):  # one decode step of so many rows whose caches are so long
+    # one decode step of `batch` rows whose caches have `slots` slots
+    def step(policy, batch, slots):
         cache = Cache(policy.config, batch, slots + 8, "cpu", torch.float32)
         cache.grow(slots)
         cache.lengths += slots - 1
@@ -115,7 +122,7 @@ def growth(shipped, v):
 
         return median(work, 7), cache.kv.numel() * 4 / 1e6
 
-    def read(policy, batch, length):  # the reading of so many prompts
+    def read(policy, batch, length):  # reading `batch` prompts of `length` tokens
         def work():
             with torch.no_grad():
                 policy(torch.zeros(batch, length, dtype=torch.long), cache=Cache(policy.config, batch, length + 8, "cpu", torch.float32))
@@ -153,9 +160,11 @@ def growth(shipped, v):
 
 
 def feeding(env, world, steps=60, warm=20):
-    """Rows {stage, steps, seconds_a_step, waits, real}: the three stages that learn from batches, with the flags that they have by default (RL makes its own: `data_generation` in bench.csv)."""
+    """Rows {stage, steps, seconds_a_step, waits, real} of the three stages that train on prepared batches, with default
+    flags. (RL makes its own batches: `data_generation` in bench.csv.)"""
     a, policy, rows = train.Args(), load(ROOT / "policies" / "base.safetensors")[0], []
-    school = tools.Environment(env.v, None, policy.config)  # lessons need no tools, and a worker is handed all that it has
+    # lessons need no tools, and whatever the environment holds is handed to the worker
+    school = tools.Environment(env.v, None, policy.config)
     heads = torch.nn.ModuleList(torch.nn.Linear(w, 4 + sum(map(len, grpo.PARTS.values()))) for w in (policy.config.vit_width, policy.config.width))
     eyes = [*optimisers(policy.vision.named_parameters(), a.see_lr, a.see_adam_lr), torch.optim.AdamW([*heads.parameters(), policy.embed_tokens.weight], a.see_adam_lr)]
     words = optimisers(((n, p) for n, p in policy.named_parameters() if "vision" not in n or "projector" in n), a.word_lr, a.word_lr)
@@ -184,13 +193,15 @@ def feeding(env, world, steps=60, warm=20):
                 waited.append(clock(lambda: got.append(next(at))))
                 worked.append(clock(lambda: step(*got)))
         wait, work = sum(waited[warm:]), sum(worked[warm:])
-        rows.append(dict(stage=stage, steps=steps - warm, seconds_a_step=f"{(wait + work) / (steps - warm):.3f}", waits=f"{wait / (wait + work):.3f}", real=f"{sum(real) / sum(computed):.3f}" if real else ""))  # the eyes have no tokens
+        # real: empty for the vision encoder, which has no tokens
+        rows.append(dict(stage=stage, steps=steps - warm, seconds_a_step=f"{(wait + work) / (steps - warm):.3f}", waits=f"{wait / (wait + work):.3f}", real=f"{sum(real) / sum(computed):.3f}" if real else ""))
         print("{stage:<8}{seconds_a_step:>8} s a step, waits {waits}, real tokens {real}".format(**rows[-1]), flush=True)
     return rows
 
 
 def plot(rows, across=3, w=330, h=230):
-    """Every sweep as a panel, both axes logarithmic: a straight line at 45 degrees is proportional growth."""
+    """Every sweep as a panel with logarithmic axes, each scaled to its own range. A straight line is growth by a power;
+    its exponent is printed (1: proportional)."""
     sweeps = {}
     for r in rows:
         sweeps.setdefault(r["what"], []).append((float(r["size"]), float(r["ms"])))

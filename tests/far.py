@@ -1,11 +1,13 @@
-"""Another device than the CPU, where there is none: "far", whose tensors keep their numbers in CPU tensors, but refuse to be computed with any that is not far, as those of cuda and mps do."""
+"""A simulated device, for machines that only have a CPU. Tensors on "far" keep their numbers in CPU tensors, but refuse
+to be combined with CPU tensors (except scalars), as those of cuda and mps do."""
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 aten = torch.ops.aten
-_setup_privateuseone_for_python_backend("far")  # before the first backward pass of this process: PyTorch counts its devices then
+# before the first backward pass of this process, because PyTorch counts its devices then
+_setup_privateuseone_for_python_backend("far")
 torch.far.get_amp_supported_dtype = lambda: []
 
 
@@ -31,7 +33,8 @@ def near(x):
 
 
 def compute(f, args, kwargs):
-    """Any operation of PyTorch, on the tensors' numbers; what comes of far tensors, or is asked for on "far", is far."""
+    """Run any PyTorch operation on the CPU tensors inside. The result is far if an input is far, or if it is requested
+    on "far" by `device`."""
     given = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, torch.Tensor)]
     far = any(isinstance(x, Far) for x in given)
     moves = f in (aten._to_copy.default, aten.copy_.default)
@@ -40,25 +43,26 @@ def compute(f, args, kwargs):
     if kwargs.get("device") is not None:
         far, kwargs = torch.device(kwargs["device"]).type == "far", {**kwargs, "device": "cpu"}
     out = f(*near(args), **near(kwargs))
-    if f._schema.is_mutable:  # what is changed in place stays the tensor that it is
+    if f._schema.is_mutable:  # an in-place operation returns the tensor that it has changed
         return args[0] if isinstance(out, torch.Tensor) else out
     return tree_map_only(torch.Tensor, Far, out) if far else out
 
 
 class Factories(TorchDispatchMode):
-    """So that torch.zeros(.., device="far") and the like come here, too."""
+    """Sends torch.zeros(.., device="far") and the like to `compute`, too."""
 
     def __torch_dispatch__(self, f, types, args=(), kwargs=None):
         return compute(f, args, kwargs or {})
 
 
-LIBRARY = torch.library.Library("aten", "IMPL")  # what passes by every TorchDispatchMode, as indexing by lists does
+# operations that bypass every TorchDispatchMode, as indexing by lists does
+LIBRARY = torch.library.Library("aten", "IMPL")
 LIBRARY.impl("empty_strided", lambda size, stride, dtype=None, **_: Far(torch.empty_strided(size, stride, dtype=dtype)), "PrivateUse1")
 LIBRARY.impl("_copy_from", lambda source, target, non_blocking=False: near(target).copy_(near(source)) is None or target, "PrivateUse1")
 
 
 def moved(module):
-    """Its parameters on "far"."""
+    """Move the parameters of a module to "far", in place. Returns the module."""
     for part in module.modules():
         for name, p in part._parameters.items():
             part._parameters[name] = torch.nn.Parameter(Far(p.data)) if p is not None else None

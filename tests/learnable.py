@@ -1,12 +1,14 @@
-"""By hand: which questions have gradients with something in common? A pass rate of a half may be half learnt or half luck; this tells which.
+"""Which kinds of questions have gradients with something in common? A pass rate of a half may be half learnt or half
+luck; this tells which. Run by hand:
 
-    python tests/learnable.py [QUESTIONS A KIND, default 16] [POLICY, default out/heraldry-nano-0/sft.safetensors]    -> results/signal.csv
+    python tests/learnable.py [QUESTIONS PER KIND, default 16] [POLICY, default out/heraldry-nano-0/sft.safetensors]
+        -> results/signal.csv
 
-Every kind of question that a stage or a suite asks, drawn equally often: 8 rollouts each, and of every group that is alive (both right and wrong
-answers) the gradient of the GRPO loss. Two groups share only what can be learnt: signal = the mean dot product of two groups of a kind,
-noise = the mean square of one, ratio = signal / noise (1 / ratio is about how many groups it takes to see anything); `others` = the mean dot product
-with groups of other kinds / noise.
-"""
+Every kind of question that a stage or a suite asks is drawn equally often, with 8 rollouts per question. For every
+group that is alive (both right and wrong answers), the gradient of the GRPO loss is computed. What two groups have in
+common is what can be learnt. signal: mean dot product of two groups of a kind; noise: mean square of one; ratio =
+signal / noise (about 1 / ratio groups are needed to see anything). others: mean dot product with groups of other kinds,
+divided by noise."""
 import sys
 from pathlib import Path
 
@@ -24,7 +26,8 @@ from model import autocast, load
 
 
 def group_gradient(policy, env, group, advantages, a):
-    """Gradient of the summed loss of one group, flat. Advantages are made small before, and the gradient large after, lest it be clipped."""
+    """Gradient of the summed loss of one group, flat. The advantages are divided by 100 before and the gradient is
+    multiplied by 100 after, so that it is not clipped."""
     policy.zero_grad()
     with autocast(policy.device.type):
         grpo.grpo_step(policy, None, env, group, advantages / 100, still(policy), a)
@@ -37,7 +40,8 @@ def main(each=16, path="out/heraldry-nano-0/sft.safetensors"):
     policy, v = load(path)
     env = tools.Environment(v, tools.make_toolbox(world), policy.config)
     kinds = sorted({(kind, setting) for kind, setting, _ in data.SFT_MIX + data.RL_MIX + gog.DEV_MIX})
-    told, found = [], []  # a row of the table for every kind; (index of its kind, gradient) for every group alive
+    # told: one row of the table per kind; found: (index of the kind, gradient) of every group that is alive
+    told, found = [], []
     for k, (kind, setting) in enumerate(tqdm(kinds)):
         asked = data.questions(world, [(kind, setting, 1)], int(each), "signal")
         tries = gog.rollout(policy, env, asked, a.group, a.temperature, generator=torch.Generator().manual_seed(k))
@@ -46,7 +50,8 @@ def main(each=16, path="out/heraldry-nano-0/sft.safetensors"):
         advantages, alive = grpo.group_advantages(reward, right)
         found += [(k, group_gradient(policy, env, tries[a.group * i:a.group * (i + 1)], advantages[i], a)) for i in alive.nonzero()[:, 0].tolist()]
         told.append(dict(kind=kind, setting=setting, questions=len(asked), alive=int(alive.sum()), pass_rate=f"{right.float().mean():.3f}"))
-    of, stack = torch.tensor([k for k, _ in found]), torch.stack([g for _, g in found])  # (groups,), (groups, parameters)
+    # (groups,), (groups, parameters)
+    of, stack = torch.tensor([k for k, _ in found]), torch.stack([g for _, g in found])
     dots = sum(part.float() @ part.float().T for part in stack.split(100_000, 1))  # (groups, groups)
     for k, row in enumerate(told):
         mine, n = of == k, int((of == k).sum())

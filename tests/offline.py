@@ -1,4 +1,4 @@
-"""train.py, but a socket of any kind ends it: what runs here sends nothing and asks nobody."""
+"""train.py, except that any use of a socket raises an error: a run that ends well has used no network."""
 import sys
 from pathlib import Path
 

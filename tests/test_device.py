@@ -12,7 +12,8 @@ from model import optimisers
 
 
 def learn(policy, env, questions, place=lambda module: module):
-    """Everything that computes: rollouts, pointing, and a step of every stage. (ids of the rollouts, what the steps tell)."""
+    """Run everything that computes: rollouts, pointing, the exam, and one step of every stage. Returns (ids of the
+    rollouts, values that the steps return)."""
     heads = place(torch.nn.ModuleList(torch.nn.Linear(w, 4 + sum(map(len, grpo.PARTS.values()))) for w in (policy.config.vit_width, policy.config.width)))
     pictures = [torch.from_numpy(x).to(policy.device) for x in grpo.labelled_pictures(policy.config, 0, 3, 0)]
     demos = gog.play_scripts(env, questions, [gog.expert(q, random.Random(0)) for q in questions])
@@ -25,11 +26,13 @@ def learn(policy, env, questions, place=lambda module: module):
 
 
 def test_every_tensor_goes_where_the_policy_is(policy, env, questions, monkeypatch):
-    """Prevents a run on a GPU that ends at its first step: rollouts, every stage's step and the exam never mix devices, and do what they do on the CPU."""
+    """Prevents a crash at the first step on a GPU: rollouts, pointing, the exam and every stage's step never mix
+    devices, and rollouts and steps give the same results as on the CPU."""
     here, there, tensor = deepcopy(policy), moved(deepcopy(policy)), torch.tensor
     torch.manual_seed(1)
     ids, told = learn(here, env, questions[:2])
-    monkeypatch.setattr(torch, "tensor", lambda x, device="cpu", **kwargs: tensor(x, **kwargs).to(device))  # else it passes by Factories
+    # otherwise torch.tensor bypasses Factories
+    monkeypatch.setattr(torch, "tensor", lambda x, device="cpu", **kwargs: tensor(x, **kwargs).to(device))
     torch.manual_seed(1)
     with Factories():
         ids_there, told_there = learn(there, env, questions[:2], moved)

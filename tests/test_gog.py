@@ -13,7 +13,7 @@ import data
 import gog
 import grpo
 import tools
-from model import TAGS, load, pick, save
+from model import TAGS, Policy, load, pick, save
 
 
 @pytest.mark.parametrize("text, kind, argument", [
@@ -35,7 +35,8 @@ def test_parser_refuses(text):
 
 
 def test_fuzz_the_turns(env, questions, vocabulary):
-    """Prevents hostile text from breaking the environment: random tokens, all tags included, never raise and masks stay consistent."""
+    """Prevents hostile text from breaking the environment: random tokens, with all tags among them, never raise an
+    error, and ids, masks and pictures stay consistent."""
     rng = random.Random(0)
     for _ in range(300):
         ids = [rng.randrange(vocabulary.size) if rng.random() < .5 else rng.randrange(len(TAGS)) for _ in range(rng.randint(1, 20))]
@@ -48,11 +49,11 @@ def test_fuzz_the_turns(env, questions, vocabulary):
 
 
 def test_observation_ids_cannot_be_sampled(vocabulary, env):
-    """Prevents a policy that writes its own observations."""
+    """Prevents a policy that writes its own observations: ids that only the environment may write are never sampled."""
     allowed = gog._allowed(env, tools.ACTIONS, "cpu")
     ids, _ = pick(torch.zeros(5000, vocabulary.size), 1.0, allowed, torch.Generator().manual_seed(0))
     forbidden = {vocabulary.id[t] for t in ("<pad>", "<bos>", "<image>", "<sep>", "<obs>", "</obs>")}
-    assert not forbidden & set(ids.tolist()) and vocabulary.id["<stop>"] in range(vocabulary.size)
+    assert not forbidden & set(ids.tolist()) and vocabulary.id["<stop>"] in ids.tolist()
 
 
 def test_text_of_a_world_cannot_become_a_tag(vocabulary):
@@ -62,7 +63,7 @@ def test_text_of_a_world_cannot_become_a_tag(vocabulary):
 
 
 class Parrot:
-    """A policy with known logits: it says the tokens of a script, whatever it is shown. No weights needed."""
+    """A policy with known logits: it says the tokens of a script, whatever it is shown. It needs no weights."""
 
     def __init__(self, config, script, vocabulary):
         self.config, self.script, self.v = config, script, vocabulary
@@ -85,7 +86,8 @@ class Parrot:
 
 @pytest.mark.parametrize("kind", ["hop1", "hop2", "compare", "colour"])
 def test_replaying_a_demonstration_gives_the_same_ids_and_mask(env, world, vocabulary, policy, kind):
-    """Prevents SFT and RL from seeing different prompts: an expert trajectory, sampled token by token in the rollout, comes out the same."""
+    """Prevents SFT and RL from seeing different prompts: an expert trajectory that is sampled token by token in a
+    rollout has the same ids and mask."""
     q = next(q for q in data.questions(world, data.SFT_MIX, 200, "replay") if q.kind == kind)
     demo = gog.play_scripts(env, [q], [gog.expert(q, random.Random(0))])[0]
     assert demo.correct and demo.well_formed
@@ -97,20 +99,22 @@ def test_replaying_a_demonstration_gives_the_same_ids_and_mask(env, world, vocab
 
 
 def test_batch_of_one_equals_batch_of_many(policy, env, questions):
-    """Prevents padding or caching from leaking between rows: greedy answers do not depend on the neighbours."""
+    """Prevents padding or caching from leaking between rows: greedy answers do not depend on the other rows of the
+    batch."""
     many = gog.rollout(policy, env, questions[:8], temperature=0.0, schedule=gog.FREE[:3])
     alone = [gog.rollout(policy, env, [q], temperature=0.0, schedule=gog.FREE[:3])[0] for q in questions[:8]]
     assert [t.ids for t in many] == [t.ids for t in alone]
 
 
 def test_same_seed_same_rollout(policy, env, questions):
-    """Prevents hidden randomness."""
+    """Prevents hidden randomness: the same seed gives the same rollouts."""
     a, b = (gog.rollout(policy, env, questions[:4], 2, generator=torch.Generator().manual_seed(3)) for _ in "ab")
     assert [t.ids for t in a] == [t.ids for t in b]
 
 
 def test_the_oracle_solves_every_suite(vocabulary, world, policy):
-    """Prevents an unsolvable world: the expert, which reads names and facts from the tools, must be right nearly always."""
+    """Prevents an unsolvable world: the expert, which reads names and facts from the tools, is right on at least 38 of
+    40 questions of each suite."""
     for name in gog.SUITES:
         searched, qs = gog.suite(world, name, 40)
         env = tools.Environment(vocabulary, tools.make_toolbox(searched, late=name == "live"), policy.config)
@@ -118,7 +122,7 @@ def test_the_oracle_solves_every_suite(vocabulary, world, policy):
 
 
 def test_strangers_are_found_but_never_asked_about(world):
-    """Prevents a larger index that changes the questions, too, or that knows two towns of the same arms."""
+    """Prevents a larger index that also changes the questions, or in which two towns have the same arms."""
     more = data.with_strangers(world, 300)
     arms = [e.arms for e in more.pictured(*more.splits)]
     assert len(arms) == len(set(arms)) > len(world.pictured(*world.splits)) + 200
@@ -126,7 +130,8 @@ def test_strangers_are_found_but_never_asked_about(world):
 
 
 def test_accuracy_by_size_is_that_of_the_target():
-    """Prevents questions filed under the size of another shield, or those that need no look among them."""
+    """Prevents questions from being filed under the size of another shield than the first target, and questions that
+    need no tool from being counted."""
     scene, tries = data.Scene((), ((0, 0, 20, 20), (0, 0, 30, 30), (0, 0, 99, 99)), "shield", 0), []
     for kind, targets, right in (("hop1", (0,), True), ("hop1", (0,), False), ("name", (1,), True), ("compare", (2, 0), False), ("colour", (1,), False), ("count", (), False)):
         q = data.Question("?", ("yes",), scene, kind, targets=targets)
@@ -135,22 +140,30 @@ def test_accuracy_by_size_is_that_of_the_target():
 
 
 @pytest.mark.parametrize("row", ["direct", "full-search", "no-gaze"])
-def test_a_baseline_keeps_to_its_schedule(policy, env, questions, row):
-    """Prevents a baseline that gets more turns or other tools than its name says."""
-    for t in gog.evaluate(policy, env, questions[:8], row):
-        assert len(t.turns) <= len(gog.SCHEDULES[row])
-        assert all(turn.kind in (*allowed, "malformed") for turn, allowed in zip(t.turns, gog.SCHEDULES[row]))
+def test_a_baseline_keeps_to_its_schedule(policy, env, questions, row, monkeypatch):
+    """Prevents a baseline that gets more turns or other tools than its name says. The policy is untrained, so the tags of
+    actions are made so likely that it samples every one that the schedule allows."""
+    logits, rollout, tags = Policy.logits, gog.rollout, {action: env.v.id[f"<{action}>"] for action in tools.ACTIONS}
+    bonus = torch.zeros(env.v.size).index_fill(0, torch.tensor([*tags.values(), env.v.id["<stop>"]]), 50.0)
+    monkeypatch.setattr(Policy, "logits", lambda self, hidden: logits(self, hidden) + bonus)
+    monkeypatch.setattr(gog, "rollout", lambda *a, **k: rollout(*a[:4], 1.0, generator=torch.Generator().manual_seed(0), **k))  # not greedy
+    for name, schedule in ((row, gog.SCHEDULES[row]), ("rl", gog.FREE)):
+        trajectories = gog.evaluate(policy, env, questions[:8], name)
+        sampled = {i for t in trajectories for i, own in zip(t.ids, t.trained) if own}
+        assert {action for action, tag in tags.items() if tag in sampled} == {action for allowed in schedule for action in allowed}
+        assert max(len(t.turns) for t in trajectories) == len(schedule)
 
 
 def test_withheld_observations_show_nothing(policy, vocabulary, world, questions):
-    """Prevents a control that leaks: with observations withheld, no observation text and no crop may reach the policy."""
+    """Prevents a control that leaks: with observations withheld, no observation text and no crop may reach the
+    policy."""
     env = tools.Environment(vocabulary, tools.make_toolbox(world), policy.config, withhold=True)
     for t in gog.play_scripts(env, questions, [gog.chance(q, random.Random(1), ["x"]) for q in questions]):
         assert len(t.pictures) == 1 and not any(turn.observation for turn in t.turns)
 
 
 def test_reflection_is_measured_against_the_missed_box(env, world):
-    """Prevents a flattering metric: going back to the same wrong place is no reflection."""
+    """Prevents a flattering metric: a second gaze at the same wrong place is no reflection."""
     q = next(q for q in data.questions(world, data.SFT_MIX, 100, "reflect") if q.kind == "hop1" and len(q.scene.boxes) > 2)
     wrong = next(b for i, b in enumerate(q.scene.boxes) if i not in q.targets)
     right = q.scene.boxes[q.targets[0]]
@@ -161,7 +174,8 @@ def test_reflection_is_measured_against_the_missed_box(env, world):
 
 
 def test_a_neighbour_is_found_in_two_true_steps(world):
-    """Prevents demonstrations that reason from a wrong place: the thought names a shield, points into its box, and the target hangs on that side of it."""
+    """Prevents demonstrations that reason from a wrong place: the thought names a shield and a point inside its box,
+    and the target does hang on the stated side of it."""
     rng, seen = random.Random(2), 0
     for _ in range(60):
         scene = data.hang(rng.sample(world.pictured(), 5), "shield", rng)
@@ -179,7 +193,8 @@ def test_a_neighbour_is_found_in_two_true_steps(world):
 
 
 def test_slips_are_shown_but_not_taught(env, world):
-    """Prevents teaching mistakes: of a demonstration that begins with a wrong gaze, the wrong gaze is not trained, the recovery is."""
+    """Prevents teaching mistakes: if a demonstration begins with a wrong gaze, that gaze is not trained, but the
+    recovery is."""
     qs = [q for q in data.questions(world, data.SFT_MIX, 300, "slips") if q.kind == "hop1" and q.setting == "normal" and len(q.scene.boxes) > 1]
     demos = [t for t in gog.play_scripts(env, qs, [gog.expert(q, random.Random(5), wrong_gaze=1.0) for q in qs]) if gog.gazes(t)[-1][1] > 0.9]
     slipped = 0
@@ -190,12 +205,14 @@ def test_slips_are_shown_but_not_taught(env, world):
         assert not any("<gaze> {} {} {} {}</gaze>".format(*box) in trained for box in wrong)
         assert t.correct and all("<gaze> {} {} {} {}</gaze>".format(*box) in trained for box in right) and ": no, " in trained
         slipped += bool(wrong)
-    assert slipped > 10 and len(demos) > 0.9 * len(qs)  # a gaze at bare wall may find, by luck, a town of the wanted look
+    # a gaze at bare wall may by chance find a town that looks as wanted
+    assert slipped > 10 and len(demos) > 0.9 * len(qs)
 
 
 def test_the_plan_names_the_searches_in_order(env, world):
-    """Prevents a plan that misleads: what it lists, from its end, is what is then searched for, one relation a search, and it is one shorter
-    after each. And no gaze that comes behind a plan: what stood between a look and its gaze made it miss (results/trials.md)."""
+    """Prevents a misleading plan: read from its end, it lists the relations that are then searched for, one per search,
+    and it is one shorter after each. Also prevents a plan between a look and its gaze, which made gazes miss
+    (results/trials.md)."""
     qs = [q for q in data.questions(world, data.RL_MIX, 60, "plan") if len(q.chain) > 1]
     for q, t in zip(qs, gog.play_scripts(env, qs, [gog.expert(q, random.Random(0)) for q in qs])):
         searched = [turn.argument for turn in t.turns if turn.kind == "search"]
@@ -207,7 +224,7 @@ def test_the_plan_names_the_searches_in_order(env, world):
 
 
 class Pointer:
-    """A policy's stand-in that takes everything for a red round shield, and looks at one box."""
+    """Stands in for gog.respond: it takes every target for a red round shield and always gazes at the same box."""
     def __init__(self, box):
         self.box = box
 
@@ -216,8 +233,8 @@ class Pointer:
 
 
 def test_slips_begin_where_the_policy_looked_in_vain(env, world, policy, monkeypatch):
-    """Prevents recoveries from mistakes that nobody makes: a box is a miss only where it does not lie on the target; the expert begins right
-    there with what the policy took it for, and then reads the picture anew."""
+    """Prevents recoveries from mistakes that nobody makes: a box is a miss only if it does not lie on the target. The
+    expert then begins with the policy's box and with the look that the policy named, and goes on with the true look."""
     monkeypatch.setattr(gog, "respond", Pointer((3, 36, 30, 63)))
     qs = [q for q in data.questions(world, data.SFT_MIX, 300, "misses") if q.kind == "hop1" and q.setting == "normal" and len(q.scene.boxes) > 1]
     missed, reread = grpo.misses(policy, env, qs, rows=7), 0
@@ -232,7 +249,8 @@ def test_slips_begin_where_the_policy_looked_in_vain(env, world, policy, monkeyp
 
 
 def test_left_to_right_is_column_by_column():
-    """Prevents an order that jitter decides: whatever shift and size boxes have within the cells of a grid, they come column by column, from the top."""
+    """Prevents an order that depends on jitter: whatever offset and size boxes have within the cells of a grid, they
+    are sorted column by column, each column from the top."""
     rng = random.Random(0)
     for _ in range(200):
         n, places = rng.choice((3, 4)), {}
@@ -244,8 +262,9 @@ def test_left_to_right_is_column_by_column():
 
 
 def test_a_hit_is_held_to_what_the_question_says(env, world):
-    """Prevents giving up the right shield for a wrong guess: asked for "the round shield", the colour is the policy's own guess, so the thought names
-    the shape before it, and what was found is compared by shape only; likewise by colour."""
+    """Prevents giving up the right shield because of a wrong guess. If the question says "the round shield", the colour
+    in the thought is only a guess: the thought names the shape first, and the hit is compared by shape only. If it says
+    "the red shield", the hit is compared by colour only."""
     qs, seen = [q for q in data.questions(world, [("hop1", "normal", 1)], 150, "stated") if q.pointed_by[0] in ("colour", "shape")], set()
     for q, t in zip(qs, gog.play_scripts(env, qs, [gog.expert(q, random.Random(0)) for q in qs])):
         colour, shape = q.phrases[0].split()
@@ -257,8 +276,9 @@ def test_a_hit_is_held_to_what_the_question_says(env, world):
 
 
 def test_a_flag_fits_by_any_of_its_colours(env, policy):
-    """Prevents giving up the right flag because it was seen by its second colour: the expert names any of its colours, where the question names none, and takes a hit whose caption has that
-    colour anywhere; one whose caption has not is refused, and a look-alike is still held to all of its colours."""
+    """Prevents giving up the right flag because its second colour was named. Where the question names no colour, the
+    expert may name any colour of the flag, and accepts a hit whose caption has that colour anywhere. A hit without it
+    is refused, a look-alike must still match all colours, and the colour of a shield's charges does not count."""
     world = data.open_world(str(Path(__file__).parents[1] / "worlds" / "countries"))
     flags = tools.Environment(env.v, tools.make_toolbox(world), policy.config)
     qs = data.questions(world, [("hop1", "normal", 2), ("hop1", "alike", 1)], 90, "flags")
@@ -277,7 +297,8 @@ def test_a_flag_fits_by_any_of_its_colours(env, policy):
 
 
 def test_comparing_stops_at_the_first_part_that_differs():
-    """Prevents a verdict over five words at once, which is luck of the run (results/trials.md): one verdict a part, none behind a no, the last one is the whole's."""
+    """Prevents one verdict over five words at once, which is learnt by luck only (results/trials.md): there is one
+    verdict per part, none after a "no", and the last one is the verdict on the whole."""
     parts = ("red round", "blue round", "red square"), ("1 tower", "2 towers", "1 star")
     shields = [f"{look}, {detail}" for look in parts[0] for detail in parts[1]]
     for wanted, seen in itertools.product([*shields, *parts[0]], [*shields, *parts[0]]):
@@ -291,7 +312,8 @@ def test_comparing_stops_at_the_first_part_that_differs():
 @pytest.mark.parametrize("question, where, says", [("What is the capital of the flag?", "gaze.png", ""), ("why " * 400, "gaze.png", "at most 300"),
                                                    ("What is the capital of the flag?", "no/../picture.png/gaze.png", "error: ")])
 def test_one_picture_one_question(tmp_path, monkeypatch, capsys, vocabulary, policy, question, where, says):
-    """Prevents a command line that only its author can use: it answers and leaves a picture, or says in one line what is wrong."""
+    """Prevents a command line that only its author can use: it answers and saves a picture, or exits with code 2 and
+    says what is wrong."""
     save(policy, tmp_path / "rl.safetensors", tokenizer=vocabulary.text)
     Image.new("RGB", (60, 40), (200, 30, 40)).save(tmp_path / "picture.png")
     monkeypatch.setattr("sys.argv", ["gog.py", str(tmp_path / "picture.png"), question, "--world", "worlds/countries", "--checkpoint", str(tmp_path / "rl.safetensors"),
@@ -310,7 +332,8 @@ def press_ctrl_c(_):
 
 
 def test_questions_one_by_one(tmp_path, monkeypatch, capsys, vocabulary, policy):
-    """Prevents a session that forgets the second question, or ends with a traceback where the input does."""
+    """Prevents an interactive session that forgets the second question, or ends with a traceback at the end of the
+    input or at Ctrl-C."""
     save(policy, tmp_path / "rl.safetensors", tokenizer=vocabulary.text)
     Image.new("RGB", (60, 40), (200, 30, 40)).save(tmp_path / "picture.png")
     monkeypatch.setattr("sys.argv", ["gog.py", str(tmp_path / "picture.png"), "--world", "worlds/countries", "--checkpoint", str(tmp_path / "rl.safetensors"), "--save", str(tmp_path / "gaze.png"), "--html", str(tmp_path / "page.html")])
@@ -319,9 +342,10 @@ def test_questions_one_by_one(tmp_path, monkeypatch, capsys, vocabulary, policy)
     printed = capsys.readouterr().out
     assert all(q in printed and q in (tmp_path / "page.html").read_text(encoding="utf-8") for q in ("What is the capital?", "How many flags are red?"))
     told = [json.loads(line)["doubts"] for line in (tmp_path / "page.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert len(told) == 2 and all(f"not reliable: {why}" in printed for why in told if why) and any(told)  # an untrained policy is to be doubted, on the page as in the terminal
+    # doubts about an untrained policy's answers are shown both on the page and in the terminal
+    assert len(told) == 2 and all(f"not reliable: {why}" in printed for why in told if why) and any(told)
     monkeypatch.setattr("builtins.input", press_ctrl_c)
-    gog.main()  # Ctrl-C ends it as Enter does
+    gog.main()  # Ctrl-C ends the session as an empty line does
 
 
 @pytest.mark.parametrize("turns, doubt", [
@@ -332,14 +356,16 @@ def test_questions_one_by_one(tmp_path, monkeypatch, capsys, vocabulary, policy)
     ([("search", "river Brenna", "In Brenna the river is Ilm."), ("answer", "red", "")], ""), ([("search", "river Brenna", "In Brenna the river is Ilm.")], "without an answer"),
     ([("glance", "", "nothing found")], "without an answer")])
 def test_a_doubtful_answer_is_called_doubtful(turns, doubt):
-    """Prevents made-up answers that look like found ones, warnings at every answer, and a second reason where there is no answer."""
+    """Prevents made-up answers that look like found ones, a warning at every answer, and, where there is no answer, the
+    warning that it does not occur in any result."""
     t = tools.Trajectory(None, turns=[tools.Turn(kind, argument, observation=found) for kind, argument, found in turns])
     assert doubt in gog.doubts(t) and bool(gog.doubts(t)) == bool(doubt) and (doubt != "without an answer" or "occur" not in gog.doubts(t))
 
 
 @pytest.mark.parametrize("name", ["sft", "rl"])
 def test_the_policies_that_come_with_the_code_answer(name, env, world):
-    """Prevents shipping weights that the code can no longer read, or to which it speaks another language than they have learnt."""
+    """Prevents shipping weights that the code can no longer read, or that were trained with other prompts or formats
+    than it uses now: both policies answer more than 70 % of simple questions right."""
     policy, v = load(Path(__file__).parent.parent / "policies" / f"{name}.safetensors")
     speaks = tools.Environment(v, env.toolbox, policy.config)
     tries = gog.evaluate(policy, speaks, data.questions(world, gog.SUITES["plain"], 60, "shipped", ("test",)))

@@ -14,7 +14,7 @@ from model import PRESETS, Cache, CheckpointError, ModelConfig, NotFinite, Polic
 
 
 def test_causal(policy):
-    """Prevents a mask that leaks: changing a later token must not move an earlier hidden state."""
+    """Prevents a mask that leaks: changing a later token must not change an earlier hidden state."""
     a = torch.randint(20, 300, (2, 12))
     b = a.clone()
     b[:, 8:] = 7
@@ -24,7 +24,8 @@ def test_causal(policy):
 
 
 def test_cached_ragged_equals_uncached(policy):
-    """Prevents the classic rollout bug: rows of different length fed in ragged chunks must see what a plain forward sees."""
+    """Prevents the classic rollout bug: rows of different length, read into the cache in chunks of different length,
+    must have the hidden states of a plain forward pass."""
     generator = torch.Generator().manual_seed(1)
     rows = [torch.randint(20, 300, (n,), generator=generator) for n in (17, 9, 13)]
     cache, got, at = Cache(policy.config, 3, 32, "cpu", torch.float32), [[], [], []], [0, 0, 0]
@@ -42,7 +43,8 @@ def test_cached_ragged_equals_uncached(policy):
 
 
 def test_packed_sequences_do_not_see_their_neighbours(policy):
-    """Prevents a training row in which a trajectory reads the one before it: by attention, by positions that count on, by smear, or by its pictures."""
+    """Prevents a packed row in which a trajectory sees the one before it: by attention, by positions that are not
+    counted from 0 again, by smear, or by its pictures."""
     n, image, lengths = policy.config.image_tokens, 2, [policy.config.image_tokens + 5, 2, 9, 1, policy.config.image_tokens + 3]
     ids, pictures = torch.randint(20, 300, (1, sum(lengths))), torch.randint(0, 255, (2, 3, policy.config.picture, policy.config.picture), dtype=torch.uint8)
     ids[0, 2:n + 2], ids[0, -n:] = image, image
@@ -53,7 +55,8 @@ def test_packed_sequences_do_not_see_their_neighbours(policy):
 
 
 def test_grouped_cache_rows(policy):
-    """Prevents mixed-up rows: `take` must carry keys, values and lengths of exactly the rows asked for, in order, and `put` bring them back."""
+    """Prevents mixed-up rows: `take` must copy keys, values and lengths of exactly the rows asked for, in order, and
+    `put` must write them back to the right rows."""
     ids = torch.randint(20, 300, (3, 6))
     with torch.no_grad():
         cache = Cache(policy.config, 3, 16, "cpu", torch.float32)
@@ -63,14 +66,15 @@ def test_grouped_cache_rows(policy):
         for row, source in enumerate((2, 2, 0, 0)):
             want = policy(torch.cat([ids[source], new[row]])[None])[0, -1]
             torch.testing.assert_close(got[row], want, atol=1e-5, rtol=1e-4)
-        cache.put(torch.tensor([0, 2]), part.take(torch.tensor([3, 1])))  # row 1 has not gone on; 0 and 2 have read one more
+        # row 1 has read nothing new; rows 0 and 2 have read one more token
+        cache.put(torch.tensor([0, 2]), part.take(torch.tensor([3, 1])))
         got, last = policy(torch.full((3, 1), 7), cache=cache)[:, 0], torch.tensor([7])
         for row, said in enumerate((torch.cat([ids[0], new[3], last]), torch.cat([ids[1], last]), torch.cat([ids[2], new[1], last]))):
             torch.testing.assert_close(got[row], policy(said[None])[0, -1], atol=1e-5, rtol=1e-4)
 
 
 def test_pictures_fill_their_placeholders_in_order(policy):
-    """Prevents swapped pictures in a batch: row i must see picture i, also when another row has none."""
+    """Prevents swapped pictures in a batch: every row must see its own picture, also when a row in between has none."""
     n, image = policy.config.image_tokens, 2
     pictures = torch.randint(0, 255, (2, 3, policy.config.picture, policy.config.picture), dtype=torch.uint8)
     ids = torch.full((3, n + 2), 30)
@@ -84,7 +88,8 @@ def test_pictures_fill_their_placeholders_in_order(policy):
 
 
 def test_a_patch_begins_as_loud_as_its_place(world):
-    """Prevents eyes that learn late: as PyTorch begins convolutions, what a patch shows was 180 times quieter than where it is."""
+    """Prevents a vision encoder that learns late: with PyTorch's default initialisation of convolutions, patch features
+    were 180 times smaller than position embeddings."""
     torch.manual_seed(0)
     vision = Policy(ModelConfig()).vision
     walls = [to_array(q.scene.picture(), 128) for q in data.questions(world, gog.SUITES["crowd"], 4, "loudness")]
@@ -93,8 +98,9 @@ def test_a_patch_begins_as_loud_as_its_place(world):
 
 
 def test_smear_mixes_words_and_leaves_pictures_alone(policy):
-    """Prevents blurred sight: what enters the decoder is word + W [words before], spelt out in a loop, and image tokens untouched (mixed
-    with their neighbours, they cost half of all boxes: 43 % of shields found instead of 97 %)."""
+    """Prevents blurred image tokens: what enters the decoder is word + W [words before], recomputed here in a loop,
+    while image tokens are unchanged. (When they were mixed with their neighbours, 43 % of shields were found instead of
+    97 %.)"""
     n, before, image, seen = policy.config.image_tokens, policy.config.smear, 2, []
     picture = torch.randint(0, 255, (1, 3, policy.config.picture, policy.config.picture), dtype=torch.uint8)
     ids = torch.tensor([[30, *[image] * n, 41, 52, 63, 74]])
@@ -109,7 +115,7 @@ def test_smear_mixes_words_and_leaves_pictures_alone(policy):
 
 
 def test_rope_is_relative(policy):
-    """Prevents a rotary embedding that depends on absolute position: attention scores must only know distances."""
+    """Prevents a rotary embedding that depends on absolute positions: attention scores may depend on distances only."""
     from model import rope_table, rotate
     q, k = torch.randn(1, 1, 1, 16), torch.randn(1, 1, 1, 16)
     score = lambda i, j: (rotate(q, rope_table(torch.tensor([[i]]), 16, 1e4)) * rotate(k, rope_table(torch.tensor([[j]]), 16, 1e4))).sum()
@@ -118,7 +124,8 @@ def test_rope_is_relative(policy):
 
 
 def test_pick_scores_what_it_samples():
-    """Prevents a ratio other than 1: the log-probability must be that of the distribution sampled from, mask and temperature included."""
+    """Prevents a ratio other than 1: the log-probability must be that of the distribution sampled from, mask and
+    temperature included."""
     logits = torch.tensor([[2.0, 1.0, 0.0, 5.0]]).expand(20000, 4)
     allowed = torch.tensor([[True, True, True, False]])
     ids, logp = pick(logits, 0.5, allowed, torch.Generator().manual_seed(0))
@@ -129,7 +136,8 @@ def test_pick_scores_what_it_samples():
 
 
 def test_checkpoint_round_trip_and_refusals(tmp_path, policy, vocabulary):
-    """Prevents silent damage: weights survive bit for bit; another shape, a tokenizer of another size (or none, or a broken one), a torn file, and a weight that is no number are refused in one line."""
+    """Prevents silent damage: weights survive saving and loading bit for bit. A file of another shape, with a tokenizer
+    of another size, a broken one or none, and a torn file are refused; a weight that is not finite is not saved."""
     path, tokenizer = tmp_path / "p.safetensors", vocabulary.text
     save(policy, path, tokenizer=tokenizer)
     again, v = load(path)
@@ -159,7 +167,8 @@ def test_presets_have_the_advertised_size():
 
 
 def test_logits_equal_those_of_transformers(policy):
-    """Prevents a model that only looks like Llama and SigLIP: the public implementations, given our weights, give our numbers."""
+    """Prevents a model that only looks like Llama and SigLIP: the public implementations, given our weights, give our
+    numbers."""
     hf = pytest.importorskip("transformers")
     c = ModelConfig(**{**PRESETS["tiny"], "vocab": 300, "smear": 0, "stem": False})
     torch.manual_seed(0)

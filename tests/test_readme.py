@@ -1,4 +1,4 @@
-"""What the README claims, held against the committed results and the source."""
+"""Compares the claims of README with the committed results and the source."""
 import re
 import shlex
 from dataclasses import fields
@@ -20,7 +20,8 @@ def tables(text):
 
 
 def test_tables_and_numbers_are_those_of_the_csv():
-    """Prevents a table that was typed, rounded twice, or left behind by a new run, and a number in the text that was true once: python tests/readme.py makes them, from results/ and the source."""
+    """Prevents a table or number in README that was typed by hand, rounded twice, or left behind by a new run: python
+    tests/readme.py makes them from results/ and the source."""
     assert filled(README) == README
     assert set(readme.TABLES) == set(readme.BLOCK.findall(README)) and set(readme.NUMBERS) == {name for name, _ in readme.NUMBER.findall(README)}
 
@@ -32,7 +33,8 @@ TRIALS = (ROOT / "results" / "trials.md").read_text(encoding="utf-8")
     (r"crowds (\d+) instead of (\d+) %", r"crowded walls (\d+) -> (\d+) %"), (r"\+([\d.]+) points on themselves, \+([\d.]+) on others", r"\(\+([\d.]+)\), on 400 others.*?\(together \+([\d.]+)\)"),
     (r"the right shield (\d+) instead of (\d+) %", r"(?=the right shield .*? (\d+) % with one)the right shield (\d+) % of the time"), (r"\(trials, (\w+)\)", r"\| (8e1446f) \|")])
 def test_what_was_tried_is_in_the_trials(told, tried):
-    """Prevents an expected effect that nobody has measured: numbers of exercises and answers stand in results/trials.md."""
+    """Prevents README from promising an effect that nobody has measured: numbers in its exercises and answers are those
+    of results/trials.md."""
     assert re.search(told, README).groups() == re.search(tried, TRIALS).groups()
 
 
@@ -43,7 +45,7 @@ def test_commands_are_understood(command):
 
 
 def test_code_that_it_quotes_is_in_the_source():
-    """Prevents a walk through lines that are no longer there."""
+    """Prevents a walk through code that is no longer there: every line that README quotes is in the source."""
     quoted = re.findall(r"```python\n# (\w+\.py), ([\w.]+)\n(.*?)```", README, re.S)
     assert len(quoted) > 5
     for file, name, code in quoted:
@@ -53,7 +55,8 @@ def test_code_that_it_quotes_is_in_the_source():
 
 
 def test_every_column_is_explained():
-    """Prevents a table whose columns nobody explains: all metrics of results.csv and all columns of the csv that a run leaves stand in the glossary."""
+    """Prevents a table whose columns nobody explains: README's glossary has all metrics of results.csv and all columns
+    of the csv files of the three training stages."""
     (rows,) = [rows for head, rows in tables(README) if head == ["metric", "where", "what it is"]]
     told = " ".join(name for name, *_ in rows).replace("no / single / mixed_search", "no_search single_search mixed_search").replace("answer / search / glance / gaze / malformed_share", "answer_share search_share glance_share gaze_share malformed_share")
     names = set(re.findall(r"[\w /]+", told.replace(",", " ").replace("`", " "))) | set(re.findall(r"\w+", told)) | {"iou"}
@@ -63,15 +66,18 @@ def test_every_column_is_explained():
 
 
 def test_line_counts():
-    """Prevents "small enough to read in an evening" from growing in silence: lines that are neither blank, comment nor docstring; none of the six files over 400."""
+    """Prevents the code from silently outgrowing "small enough to read in an evening": the six files have less than
+    2,400 lines of code (neither blank, comment nor docstring), and none has more than 400."""
     lines = readme.code_lines()
     assert sum(lines.values()) < 2400 and max(lines.values()) <= 400, lines
 
 
 def test_what_it_names_is_there():
-    """Prevents pointing at a test, a flag, a picture or a file that has been renamed or removed, and a text that was never finished."""
+    """Prevents README from naming a test, a flag, a picture or a file that has been renamed or removed, and from
+    containing unfinished text."""
     assert not re.search("TODO|PROSE", README)
-    flags = {"--" + f.name.replace("_", "-") for f in fields(train.Args)} | {f"--no-{f.name}" for f in fields(train.Args) if f.type is bool} | {"--checkpoint", "--html", "--save"} | {"--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--shutdown-timeout"}  # gog.py's, data.py's; torchrun's
+    # flags of train.py; of gog.py and data.py; of torchrun
+    flags = {"--" + f.name.replace("_", "-") for f in fields(train.Args)} | {f"--no-{f.name}" for f in fields(train.Args) if f.type is bool} | {"--checkpoint", "--html", "--save"} | {"--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--shutdown-timeout"}
     assert set(re.findall(r"`(--[\w-]+)", README)) <= flags
     tests = "".join(p.read_text(encoding="utf-8") for p in (ROOT / "tests").glob("test_*.py"))
     named = set(re.findall(r"`(test_\w+)`", README))

@@ -1,4 +1,4 @@
-"""The page to look at: report.html."""
+"""Tests of the page report.html."""
 import json
 import random
 import re
@@ -18,7 +18,8 @@ HOSTILE = "</script><script>document.title = 'broken'</script><img src='http://e
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory, env, world, policy):
-    """(path, what it should tell): two questions, one of them hostile, each with a policy's try and the expert's, and a world whose captions are hostile, too."""
+    """(path of the page, its entries, their trajectories): two questions, each answered by the expert and by a policy.
+    The text of the second question and one caption in an observation are hostile."""
     qs = [replace(q, text=HOSTILE) if n else q for n, q in enumerate(data.questions(world, [("hop1", "normal", 1)], 2, "report"))]
     tries = [gog.play_scripts(env, qs, [gog.expert(q, random.Random(0)) for q in qs]), gog.rollout(policy, env, qs, temperature=0.0)]
     tries[0][0].turns[0].observation = f"97 {qs[0].scene.entities[0].name}: {HOSTILE} | 80 nobody: nothing"
@@ -32,7 +33,8 @@ def report(tmp_path_factory, env, world, policy):
 
 
 def test_a_report_says_what_was_done(report):
-    """Prevents a viewer that shows other tokens, boxes or rewards than the trajectory had; and jsonl that tells something else than the page."""
+    """Prevents a page that shows other tokens, turns or results than the trajectory had, and a jsonl that differs from
+    the page."""
     path, told, tries = report
     page = path.read_text(encoding="utf-8")
     inside = json.loads(re.search(r'id="data">(.*?)</script>', page, re.S)[1])
@@ -48,15 +50,17 @@ def test_a_report_says_what_was_done(report):
 
 
 def test_no_text_becomes_markup(report):
-    """Prevents a report in which a fact or an answer runs as a script, and one that asks the network for anything."""
+    """Prevents a report in which a fact or an answer runs as a script, and a page that loads anything from the
+    network."""
     page = report[0].read_text(encoding="utf-8")
     assert page.count("</script>") == page.count("<script") == 2 and "<img src" not in page and HOSTILE not in page
     assert "innerHTML" not in page and "default-src 'none'" in page
-    assert not re.findall(r"https?://", re.sub(r'id="data">.*?</script>', "", page, flags=re.S).replace("http://www.w3.org/2000/svg", ""))  # that is a name, not an address
+    # the one that is left out is the name of a format and is never opened
+    assert not re.findall(r"https?://", re.sub(r'id="data">.*?</script>', "", page, flags=re.S).replace("http://www.w3.org/2000/svg", ""))
 
 
 def test_a_long_report_stays_small(tmp_path, env, world):
-    """Prevents a page that no phone opens: 200 trajectories about 66 pictures stay under 10 MB."""
+    """Prevents a page that is too large for a phone: 200 trajectories about 66 questions stay under 10 MB."""
     qs, pictures = data.questions(world, gog.DEV_MIX, 66, "large"), {}
     tries = gog.play_scripts(env, qs, [gog.expert(q, random.Random(0)) for q in qs])
     told = [dict(key=f"{n}", suite="facts", policy=who, reward=1.0, advantage=None, **gog.record(t, world, env.v, pictures)) for who in ("base", "sft", "rl", "again") for n, t in enumerate(tries)][:200]
@@ -72,7 +76,8 @@ def browse(page, folder, *flags):
 
 @pytest.mark.skipif(not CHROMIUM, reason="needs Chromium")
 def test_it_fits_a_phone_and_heeds_keys(report, tmp_path):
-    """Prevents a page that must be pushed sideways: in a frame as wide as a phone nothing but tables and the row of cards is wider than it. And keys, buttons and filters that do nothing."""
+    """Prevents a page that must be scrolled sideways: in a frame as wide as a phone, the page as a whole is no wider
+    than the frame. Also prevents keys and buttons that do nothing."""
     wrapper, text = tmp_path / "wrapper.html", json.dumps(report[0].read_text(encoding="utf-8")).replace("<", "\\u003c")
     wrapper.write_text("""<iframe width=375 height=800 style="border: 0"></iframe><script>
         const frame = document.querySelector("iframe");
@@ -93,7 +98,8 @@ def test_it_fits_a_phone_and_heeds_keys(report, tmp_path):
 
 @pytest.mark.skipif(not CHROMIUM, reason="needs Chromium")
 def test_a_browser_opens_it(report, tmp_path):
-    """Prevents a page that is blank, or broken by what it shows: a browser draws two cards side by side, the hostile question as text, and asks the network for nothing."""
+    """Prevents a page that is blank, or broken by its content: a browser draws two cards and the curves, shows hostile
+    text as text, and never asks for the address in it."""
     dom = browse(report[0], tmp_path / "user", f"--log-net-log={tmp_path / 'net.json'}").split('id="data"')[0]
     assert "example.invalid" not in (tmp_path / "net.json").read_text(encoding="utf-8")
     assert dom.count('<article class="card">') == 2 and '<h1 id="title">a title</h1>' in dom and "<title>Glance or Gaze: report</title>" in dom
@@ -101,10 +107,12 @@ def test_a_browser_opens_it(report, tmp_path):
 
 
 def test_intervals_are_those_of_a_textbook():
-    """Prevents error bars that are too short: three seeds of 50, 60 and 70 % have a mean of 60 +- 4.30 * 10 / sqrt(3); one seed, 150 of 300 right, is 50 +- 5.66, the mean of six such suites 50 +- 2.31. And a gain
-    that is not taken seed by seed: over SFT's 40, 45 and 65 % it is 10, 15 and 5, so 10 +- 4.30 * 5 / sqrt(3)."""
+    """Prevents error bars that are too short: three seeds of 50, 60 and 70 % have a mean of 60 +- 4.30 * 10 / sqrt(3);
+    one seed with 150 of 300 right has 50 +- 5.66, and the mean of six such suites 50 +- 2.31. Also prevents a gain that
+    is not computed seed by seed: over SFT's 40, 45 and 65 % it is 10, 15 and 5, so 10 +- 4.30 * 5 / sqrt(3)."""
     row = lambda name, seed, value: [dict(row=name, seed=str(seed), suite=suite, metric="accuracy", value=str(value), n="300") for suite in gog.SUITES]
-    sizes = [dict(row="one", seed=seed, suite="facts", metric="accuracy_small", value=value, n=n) for seed, value, n in (("0", "0.5", "30"), ("0", "1.0", "10"), ("1", "0.125", "8"))]  # 25 of 40, 1 of 8
+    # seed 0: 25 of 40 right, seed 1: 1 of 8
+    sizes = [dict(row="one", seed=seed, suite="facts", metric="accuracy_small", value=value, n=n) for seed, value, n in (("0", "0.5", "30"), ("0", "1.0", "10"), ("1", "0.125", "8"))]
     told = gog.grid_tables({"main": ["three", "one", "none"]}, [*row("three", 0, .5), *row("three", 1, .6), *row("three", 2, .7), *row("one", 0, .5), *row("none", 0, .5)[1:], *row("sft", 0, .4), *row("sft", 1, .45), *row("sft", 2, .65), *sizes], {"one": 53.2})
     cells = {line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ")[1:] for line in told.splitlines() if line.startswith("|")}
     assert cells["three"] == ["", *["60.0 +- 24.8"] * 7, "10.0 +- 12.4", "", "", "", "3"] and cells["one"] == ["53.2", *["50.0 +- 5.7"] * 6, "50.0 +- 2.3", "10.0 +- 3.2", "37.5", "", "", "1"]

@@ -1,4 +1,5 @@
-"""The held-out suites are frozen: `python tests/test_suites.py` writes results/suites.json anew; whoever does that must measure every row anew, too."""
+"""The held-out suites are frozen. `python tests/test_suites.py` writes results/suites.json anew; whoever does that must
+also measure every row anew."""
 import hashlib
 import json
 import sys
@@ -16,7 +17,8 @@ WORLDS = {"heraldry": "heraldry", "countries": str(ROOT / "worlds" / "countries"
 
 
 def fingerprint(world, name):
-    """How many questions a suite has, and a hash over all that they are: words, answers, walls, what hangs where, and what the tools know."""
+    """The number of questions in a suite, and a hash of all of them: texts, answers, walls, what hangs where, and the
+    facts of the entities shown."""
     searched, qs = gog.suite(world, name)
     told = [(q.text, q.answers, q.scene.seed, q.scene.boxes, [e.name for e in q.scene.entities], [searched.entities[e.name].facts for e in q.scene.entities]) for q in qs]
     return {"questions": len(qs), "sha256": hashlib.sha256(json.dumps(told).encode()).hexdigest()}
@@ -24,7 +26,8 @@ def fingerprint(world, name):
 
 @pytest.mark.parametrize("world", WORLDS)
 def test_the_suites_are_those_that_were_measured(world):
-    """Prevents results of different questions side by side in one table: whatever changes a suite, even by one word, is noticed."""
+    """Prevents one table from mixing results of different questions: any change to the questions of a suite, even of
+    one word, is noticed."""
     frozen = json.loads(FROZEN.read_text(encoding="utf-8"))[world]
     opened = data.open_world(WORLDS[world])
     assert {name: fingerprint(opened, name) for name in gog.SUITES} == frozen

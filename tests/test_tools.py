@@ -1,4 +1,4 @@
-"""Tools are offline, deterministic and real. Each test's docstring names the bug it prevents."""
+"""The tools are offline, deterministic and exact."""
 import random
 import socket
 
@@ -12,7 +12,7 @@ import tools
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch):
-    """A tool that quietly asks the web."""
+    """Prevents a tool that quietly asks the web."""
     def refuse(*_, **__):
         raise AssertionError("a tool opened a socket")
     monkeypatch.setattr(socket, "socket", refuse)
@@ -45,7 +45,7 @@ def scene(entities):
 
 @pytest.mark.parametrize("size", [(384, 384), (640, 200), (37, 91)])
 def test_crop_cuts_the_pixels_that_data_means(size):
-    """A second, slightly different conversion from percent to pixels; width and height swapped."""
+    """Prevents a second, slightly different conversion from percent to pixels, and swapped width and height."""
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3), np.uint8))
     for box in [(10, 20, 55, 90), (0, 0, 99, 99), (33, 7, 47, 12)]:
         assert tools.crop(picture, box).tobytes() == picture.crop([round(v * size[k % 2] / 100) for k, v in enumerate(box)]).tobytes()
@@ -55,19 +55,21 @@ def test_crop_cuts_the_pixels_that_data_means(size):
 @pytest.mark.parametrize("box", [(-1, 0, 50, 50), (0, 0, 100, 50), (50, 10, 20, 40), (10, 50, 40, 20), (10, 10, 10, 40),
                                  (10, 10, 12, 40)])
 def test_crop_refuses_bad_boxes(box):
-    """An inverted, empty, tiny or outside box crashes Pillow, or comes back as a black picture that looks like a result."""
+    """Prevents a box that is inverted, empty, too small or outside from crashing Pillow, or from giving a black picture
+    that looks like a result."""
     with pytest.raises(tools.ToolError):
         tools.crop(Image.new("RGB", (200, 100)), box)
 
 
 def test_crop_refuses_less_than_a_pixel():
-    """Three percent of a tiny picture is no pixel at all: an empty crop reaches the model."""
+    """Prevents an empty crop from reaching the model: four percent of a tiny picture is less than half a pixel."""
     with pytest.raises(tools.ToolError):
         tools.crop(Image.new("RGB", (8, 8)), (0, 0, 4, 4))
 
 
 def test_descriptors_have_length_one_and_ignore_their_batch(entities):
-    """Similarities above 1; a picture that is described differently next to other pictures (65 crosses the chunk of 64)."""
+    """Prevents similarities above 1, and a picture that is described differently next to other pictures (68 pictures
+    are more than one batch of 64)."""
     plain = [Image.new("RGB", (9, 9), c) for c in ("black", "white", (127, 127, 127))]
     pictures = [e.picture(50) for e in entities[:65]] + plain
     together = tools.describe(pictures)
@@ -78,7 +80,8 @@ def test_descriptors_have_length_one_and_ignore_their_batch(entities):
 
 
 def test_image_index_agrees_with_a_plain_loop(entities, scene, monkeypatch):
-    """Framings counted as other entities, one entity twice, or a block's hits under the names of another: reshape and sort errors that still return plausible hits."""
+    """Prevents reshape and sort errors that still return plausible hits: framings counted as other entities, one entity
+    twice, or hits of one block under the names of another."""
     monkeypatch.setattr(tools, "BLOCK", 7)
     items = [(e.name, e.blazon, e.picture(64)) for e in entities]
     alone, crops = {item[0]: tools.ImageIndex([item]).blocks[0] for item in items}, [tools.crop(scene.picture(), b) for b in scene.boxes]
@@ -91,7 +94,8 @@ def test_image_index_agrees_with_a_plain_loop(entities, scene, monkeypatch):
 
 
 def test_a_clean_crop_finds_its_entity_and_the_crowd_does_not(image_index, scene):
-    """A gaze that is no better than a glance, or a glance at a crowd that works: then there is nothing to learn."""
+    """Prevents gazes that are no better than a glance, and a glance at a crowd that works: there would be nothing to
+    learn."""
     crops = [tools.crop(scene.picture(), b) for b in scene.boxes]
     assert [hits[0][1:] for hits in image_index.search(crops, 1)] == [(e.name, e.blazon) for e in scene.entities]
     crowd = image_index.search([scene.picture()], 1)[0][0]
@@ -99,7 +103,7 @@ def test_a_clean_crop_finds_its_entity_and_the_crowd_does_not(image_index, scene
 
 
 def test_a_glance_finds_a_lone_subject(image_index, entities):
-    """A subject that hangs small and off-centre on its wall is drowned by the wall."""
+    """Prevents a small, off-centre subject from being drowned by the wall around it."""
     rng = random.Random(1)
     scenes = [data.hang([e], "shield", rng, 1, (0.45, 0.75)) for e in entities[:20]]
     found = image_index.search([s.picture() for s in scenes], 1)
@@ -107,7 +111,7 @@ def test_a_glance_finds_a_lone_subject(image_index, entities):
 
 
 def test_index_of_nothing_and_of_one_and_of_namesakes(entities):
-    """k beyond the index, an empty index, and two entities of one name merged into one."""
+    """Prevents a crash for an empty index or for k beyond its size, and two entities of one name from being merged."""
     picture = entities[0].picture(40)
     assert tools.ImageIndex([]).search([picture], 3) == [[]]
     assert tools.TextIndex([]).search(["who"], 3) == [[]]
@@ -118,7 +122,7 @@ def test_index_of_nothing_and_of_one_and_of_namesakes(entities):
 
 
 def test_text_index_finds_every_fact(text_index, world):
-    """Names outweigh relations (or the reverse), so the right town comes with the wrong fact."""
+    """Prevents names that outweigh relations (or the reverse), so that the right town comes with the wrong fact."""
     asked = [(e.name, r, v) for e in world.pictured("test") for r, v in e.facts.items()]
     found = text_index.search([f"{n} {r}" for n, r, _ in asked], 2)
     gold = [{p.format(n=n, r=r, v=v) for p in tools.PASSAGES} for n, r, v in asked]
@@ -128,7 +132,8 @@ def test_text_index_finds_every_fact(text_index, world):
 
 
 def test_text_index_tells_near_names_and_reads_over_accents_and_typos():
-    """'Dröse' is not found as 'drose', 'Dröse' and 'Dröseln' are one, and one wrong letter finds nothing."""
+    """Prevents an index in which 'drose' does not find 'Dröse', in which 'Dröse' and 'Dröseln' are one, or in which one
+    wrong letter finds nothing."""
     index = tools.TextIndex([("Drosk", "The ruler of Drosk is D."), ("Dröse", "The river of Dröse is B."), ("Dröse", "The ruler of Dröse is C."),
                              ("Dröseln", "The ruler of Dröseln is A.")])
     for query in ("Dröse ruler", "DROSE RULER", "drose, ruler?"):
@@ -139,7 +144,9 @@ def test_text_index_tells_near_names_and_reads_over_accents_and_typos():
 
 
 def test_what_a_passage_is_about_outweighs_what_it_mentions():
-    """Twenty passages name Brazil as a neighbour, one tells Brazil's own: it was found by luck (oracle at 77 % on chains of real countries)."""
+    """Prevents passages that mention a name from outranking the one that is about it: twenty name Brazil as a
+    neighbour, one is about Brazil. (It used to be found by luck: the oracle was right on 77 % of chains of real
+    countries.)"""
     pages = [(f"Land{i}", f"The largest neighbour of Land{i} is Brazil.") for i in range(20)]
     pages.insert(13, ("Brazil", "The largest neighbour of Brazil is Argentina."))
     assert tools.TextIndex(pages).search(["Brazil largest neighbour"], 1)[0][0] == (1.0, "The largest neighbour of Brazil is Argentina.")
@@ -152,7 +159,7 @@ def _calls(scene):
 
 
 def test_toolbox_answers_a_batch_as_one_by_one(image_index, text_index, scene):
-    """Answers of a mixed batch handed to the wrong rollout; a crop with the wrong call."""
+    """Prevents answers of a mixed batch from going to the wrong rollout, and a crop from going to the wrong call."""
     calls = _calls(scene)
     box = tools.Toolbox(image_index, text_index)
     together, single = box.run(calls), [box.run([c])[0] for c in calls]
@@ -162,14 +169,15 @@ def test_toolbox_answers_a_batch_as_one_by_one(image_index, text_index, scene):
     e = scene.entities[0]
     assert together[0].text.split(" | ")[0].split(" ", 1)[1] == f"{e.name}: {e.blazon}" and together[0].text[:2].isdigit()
     assert e.facts["ruler"] in together[1].text
-    drawn = box.run([("glance", None, e.picture(64))])[0].text  # the very picture of the index: similarity 1, said in two digits
+    # the indexed picture itself: similarity 1, shown with two digits
+    drawn = box.run([("glance", None, e.picture(64))])[0].text
     assert drawn.startswith(f"99 {e.name}: ")
     assert together[14] == tools.Observation("bad box: empty or inverted", None, False)
     assert box.counts == {"search": 16, "glance": 3, "gaze": 14, "failed": 2}
 
 
 def test_nothing_found_is_said():
-    """An empty observation, which the policy cannot tell from a broken one."""
+    """Prevents an empty observation, which the policy could not tell from a broken one."""
     box = tools.Toolbox(tools.ImageIndex([]), tools.TextIndex([]))
     answers = box.run([("glance", None, Image.new("RGB", (9, 9))), ("search", "x", None)])
     assert [a.text for a in answers] == ["nothing found"] * 2
@@ -177,7 +185,8 @@ def test_nothing_found_is_said():
 
 
 def test_failures_are_seeded_counted_and_resumable():
-    """Failures that differ between runs of one seed, are off by a factor, or start again from the seed after a resume."""
+    """Prevents failures that differ between runs of one seed, are off by a factor, or depend on anything but the state
+    of the generator, which a resumed run sets anew."""
     def failures(box, n):
         return [not o.ok for o in box.run([("search", "ruler", None)] * n)]
     make = lambda seed: tools.Toolbox(tools.ImageIndex([]), tools.TextIndex([("A", "The ruler of A is B.")]), 0.05, seed)
@@ -193,7 +202,8 @@ def test_failures_are_seeded_counted_and_resumable():
 @pytest.mark.parametrize("n", (0, 1, 5, 255, 257, 3000))
 @pytest.mark.parametrize("values", (3, 10**6))
 def test_the_best_are_those_of_a_full_sort(n, values):
-    """Prevents a bound that cuts off one of the best (they may all stand together), and ties told in another order than that of the index."""
+    """Prevents a search for the best k that loses one of them (they may all stand side by side), or that lists ties in
+    another order than the index."""
     scores = np.random.default_rng(n).integers(0, values, n).astype(np.float32)
     scores[n // 2:n // 2 + 4] = values  # side by side
     for k in (0, 1, 2, 5):

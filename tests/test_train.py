@@ -34,7 +34,8 @@ def run(*flags, cwd=ROOT, timeout=150, program=ROOT / "train.py"):
 
 
 def test_both_stages_from_nothing(tmp_path):
-    """Prevents a quick start that does not start: --stage rl alone trains base, SFT and RL, and says so; nothing but the run folder is written, and no socket is opened (offline.py)."""
+    """Prevents a quick start that does not start: --stage rl alone trains the base model, SFT and RL, and says so. Only
+    the run folder is written, no socket is opened (offline.py), and --resume leaves a finished stage alone."""
     done = run("--stage", "rl", *TINY, "--curriculum", "fresh", "--out", "run", cwd=tmp_path, program=ROOT / "tests" / "offline.py")
     assert done.returncode == 0, done.stderr
     assert "pretrain, then sft, then rl will run" in done.stderr
@@ -42,8 +43,10 @@ def test_both_stages_from_nothing(tmp_path):
     assert {f"{s}.{e}" for s in ("pretrain", "sft", "rl") for e in ("safetensors", "csv")} <= {p.name for p in (tmp_path / "run").iterdir()}
     rows = list(csv.DictReader(open(tmp_path / "run" / "rl.csv")))
     assert [int(r["step"]) for r in rows] == [0, 1, 2, 3] and all(0 <= float(r["reward"]) <= 1 for r in rows[:3])
-    assert [bool(r["development"]) for r in rows] == [True, False, True, True] and not rows[3]["reward"]  # the last update is followed by a look at the development split only
-    assert all(float(r["ratio_gap"]) < 1e-3 for r in rows[:3])  # one update a batch: what is trained on is what was sampled
+    # the last row is a validation without an update
+    assert [bool(r["development"]) for r in rows] == [True, False, True, True] and not rows[3]["reward"]
+    # one update per batch: the policy that is trained is the one that has sampled
+    assert all(float(r["ratio_gap"]) < 1e-3 for r in rows[:3])
     before, again = (tmp_path / "run" / "rl.safetensors").read_bytes(), run("--stage", "rl", *TINY, "--out", "run", "--resume", cwd=tmp_path)
     assert again.returncode == 0 and "rl is already done" in again.stderr and before == (tmp_path / "run" / "rl.safetensors").read_bytes()
 
@@ -54,7 +57,8 @@ def test_both_stages_from_nothing(tmp_path):
     (["--towns", "5"], "--towns 5"), (["--group", "0"], "--group 0"), (["--suite-size", "-1"], "--suite-size -1"), (["--rl-lr", "nan"], "--rl-lr nan"), (["--temperature", "0"], "--temperature 0.0"),
     (["--name", "sft"], "--name sft"), (["--stage", "reproduce", "--out", "x"], "--stage reproduce sets")])
 def test_mistakes_are_answered_in_one_line(tmp_path, monkeypatch, capsys, flags, says):
-    """Prevents a traceback for a user's mistake, or an answer that is buried under a list of flags: exit code 2 and one line that says what to do."""
+    """Prevents a traceback for a user's mistake, or a message that is buried under a list of flags: exit code 2, one
+    line that says what is wrong, and no file is written."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train.py", *flags])
     with pytest.raises(SystemExit) as stopped:
@@ -65,7 +69,8 @@ def test_mistakes_are_answered_in_one_line(tmp_path, monkeypatch, capsys, flags,
 
 
 def test_a_broken_checkpoint_is_not_overwritten(tmp_path, begun):
-    """Prevents destroying what can be mended: --stage rl with a torn SFT file stops with a clear line and leaves the file alone."""
+    """Prevents overwriting a file that might still be repaired: --stage rl with a torn SFT file stops with a clear line
+    and leaves the file alone."""
     begun(tmp_path / "run")
     torn = tmp_path / "run" / "sft.safetensors"
     torn.write_bytes(b"not a checkpoint")
@@ -74,7 +79,8 @@ def test_a_broken_checkpoint_is_not_overwritten(tmp_path, begun):
 
 
 def press_ctrl_c(monkeypatch, when):
-    """From now on Ctrl-C is pressed while a run logs a row for which when(run, row); returns how it logs else."""
+    """From now on, press Ctrl-C whenever a run logs a row for which when(run, row) is true. Returns the original
+    Run.log."""
     real = train.Run.log
 
     def interrupted(self, **row):
@@ -87,8 +93,10 @@ def press_ctrl_c(monkeypatch, when):
 
 
 def test_ctrl_c_saves_and_resume_is_exact(tmp_path, monkeypatch, capsys):
-    """Prevents a resume that loads weights only: 2 steps + Ctrl-C + resume + the rest = the unbroken run, bit for bit, for every stage (of RL with a policy that acts, tools that fail and
-    all that falls by lot; the training state at the end, too); and lost work: the step during which Ctrl-C is pressed is finished and saved, though no checkpoint was due."""
+    """Prevents a resume that loads weights only: for every stage, two steps + Ctrl-C + resume + the remaining steps
+    give the unbroken run, bit for bit, and the same training state at its end. (In RL the policy acts, tools fail, and
+    everything random is included.) Also prevents lost work: the step during which Ctrl-C is pressed is finished and
+    saved, in SFT even though no checkpoint is due. And a resume with another --group is refused."""
     monkeypatch.chdir(tmp_path)
     args = lambda *more: train.arguments([*TINY, "--sft-batch", "3", "--rl-steps", "3", "--failure-rate", "0.3", "--group", "4", "--rl-lr", "0.3", "--show-every", "9", "--rl-batch", "3", "--demos", "12", *more])
     whole, broken = args("--out", "whole"), args("--out", "broken")
@@ -124,7 +132,8 @@ def test_ctrl_c_saves_and_resume_is_exact(tmp_path, monkeypatch, capsys):
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), steps
         rows = [[{k: v for k, v in r.items() if "seconds" not in k} for r in csv.DictReader(open(tmp_path / d / f"{steps}.csv"))] for d in ("whole", "broken")]
         assert rows[0] == rows[1], steps
-        assert not curriculum or all(float(r["dead"]) < 1 and float(r["grad_norm"]) > 0 and float(r["gaze_share"]) > 0 for r in rows[0][:3])  # or it would have proved nothing
+        # otherwise the comparison would prove nothing
+        assert not curriculum or all(float(r["dead"]) < 1 and float(r["grad_norm"]) > 0 and float(r["gaze_share"]) > 0 for r in rows[0][:3])
     with pytest.raises(train.CheckpointError, match="started with --group 4"):
         run = train.Run(replace(whole, out="other"), "rl")
         train.save_state(run.state, [], [], extra=json.dumps({"step": 1, "flags": run.flags}), rows="[]")
@@ -133,7 +142,8 @@ def test_ctrl_c_saves_and_resume_is_exact(tmp_path, monkeypatch, capsys):
 
 
 def test_the_best_policy_is_kept_and_alarms_are_told_once(tmp_path, monkeypatch, capsys, begun):
-    """Prevents a run that ends with its last policy though an earlier one was better, also before it was stopped; and an alarm that is never told, or at every step."""
+    """Prevents a run that ends with its last policy although an earlier one was better, also if the run was stopped and
+    resumed since; and an alarm that is printed never, or at every step."""
     monkeypatch.chdir(tmp_path)
     a, told = train.arguments([*TINY, "--out", "run", "--eval-every", "1", "--rl-lr", "0.3", "--group", "4"]), []
     begun(Path("run")), liven(monkeypatch.setattr)
@@ -155,8 +165,10 @@ def test_the_best_policy_is_kept_and_alarms_are_told_once(tmp_path, monkeypatch,
 
 
 def test_the_grid_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys, begun):
-    """Prevents a grid that leaves holes, measures a finished row twice, or differs after a stop: Ctrl-C in the RL of its second row, then the same command, ends with the rows of an unbroken
-    grid; a third call trains nothing. A row that asks another thing of the same policy trains none of its own, one of other demonstrations has its own SFT, and one that fails stops no other."""
+    """Prevents a grid that leaves holes, measures a finished row twice, or gives other results after a stop. After
+    Ctrl-C during the RL of its second policy, the same command ends with the rows of an unbroken grid, and one more
+    call trains only the row that fails. A row that only changes the evaluation trains no policy, one with other
+    demonstrations has its own SFT, and one that fails does not stop the others."""
     rows = [dict(name="lambda-0", lam=0.0), dict(name="demos-9", demos=9, rl_steps=0), dict(name="nothing", curriculum="level1")]
     monkeypatch.setattr(train, "GRID", {"main": [{}], "GRPO": rows, "robustness": [dict(turns=2)]})
     monkeypatch.setattr(train, "ROWS", ("sft", "rl")), monkeypatch.setattr(gog, "SUITES", {name: gog.SUITES[name] for name in ("facts", "live")})
@@ -177,20 +189,23 @@ def test_the_grid_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys, be
         return {r["row"] for r in measured if r["table"] == "main"}
 
     assert grid("whole", 2) == {"sft", "rl", "lambda-0", "demos-9", "rl-turns-2"} and "nothing, seed 0: no question passes the filter" in told["whole"][1]
-    assert told["whole"][1].count("rl: preset") == 4 and told["whole"][1].count("sft: preset") == 2  # the row that fails is tried
+    # the row that fails is tried, too
+    assert told["whole"][1].count("rl: preset") == 4 and told["whole"][1].count("sft: preset") == 2
     real = press_ctrl_c(monkeypatch, lambda run, row: run.stage == "lambda-0" and row["step"] == 1)
     assert grid("broken", 130) == {"sft", "rl"}
     monkeypatch.setattr(train.Run, "log", real)
     grid("broken", 2)
     assert told["broken"][0] == told["whole"][0]
     grid("broken", 2)
-    assert "nothing, seed 0: no question passes the filter" in told["broken"][1]  # and not: is locked by the call before
+    # and not: it is still locked by the call before
+    assert "nothing, seed 0: no question passes the filter" in told["broken"][1]
     assert told["broken"][0] == told["whole"][0] and told["broken"][1].count("already measured") == 4 and told["broken"][1].count("rl: preset") == 1
     assert "## GRPO" in (tmp_path / "broken/run/grid.md").read_text()
 
 
 def test_what_is_not_asked_for_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
-    """Prevents an interrupted input stage from beginning anew, over its own checkpoint, because the user asked for the next one; what is asked for by name begins anew unless told."""
+    """Prevents an interrupted earlier stage from starting anew, over its own checkpoint, when the user asks for a later
+    stage: earlier stages are resumed. The requested stage starts anew unless --resume is given."""
     ran = []
 
     def stage(name):
@@ -207,9 +222,11 @@ def test_what_is_not_asked_for_goes_on_where_it_was_interrupted(tmp_path, monkey
     assert ran == [("pretrain", True), ("sft", True), ("rl", False)]
 
 
-@pytest.mark.parametrize("spoil", [lambda logp: logp * float("nan"), lambda logp: logp - float("inf")], ids=["gradient", "loss"])  # the second has a finite gradient
+# in the second case the loss is infinite, but the gradient is finite
+@pytest.mark.parametrize("spoil", [lambda logp: logp * float("nan"), lambda logp: logp - float("inf")], ids=["gradient", "loss"])
 def test_a_gradient_that_is_no_number_changes_nothing(tmp_path, monkeypatch, begun, spoil):
-    """Prevents one bad batch from destroying weights and optimiser: the step is refused, its batch can be looked at, the last checkpoint stays."""
+    """Prevents one bad batch from destroying weights and optimiser: the step is refused, its batch is written to a
+    file, and the last checkpoint stays finite."""
     monkeypatch.chdir(tmp_path)
     a, real = train.arguments([*TINY, "--out", "run", "--save-every", "1"]), grpo.token_logprobs
     begun(tmp_path / "run")
@@ -229,15 +246,18 @@ def test_a_gradient_that_is_no_number_changes_nothing(tmp_path, monkeypatch, beg
 
 
 def test_alarms_tell_collapse_from_a_quiet_run():
-    """Prevents silence while a policy stops using a tool (and an alarm at every step)."""
+    """Prevents silence while a policy stops using a tool or collapses otherwise (entropy, reward, length), and alarms
+    in a healthy run."""
     calm = dict(answer_share=0.3, search_share=0.3, glance_share=0.02, gaze_share=0.4, entropy=0.1, reward=0.6, tokens=90.0, dead=0.3)
-    assert not train.alarms(calm, calm | dict(glance_share=0.0, reward=0.5, entropy=0.05)) and not train.alarms(calm, calm | dict(entropy=0.0, dead=1.0))  # entropy is that of live groups
+    # entropy is measured on live groups only, so if all groups are dead it is 0 and no alarm
+    assert not train.alarms(calm, calm | dict(glance_share=0.0, reward=0.5, entropy=0.05)) and not train.alarms(calm, calm | dict(entropy=0.0, dead=1.0))
     for metric, value in (("gaze_share", 0.01), ("entropy", 0.01), ("reward", 0.3), ("tokens", 400.0)):
         assert [*train.alarms(calm, calm | {metric: value})] == [metric]
 
 
 def test_labels_lie_where_the_shields_are():
-    """Prevents labels shifted by a cell or turned on their side: every cell carries the shield that covers most of it, counted pixel by pixel."""
+    """Prevents labels that are shifted by a cell or transposed: every cell carries the box and labels of the shield
+    that covers most of it, counted pixel by pixel."""
     rng = random.Random(0)
     for grid in (4, 8) * 4:
         scene = data.hang([grpo.fresh_town(rng) for _ in range(5)], "shield", rng)
@@ -257,19 +277,21 @@ def test_labels_lie_where_the_shields_are():
 
 
 def test_no_shield_is_asked_for_twice(env):
-    """Prevents lessons that are learnt with closed eyes: were a shield asked for twice, its box could be copied from the first answer."""
+    """Prevents lessons that can be learnt without looking: if a shield were asked for twice, its box could be copied
+    from the first answer."""
     rng = random.Random(0)
     for _ in range(60):
         t = rng.choice((grpo.wall_lesson, grpo.point_lesson))(env, rng)
         seen = set()
         for i in (i for i, token in enumerate(t.ids) if token == env.v.id["<gaze>"]):
             box = tuple(t.ids[i + 1:i + 5])
-            assert not t.trained[i] or box not in seen  # a miss that is shown gives a box away, too
+            assert not t.trained[i] or box not in seen  # a miss that is shown also gives a box away
             seen.add(box)
 
 
 def test_errands_can_be_run_with_closed_eyes(env):
-    """Prevents lessons in making things up: without a picture no box may be taught, and every name and value that is must have been read or asked for."""
+    """Prevents errands that teach to make things up: there is no picture, so no box is trained, and every trained name
+    and value also stands in the text that is only shown."""
     rng, hops = random.Random(0), set()
     for _ in range(60):
         t = grpo.errand_lesson(env, rng)
@@ -279,13 +301,15 @@ def test_errands_can_be_run_with_closed_eyes(env):
         assert "<gaze>" not in taught and taught.count("<stop>") == 1 + taught.count("<search>")
         for said in re.findall(r"<search>(.*?)</search>|yes, (.*?), for the|<answer>(.*?)</answer>| is (.*?)(?:,|</think>)", taught):
             said = next(filter(None, said)).strip()
-            assert said in read or all(part in read for part in (said.split()[0], said.split()[-1]))  # a query joins a name and a relation
+            # a query joins a name and a relation, which stand in different places
+            assert said in read or all(part in read for part in (said.split()[0], said.split()[-1]))
         hops.add(taught.count("<search>"))
     assert hops == {1, 2, 3, 4, 5}
 
 
 def test_a_plan_is_the_questions_own_words(env):
-    """Prevents plans with a relation left out, or that run on into the words for the shield; and nothing else is taught."""
+    """Prevents plans that leave out a relation or run on into the words for the shield, and lessons that train anything
+    but plans."""
     rng, hops = random.Random(0), set()
     for _ in range(40):
         t = grpo.plan_lesson(env, rng)
@@ -298,7 +322,8 @@ def test_a_plan_is_the_questions_own_words(env):
 
 
 def test_nothing_is_counted_that_was_named_before(env):
-    """Prevents counting by copying: as long as the count came after the pointing, its list stood in the context, and the policy always said 1."""
+    """Prevents counting by copying: when counting came after pointing in the same lesson, the boxes were in the
+    context, and the policy always said 1."""
     rng, counted = random.Random(0), 0
     for _ in range(30):
         t = grpo.count_lesson(env, rng)
@@ -310,7 +335,8 @@ def test_nothing_is_counted_that_was_named_before(env):
 
 
 def test_verdicts_are_true(env):
-    """Prevents teaching that unlike is alike: every 'want X, see Y: yes' has X equal to Y, and both verdicts occur."""
+    """Prevents lessons with false verdicts: "want X, see Y: yes" only if X equals Y, "A more than B: yes" only if A is
+    larger; and both verdicts occur."""
     rng, seen = random.Random(0), set()
     for make in (grpo.text_lesson, grpo.crop_lesson, grpo.decide_lesson, grpo.errand_lesson) * 60:
         told = env.v.decode(make(env, rng).ids)
@@ -323,7 +349,8 @@ def test_verdicts_are_true(env):
 
 
 def test_a_strange_relation_may_have_a_known_name(env, monkeypatch):
-    """Prevents a crash in the middle of pretraining, once in some ten thousand lessons: a string of any tokens can spell "towers", which every town has."""
+    """Prevents a crash in the middle of pretraining, once in some ten thousand lessons: a string of random tokens may
+    spell "towers", a relation that every town has."""
     monkeypatch.setattr(grpo, "fresh_relation", lambda rng, known, pieces: "towers")
     towns = grpo.little_world(random.Random(0), env.v.pieces).entities.values()
     assert all(e.facts["towers"].isdecimal() for e in towns)
@@ -337,8 +364,8 @@ def test_every_flag_is_read():
 
 
 def test_muon_orthogonalises():
-    """Prevents an optimiser that is Muon in name only: the singular values of an update are about 1 (times its scale), for both orientations, for
-    several matrices of one shape and for a convolution, whose kernel is one matrix."""
+    """Prevents an optimiser that is Muon in name only: the singular values of an update are about 1 (times its scale),
+    for matrices of both orientations, for several of one shape, and for a convolution, whose kernel is one matrix."""
     torch.manual_seed(0)
     params = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((16, 48), (48, 16), (48, 16), (16, 5, 3, 3))]
     for p in params:
@@ -351,8 +378,9 @@ def test_muon_orthogonalises():
 
 
 def test_a_users_own_questions_are_a_suite_of_their_own(tmp_path, monkeypatch, capsys, begun):
-    """Prevents an examination that ends in a traceback, or forgets them, where a user has written questions about own pictures: every other one is asked, of every row but the oracle, who does not
-    know where to look; they stand beside the mean, not in it."""
+    """Prevents an evaluation that crashes on a user's own questions, forgets them, or counts them in the mean. Every
+    other one is asked, in every row but the oracle's, as the oracle does not know where to look; their accuracy stands
+    beside the mean."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(ROOT / "worlds" / "countries", "flags")
     Path("flags/questions.jsonl").write_text("".join(json.dumps({"image": "images/fr.png", "question": f"What is the capital of flag {n}?", "answers": ["Paris"]}) + "\n" for n in range(4)))
@@ -365,11 +393,12 @@ def test_a_users_own_questions_are_a_suite_of_their_own(tmp_path, monkeypatch, c
     table = tools.read_rows(Path("run/results.csv"))
     assert {(r["row"], r["n"]) for r in table if r["suite"] == "own"} == {("rl", "2")}
     assert {p.stem for p in Path("run").glob("*.png")} <= {f"flags-towns-80-{suite}-{what}" for suite in ("own", "plain") for what in ("success", "recovery", "failure")} | {"sft", "pretrain"}
-    assert Path("run/flags-towns-80-own-failure.png").is_file()  # an untrained policy
+    assert Path("run/flags-towns-80-own-failure.png").is_file()  # an untrained policy fails
 
 
 def test_other_worlds_have_their_own_folders_and_rows():
-    """Prevents a policy of one world from being taken for another's, and its results from replacing those."""
+    """Prevents a policy from being taken for that of another world, seed or set of flags: each has its own run folder.
+    All worlds share a base model, unless a flag changes it."""
     folders = [str(train.Args(**flags).folder()) for flags in ({}, dict(seed_world=1), dict(towns=500), dict(seed=1), dict(demos=500), dict(word_steps=6400), dict(world="worlds/countries"), dict(world="."))]
     assert len(set(folders)) == len(folders) and folders[0] == "out/heraldry-nano-0" and not folders[-1].startswith("out/-")
     bases = [str(train.Args(**flags).folder("pretrain")) for flags in ({}, dict(demos=500), dict(word_steps=6400), dict(seed=1))]
@@ -377,8 +406,9 @@ def test_other_worlds_have_their_own_folders_and_rows():
 
 
 def test_two_processes_take_the_steps_of_one(tmp_path, begun):
-    """Prevents torchrun from training something else: two processes, each with its share of a batch, log the losses, take the steps and give the greedy answers of a single one; and RL
-    under torchrun, where only one of them writes, runs to its end."""
+    """Prevents torchrun from training something else: two processes, each with its share of a batch, log the same
+    losses, take the same steps and give the same greedy answers as a single one. Also, RL under torchrun runs to its
+    end, and only one process writes."""
     begun(tmp_path / "run")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "tests" / "together.py"), "made", "--stage", "rl", *TINY, "--curriculum", "fresh", "--rl-steps", "1", "--out", "run"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=150)

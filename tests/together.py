@@ -1,5 +1,8 @@
-"""One update of each kind, by as many processes as torchrun has started: they must agree with a single one. By hand:
-torchrun --nproc_per_node=2 tests/together.py FILE [flags of train.py]: runs train.py first, then writes what the updates have made of a policy."""
+"""Updates of each kind, by as many processes as torchrun has started: they must agree with a single one. Run by hand:
+
+    torchrun --nproc_per_node=2 tests/together.py FILE [flags of train.py]
+
+It first runs train.py, then writes to FILE what the updates have made of a policy."""
 import atexit
 import os
 import random
@@ -19,7 +22,8 @@ import train  # noqa: E402
 
 
 def updates():
-    """{name: tensor}: what is logged by a step of the eyes, of SFT and of GRPO, the weights after all three, and greedy answers to five questions."""
+    """{name: tensor}: what one step of the vision encoder, two supervised steps (demonstrations, lessons) and one of
+    GRPO log, the weights after them, and greedy answers to five questions."""
     world, v = data.heraldry(0, 60), model.Vocabulary.learn(model.corpus())
     torch.manual_seed(0)
     policy = model.Policy(model.ModelConfig(**{**model.PRESETS["tiny"], "vocab": v.size}))
@@ -30,7 +34,8 @@ def updates():
     told = [grpo.see_step(policy, heads, [torch.from_numpy(x) for x in grpo.labelled_pictures(policy.config, 0, 3, 0)], v, opts)]
     told += [grpo.supervised_step(policy, env, model.share(demos), opts, 500), grpo.supervised_step(policy, env, grpo.lessons(env, 0, 3, 0), opts)]
     for t in demos:
-        t.logprobs = [-6.9] * len(t.ids)  # about what a policy that knows nothing gives to any of 1024 tokens: ratios near 1
+        # about what an untrained policy gives to each of 1024 tokens (log 1/1024 = -6.93), so that ratios are near 1
+        t.logprobs = [-6.9] * len(t.ids)
     a = train.Args(group=1, token_budget=500)
     stats = grpo.grpo_step(policy, None, env, demos, torch.tensor([1.0, -1.0, 0.0, 0.5, -0.5]), opts, a)
     answers = gog.rollout(policy, env, qs, 2, 0.0, schedule=gog.FREE[:2])
@@ -39,7 +44,9 @@ def updates():
 
 
 def all_threads_ended():
-    """Called last of all, after the group's own farewell: a thread of gloo that outlives the interpreter aborts the process now and then (Linux tells what threads there are)."""
+    """Exit with code 3 if a thread of gloo is still alive. Called last of all, after the process group has been
+    destroyed: such a thread outlives the interpreter and sometimes aborts the process. (Reads /proc, so it finds
+    threads on Linux only.)"""
     if any("gloo" in comm.read_text() for comm in Path("/proc/self/task").glob("*/comm")):
         os._exit(3)
 
@@ -50,4 +57,4 @@ if __name__ == "__main__":
     train.main()
     made = updates()
     tools.atomic(path, lambda p: save_file(made, p))
-    model.summed(0)  # nobody leaves before it is written
+    model.summed(0)  # no process leaves before the file is written
