@@ -425,17 +425,15 @@ def number_line(embedding, ids, waves=12):
 
 # ----------------------------------------------------------------------------------------------------- training batches
 
-def start_worker(_):
-    """Start-up of the worker: ignore Ctrl-C, which the terminal sends to it as well (the main process handles it), and
-    give way to the training threads. They wait for each other: a core taken from one stops all (a tenth of a step)."""
+def ignore_ctrl_c(_):
+    """Start-up of the worker: ignore Ctrl-C, which the terminal sends to it as well. The main process handles it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    hasattr(os, "nice") and os.nice(19)  # Windows has no such call
 
 
 def stream(make, start, steps):
     """Iterate over the batches make(start) .. make(steps - 1). One background process makes them while the model
     trains. The data set is the range of step numbers; `collate_fn` turns a number into its batch."""
-    return DataLoader(range(start, steps), batch_size=None, num_workers=1, prefetch_factor=4, collate_fn=make, worker_init_fn=start_worker)
+    return DataLoader(range(start, steps), batch_size=None, num_workers=1, prefetch_factor=4, collate_fn=make, worker_init_fn=ignore_ctrl_c)
 
 
 def micro_batches(items, lengths, budget):
