@@ -408,6 +408,7 @@ SETTINGS = {"single": (1, 1, 1, (0.45, 0.8), 0), "normal": (2, 6, 3, (0.66, 0.98
 # Weights of the settings in the base model's lessons: freely hanging shields (one alone, small ones) take more practice
 # than a full wall
 LESSON_WALLS = {"single": 2, "normal": 4, "alike": 3, "small": 4, "crowd": 2}
+# For SFT: chains of at most two relations, because RL learns longer ones by itself (README, Results)
 SFT_MIX = [("colour", "normal", 3), ("shape", "normal", 2), ("count", "normal", 2), ("count", "crowd", 4), ("colour", "single", 1), ("shape", "single", 1), ("name", "single", 1), ("hop1", "single", 1),
            ("name", "normal", 2), ("hop1", "normal", 4), ("name", "alike", 1), ("hop1", "alike", 2), ("hop2", "normal", 1.2), ("hop2", "single", 0.5), ("compare", "normal", 1)]
 # For RL: mostly long chains (why: grpo.py, Curriculum). The last three keep the policy gazing: chains about a single

@@ -77,7 +77,7 @@ class Args:
     eval_every: int = 20  # RL steps between validations on the development split, and between checkpoints
     show_every: int = 8  # RL steps between printed trajectories
     token_budget: int = 4000  # tokens per micro-batch: changes speed and memory, not the update
-    name: str = "rl"  # name of the RL policy and of its row in the results. Other than "rl": eval adds only that row. Set it with --demos or --word-steps, which otherwise overwrite the default rows
+    name: str = "rl"  # name of the RL policy and of its row in the results. Other than "rl": eval adds only that row. Set it with flags of earlier stages (--demos, --word-steps ...), or eval overwrites the default rows
     suite_size: int = 300  # questions per held-out suite
     shown: int = 11  # questions per suite that report.html shows, for each of base, sft and rl
     tools_fail: float = 0.0  # eval only: probability that a tool fails (during training: --failure-rate)
@@ -99,7 +99,7 @@ class Args:
 
     def variant(self, stage):
         """Suffix for the flags that change the base model and, for all stages after pretrain, the SFT policy."""
-        return self.suffix("word_steps", *["demos", "gaze"] * (stage != "pretrain"))
+        return self.suffix("word_steps", *["demos", "gaze", "replay", "wrong_gaze"] * (stage != "pretrain"))
 
     def folder(self, stage=""):
         """Run folder of a stage. The base model is trained on no world, so all worlds share its folder."""

@@ -36,6 +36,7 @@ EXAM = {"pointing: by look": "iou look", **{f"by {k}": f"iou {k}" for k in ("col
         "does this crop show it?": "verify", "does this hit fit?": "reflect", "read and copy": "copy", "copy any text": "copy any text", "caption a crop": "caption", "colour, shape": "visual",
         "count: one": "count one", "count: more": "count more"}  # topics, as README calls them
 GOALS = {**{k: 0.85 for k in EXAM.values() if k.startswith("iou") and "miss" not in k}, "verify": 0.95, "copy": 0.97}
+TIMED = "3"  # the seed whose run was timed: pretrain and sft by one process, rl and eval by two
 COMMITTED = __name__ != "__main__" and (ROOT / ".git").exists()
 
 
@@ -81,6 +82,12 @@ def spread(x, digits=1):
     return f"{x.mean():.{digits}f}" + (f" ± {half(x):.{digits}f}" if len(x) > 1 else "")
 
 
+def listed(numbers):
+    """Numbers as text: "5.1, 9.7 and 4.7"."""
+    *most, last = [f"{x:.1f}" for x in numbers]
+    return f"{', '.join(most)} and {last}"
+
+
 def table(head, rows):
     return "\n".join("| " + " | ".join(map(str, cells)) + " |" for cells in (head, ["---"] * len(head), *rows))
 
@@ -106,8 +113,8 @@ def exam():
 
 
 def main_stages():
-    """The rows of stages.csv that tell of the main job, {stage: row}."""
-    return {r["stage"]: r for r in published("stages.csv") if (r["world"], r["preset"], r["device"], r["seed"]) == ("heraldry", "nano", "cpu", "1")}
+    """The rows of stages.csv that tell of the main job, timed while nothing else ran, {stage: row}."""
+    return {r["stage"]: r for r in published("stages.csv") if (r["world"], r["preset"], r["seed"]) == ("heraldry", "nano", TIMED)}
 
 
 def stages():
@@ -117,7 +124,7 @@ def stages():
               "sft": "questions drawn for demonstrations and questions dropped (half of the time goes into making them); loss; three trajectories; development accuracy",
               "rl": "accuracy, share of dead groups (all right or all wrong: they teach nothing) and entropy of every update, a trajectory every 8 updates, development accuracy every 20; `rl-report.html`",
               "eval": "a progress bar per suite and row; the table; `report.html`"}
-    return table(["stage", "minutes", "memory, GB", "what it prints, and leaves in `out/`"], [[s, rows[s]["minutes"], f"{int(rows[s]['peak_memory_mb']) / 1000:.1f}", text] for s, text in leaves.items()])
+    return table(["stage", "minutes", "memory, GB", "what it prints, and leaves in `out/`"], [[s + (", two processes" if rows[s]["device"] == "2 x cpu" else ""), rows[s]["minutes"], f"{int(rows[s]['peak_memory_mb']) / 1000:.1f}", text] for s, text in leaves.items()])
 
 
 def cost():
@@ -139,8 +146,8 @@ def presets():
     timed = {(r["what"], r["preset"]): float(r["ours"]) for r in published("bench.csv")}
     longer = {part: timed[part, "small"] / timed[part, "nano"] for part in ("see_step", "sft_step", "grpo_step", "rollout")}
     minutes = {stage: float(r["minutes"]) for stage, r in main_stages().items()}
-    updates = [r for r in published("earlier/runs/heraldry-nano-1-rl.csv") if r["loss"]]  # of the run that was timed
-    eyes = max(float(r["seconds"]) for r in published("earlier/runs/base-nano-1-pretrain.csv") if r["part"] == "see") / 60
+    updates = [r for r in published(f"runs/heraldry-nano-{TIMED}-rl.csv") if r["loss"]]
+    eyes = max(float(r["seconds"]) for r in published(f"runs/base-nano-{TIMED}-pretrain.csv") if r["part"] == "see") / 60
     rolls = minutes["rl"] * sum(float(r["rollout_seconds"]) for r in updates) / sum(float(r["seconds"]) for r in updates)
     nano = [minutes[s] for s in ("pretrain", "sft", "rl")]
     small = [eyes * longer["see_step"] + (nano[0] - eyes) * longer["sft_step"], nano[1] * longer["sft_step"], rolls * longer["rollout"] + (nano[2] - rolls) * longer["grpo_step"]]
@@ -226,8 +233,8 @@ OTHERS = tuple(s for s in gog.SUITES if s != "hops")
 NUMBERS = {
     **{f"old {name}": lambda of=of: f"{of():.1f}" for name, of in OLD.items()},
     **{name: lambda row=row, suites=suites: f"{100 * means('heraldry', row, suites=suites or tuple(gog.SUITES))[0]:.1f}" for name, (row, *suites) in ROBUST.items()},
-    "gains": lambda: "{:.1f}, {:.1f} and {:.1f}".format(*gain()), "old longer sft": lambda: f"{earlier('longer-sft', seeds=3):.1f}", "old longer rl": lambda: f"{earlier('longer-rl', seeds=3):.1f}",
-    **{f"{row} chains": lambda row=row: "{:.1f}, {:.1f} and {:.1f}".format(*100 * means("heraldry", row, suites=("hops",))) for row in ("sft", "rl")},
+    "gains": lambda: listed(gain()), "old longer sft": lambda: f"{earlier('longer-sft', seeds=3):.1f}", "old longer rl": lambda: f"{earlier('longer-rl', seeds=3):.1f}",
+    **{f"{row} chains": lambda row=row: listed(100 * means("heraldry", row, suites=("hops",))) for row in ("sft", "rl")},
     **{f"{row} gazes": lambda row=row, suites=suites: f"{100 * means('heraldry', row, 'gaze_correct', suites).mean():.0f}"
        for row, suites in (("oracle", ("fine",)), ("sft", ("facts", "crowd", "live", "hops")), ("rl", ("facts", "crowd", "live", "hops")))},
     "rl reflection": lambda: f"{100 * values('heraldry', 'rl', 'fine', 'reflection').mean():.0f}",
@@ -236,7 +243,7 @@ NUMBERS = {
     **{f"{row} hops": lambda row=row: f"{100 * means('heraldry', row, suites=('hops',)).mean():.1f}" for row in ("sft", "rl")},
     "old countries": lambda: f"{100 * means('countries', 'sft', file='earlier/results.csv').mean():.1f}",
     "old countries found": lambda: f"{100 * values('countries', 'sft', 'facts', 'target_found', 'earlier/results.csv').mean():.0f}",
-    "seeds": lambda: len(means("heraldry", "rl")), "nano": lambda: f"{parameters('nano'):.1f} M", "small": lambda: f"{parameters('small'):.0f} M",
+    "seeds": lambda: len(means("heraldry", "rl")), "whole": lambda: f"{sum(float(r['minutes']) for r in main_stages().values()):.0f}", "without eval": lambda: f"{sum(float(r['minutes']) for s, r in main_stages().items() if s != 'eval'):.0f}", "nano": lambda: f"{parameters('nano'):.1f} M", "small": lambda: f"{parameters('small'):.0f} M",
     "image tokens": lambda: ModelConfig().image_tokens, "picture": lambda: f"{ModelConfig().picture} x {ModelConfig().picture}", "lines": lambda: f"{sum(code_lines().values()):,}",
     "lambda": lambda: train.Args.lam, "group": lambda: train.Args.group, "dev": lambda: train.Args.rl_dev, "temperature": lambda: train.Args.temperature, "known": lambda: gog.KNOWN, "longest side": lambda: f"{data.LONGEST_SIDE:,}", "longest": lambda: f"{tools.LONGEST:,}",
     "kilobytes": lambda: f"{len(tools.FRAMINGS) * 4 * tools.WIDTH / 1000:.1f}",
