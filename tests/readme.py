@@ -217,7 +217,8 @@ def gain(after="rl", before="sft", suites=tuple(gog.SUITES)):
 
 
 TABLES = {
-    "main table": lambda: accuracy("heraldry"), "zero-shot": lambda: accuracy("countries-zero-shot", ("base", "direct", "full-search", "sft", "rl", "oracle")),
+    "main table": lambda: accuracy("heraldry"), "countries": lambda: accuracy("countries", ("base", "direct", "full-search", "sft", "rl", "oracle")),
+    "zero-shot": lambda: accuracy("countries-zero-shot", ("base", "direct", "full-search", "sft", "rl", "oracle")),
     "behaviour": behaviour, "exam": exam, "stages": stages, "presets": presets, "cost": cost, "bench": bench, "feeding": feeding,
     "sample colour": lambda: sample(0), "sample alike": lambda: sample(1, lambda t: any(gog.looked_elsewhere(t)))}  # after a wrong gaze
 DETAILS = ("group-4", "group-16", "lambda-0", "lambda-0.2", "kl-0.001", "mean-only", "lr-0.01", "lr-0.1")  # of GRPO
@@ -242,7 +243,8 @@ NUMBERS = {
     "rl gain": lambda: spread(gain()), "over full search": lambda: f"{gain(before='full-search').mean():.1f}", "other gain": lambda: spread(gain(suites=OTHERS)),
     **{f"{row} hops": lambda row=row: f"{100 * means('heraldry', row, suites=('hops',)).mean():.1f}" for row in ("sft", "rl")},
     "old countries": lambda: f"{100 * means('countries', 'sft', file='earlier/results.csv').mean():.1f}",
-    "old countries found": lambda: f"{100 * values('countries', 'sft', 'facts', 'target_found', 'earlier/results.csv').mean():.0f}",
+    **{f"countries {row}": lambda row=row: f"{100 * means('countries', row).mean():.1f}" for row in ("sft", "rl")},
+    "countries found": lambda: f"{100 * values('countries', 'rl', 'facts', 'target_found').mean():.0f}",
     "seeds": lambda: len(means("heraldry", "rl")), "whole": lambda: f"{sum(float(r['minutes']) for r in main_stages().values()):.0f}",
     "nano": lambda: f"{parameters('nano'):.1f} M", "small": lambda: f"{parameters('small'):.0f} M",
     "image tokens": lambda: ModelConfig().image_tokens, "picture": lambda: f"{ModelConfig().picture} x {ModelConfig().picture}", "lines": lambda: f"{sum(code_lines().values()):,}",
