@@ -142,16 +142,19 @@ def test_accuracy_by_size_is_that_of_the_target():
 @pytest.mark.parametrize("row", ["direct", "full-search", "no-gaze"])
 def test_a_baseline_keeps_to_its_schedule(policy, env, questions, row, monkeypatch):
     """Prevents a baseline that gets more turns or other tools than its name says. The policy is untrained, so the tags of
-    actions are made so likely that it samples every one that the schedule allows."""
+    actions are made so likely that it samples every one that the schedule allows in a turn."""
     logits, rollout, tags = Policy.logits, gog.rollout, {action: env.v.id[f"<{action}>"] for action in tools.ACTIONS}
     bonus = torch.zeros(env.v.size).index_fill(0, torch.tensor([*tags.values(), env.v.id["<stop>"]]), 50.0)
     monkeypatch.setattr(Policy, "logits", lambda self, hidden: logits(self, hidden) + bonus)
     monkeypatch.setattr(gog, "rollout", lambda *a, **k: rollout(*a[:4], 1.0, generator=torch.Generator().manual_seed(0), **k))  # not greedy
     for name, schedule in ((row, gog.SCHEDULES[row]), ("rl", gog.FREE)):
         trajectories = gog.evaluate(policy, env, questions[:8], name)
-        sampled = {i for t in trajectories for i, own in zip(t.ids, t.trained) if own}
-        assert {action for action, tag in tags.items() if tag in sampled} == {action for allowed in schedule for action in allowed}
+        # the ids of every turn that was sampled: its number in the trajectory, and its ids
+        turns = [turn for t in trajectories for turn in enumerate([i for i, _ in run] for own, run in itertools.groupby(zip(t.ids, t.trained), lambda x: x[1]) if own)]
+        for n, allowed in enumerate(schedule):
+            assert {action for action, tag in tags.items() if any(k == n and tag in ids for k, ids in turns)} == {*allowed}
         assert max(len(t.turns) for t in trajectories) == len(schedule)
+        assert all(turn.kind in (*allowed, "malformed") for t in trajectories for turn, allowed in zip(t.turns, schedule))
 
 
 def test_withheld_observations_show_nothing(policy, vocabulary, world, questions):
