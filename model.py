@@ -146,18 +146,18 @@ RMSNorm = partial(nn.RMSNorm, eps=1e-6)
 
 
 def rope_table(positions, head_width, base=10000.0):
-    """Cosine and sine of the rotation angles: positions (B, T) -> two tensors (B, 1, T, C)."""
+    """Cosine and sine of the rotation angles, the sine negated in the first half of the channels, as `rotate` needs it:
+    positions (B, T) -> two tensors (B, 1, T, C)."""
     frequencies = base ** (-torch.arange(0, head_width, 2, device=positions.device, dtype=torch.float32) / head_width)
     angles = (positions[..., None].float() * frequencies)[:, None]  # (B, 1, T, C/2)
-    angles = torch.cat((angles, angles), -1)
-    return angles.cos(), angles.sin()
+    return torch.cat((angles.cos(), angles.cos()), -1), torch.cat((-angles.sin(), angles.sin()), -1)
 
 
 def rotate(x, rope):
-    """Apply the rotary position embedding to x (B, heads, T, C), in the half-split convention of Llama."""
+    """Apply the rotary position embedding to x (B, heads, T, C), in the half-split convention of Llama: channels c and
+    c + C/2 are the two coordinates (a, b) of a point, which becomes (a cos - b sin, b cos + a sin)."""
     cos, sin = rope
-    a, b = x.chunk(2, -1)
-    return (x * cos + torch.cat((-b, a), -1) * sin).to(x.dtype)
+    return (x * cos + x.roll(x.shape[-1] // 2, -1) * sin).to(x.dtype)  # roll swaps the halves: (b, a)
 
 
 class Cache:

@@ -242,8 +242,7 @@ def rl(a):
             group_report(a, run, entries, pictures)
         run.checkpoint([policy], opts, a.eval_every, step=step + 1, pass_rates=curriculum.pass_rates, pool=curriculum.pool, best=best)
     atomic(run.weights, lambda p: p.write_bytes(best_file.read_bytes()))
-    run.close(CURVES)
-    RANK or best_file.unlink()  # on rank 0; deleted last, so that a kill in between loses nothing
+    run.close(CURVES, best_file)
     print(f"best: step {best[1]}, development accuracy {best[0]:.3f}, kept as {run.weights}", file=sys.stderr)
 
 
@@ -430,15 +429,17 @@ class Run:
             raise CheckpointError(f"{self.state}: this run was started with {', '.join(changed)}. Resume with the same flags, or delete the file to restart this stage")
         return extra
 
-    def close(self, columns):
-        """Finish the stage: write metrics and the curves of `columns`, delete the training state, release the lock."""
+    def close(self, columns, *leftovers):
+        """Finish the stage: write metrics and the curves of `columns`, delete the training state and `leftovers` (last,
+        so that a kill before that loses nothing), release the lock."""
         # also a barrier: from here on, all processes know that rank 0 has saved the weights
         stop = bool(summed(int(self.stopping)))
         self.bar.close()
         write_rows(self.csv, self.rows, [*self.rows[0]] if self.rows else [])
         sheet = gog.curve_sheet(self.stage, gog.curve_values(self.rows, columns))
         atomic(self.csv.with_suffix(".png"), lambda p: sheet.save(p, format="PNG"))
-        RANK or self.state.unlink(missing_ok=True)
+        for file in () if RANK else (self.state, *leftovers):
+            file.unlink(missing_ok=True)
         self.lock.close()
         RANK or self.lock_file.unlink(missing_ok=True)
         if stop:  # Ctrl-C after the last step: the stage is done, but the next one is not begun

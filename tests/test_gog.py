@@ -88,7 +88,7 @@ class Parrot:
 def test_replaying_a_demonstration_gives_the_same_ids_and_mask(env, world, vocabulary, policy, kind):
     """Prevents SFT and RL from seeing different prompts: an expert trajectory that is sampled token by token in a
     rollout has the same ids and mask."""
-    q = next(q for q in data.questions(world, data.SFT_MIX, 200, "replay") if q.kind == kind)
+    q = next(q for q in data.questions(world, data.SFT_MIX + data.RL_MIX, 200, "replay") if q.kind == kind)
     demo = gog.play_scripts(env, [q], [gog.expert(q, random.Random(0))])[0]
     assert demo.correct and demo.well_formed
     again = gog.rollout(Parrot(policy.config, demo.ids, vocabulary), env, [q], generator=torch.Generator().manual_seed(0))[0]

@@ -103,10 +103,10 @@ def test_ctrl_c_saves_and_resume_is_exact(tmp_path, monkeypatch, capsys):
     torch.set_flush_denormal(True)
     states, keep = {}, train.Run.close
 
-    def close(self, columns):
+    def close(self, *columns_and_leftovers):
         train.save_state(self.state, self.modules, self.opts)
         states[str(self.folder)] = load_file(self.state)
-        keep(self, columns)
+        keep(self, *columns_and_leftovers)
 
     def remember(self, modules, opts, *rest, **extra):
         self.modules, self.opts = modules, opts
@@ -143,7 +143,8 @@ def test_ctrl_c_saves_and_resume_is_exact(tmp_path, monkeypatch, capsys):
 
 def test_the_best_policy_is_kept_and_alarms_are_told_once(tmp_path, monkeypatch, capsys, begun):
     """Prevents a run that ends with its last policy although an earlier one was better, also if the run was stopped and
-    resumed since; and an alarm that is printed never, or at every step."""
+    resumed since; a file left behind if it is stopped when all is done; and an alarm that is printed never, or at every
+    step."""
     monkeypatch.chdir(tmp_path)
     a, told = train.arguments([*TINY, "--out", "run", "--eval-every", "1", "--rl-lr", "0.3", "--group", "4"]), []
     begun(Path("run")), liven(monkeypatch.setattr)
@@ -158,7 +159,10 @@ def test_the_best_policy_is_kept_and_alarms_are_told_once(tmp_path, monkeypatch,
     with pytest.raises(KeyboardInterrupt):
         train.rl(a)
     monkeypatch.setattr(train.Run, "log", real)
-    train.rl(replace(a, resume=True))
+    press_ctrl_c(monkeypatch, lambda _, row: row["step"] == 3)  # once more, after the last update
+    with pytest.raises(KeyboardInterrupt):
+        train.rl(replace(a, resume=True))
+    assert {p.name for p in Path("run").glob("rl*safetensors")} == {"rl.safetensors"}
     kept = load_file("run/rl.safetensors")
     same = [all(torch.equal(kept[k], w[k]) for k in kept) for w in told]
     assert same == [False, True, False, False] and capsys.readouterr().err.count("entropy fell") == 1
