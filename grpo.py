@@ -496,8 +496,9 @@ def count_lesson(env, rng, questions=9):
 def ask_about(env, rng, t, scene, i, kind, expressions, remaining):
     """Append one question about object i, by one kind of expression (`expressions`: {kind: expression}).
 
-    With probability 10 %: show a wrong gaze, at an object of the same colour or shape, and its hits; the response
-    corrects it. 70 %: point to the object. 20 %: ask for its colour or shape, unless the expression gives it away.
+    With probability 10 %: show a wrong gaze, at an object of the same colour or shape (if there is one), and its hits;
+    the response corrects it. 70 %: point to the object. 20 %: ask for its colour or shape, unless the expression gives
+    it away.
     `remaining`: the objects still to be asked for; the wrong one is removed, as its box is now visible.
     """
     look, u, part = scene.entities[i].look, rng.random(), rng.randrange(2)  # part of the look: 0 colour, 1 shape

@@ -53,7 +53,7 @@ class Args:
     word_lr: float = 0.002  # pretrain, second part: learning rate of Muon and AdamW
     gaze: bool = True  # may the policy gaze? --no-gaze: neither in demonstrations nor in rollouts (only whole-picture and text search, as MMSearch-R1)
     demos: int = 5750  # number of trajectories in GoG-Instruct
-    wrong_gaze: float = 0.2  # probability that the expert also gazes at a wrong place when it looks for a target that the base model found by itself; a useless glance comes first with a quarter of it
+    wrong_gaze: float = 0.2  # probability that the expert also gazes at a wrong place when it looks for a target that the base model found by itself, or that has look-alikes; a useless glance comes first with a quarter of it
     failure_rate: float = 0.03  # probability that a tool fails during training
     sft_batch: int = 32  # trajectories per step
     replay: float = 0.6  # lessons of the base model per demonstration, mixed into SFT so that pointing and long plans are not forgotten
