@@ -159,11 +159,11 @@ def presets():
 
 @lru_cache
 def sampled():
-    """What the policy in policies/ does with 20 questions about a colour, and with 20 about look-alikes: two lists of trajectories, and its vocabulary."""
+    """What the policy in policies/ does with 8 questions about a colour, and with 8 about look-alikes: two lists of trajectories, and its vocabulary."""
     policy, v = load(ROOT / "policies" / "rl.safetensors")
     world = data.open_world("heraldry")
     env = tools.Environment(v, tools.make_toolbox(world), policy.config)
-    ask = lambda kind, setting: gog.rollout(policy, env, data.questions(world, [(kind, setting, 1)], 20, "sample", ("test",)), temperature=0.0)
+    ask = lambda kind, setting: gog.rollout(policy, env, data.questions(world, [(kind, setting, 1)], 8, "sample", ("test",)), temperature=0.0)
     return ask("colour", "normal"), ask("hop1", "alike"), v
 
 
