@@ -150,7 +150,8 @@ def rope_table(positions, head_width, base=10000.0):
     positions (B, T) -> two tensors (B, 1, T, C)."""
     frequencies = base ** (-torch.arange(0, head_width, 2, device=positions.device, dtype=torch.float32) / head_width)
     angles = (positions[..., None].float() * frequencies)[:, None]  # (B, 1, T, C/2)
-    return torch.cat((angles.cos(), angles.cos()), -1), torch.cat((-angles.sin(), angles.sin()), -1)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 
 def rotate(x, rope):
