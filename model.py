@@ -207,8 +207,7 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.kv_heads, self.head = c.heads, c.kv_heads, c.width // c.heads
         self.q_proj = nn.Linear(c.width, c.heads * self.head, bias=False)
-        self.k_proj = nn.Linear(c.width, c.kv_heads * self.head, bias=False)
-        self.v_proj = nn.Linear(c.width, c.kv_heads * self.head, bias=False)
+        self.k_proj, self.v_proj = (nn.Linear(c.width, c.kv_heads * self.head, bias=False) for _ in range(2))
         self.o_proj = nn.Linear(c.heads * self.head, c.width, bias=False)
 
     @torch.no_grad()
@@ -251,8 +250,7 @@ class Block(nn.Module):
         super().__init__()
         self.input_layernorm, self.self_attn = RMSNorm(c.width), Attention(c)
         self.post_attention_layernorm = RMSNorm(c.width)
-        self.gate_proj = nn.Linear(c.width, c.mlp, bias=False)
-        self.up_proj = nn.Linear(c.width, c.mlp, bias=False)
+        self.gate_proj, self.up_proj = (nn.Linear(c.width, c.mlp, bias=False) for _ in range(2))
         self.down_proj = nn.Linear(c.mlp, c.width, bias=False)
 
     def forward(self, x, *attention_args):
@@ -370,10 +368,8 @@ class Policy(nn.Module):
         valid: (B,), with a cache: how many tokens of each row are real (default: all T); the rest is padding.
         lengths: list of int, without a cache: ids are one row of concatenated sequences of these lengths (`packed`)."""
         B, T = ids.shape
-        # from 0 in every sequence
-        positions = torch.cat([torch.arange(n) for n in lengths or [T]]).to(ids.device).expand(B, T)
-        if cache is not None:
-            positions = positions + cache.lengths[:, None]
+        # from 0 in every sequence; with a cache, from the end of its rows
+        positions = torch.cat([torch.arange(n) for n in lengths or [T]]).to(ids.device).expand(B, T) + (0 if cache is None else cache.lengths[:, None])
         x = self.embed_tokens(ids)
         if self.smear:  # before image tokens are put in, which therefore stay unmixed
             x = x + self.smear(self._previous_embeddings(x, positions, cache, valid))
@@ -427,14 +423,21 @@ def number_line(embedding, ids, waves=12):
 # ----------------------------------------------------------------------------------------------------- training batches
 
 def ignore_ctrl_c(_):
-    """Start-up of the worker: ignore Ctrl-C, which the terminal sends to it as well. The main process handles it."""
+    """Start-up of a worker: ignore Ctrl-C, which the terminal sends to it as well. The main process handles it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def stream(make, start, steps):
-    """Iterate over the batches make(start) .. make(steps - 1). One background process makes them while the model
-    trains. The data set is the range of step numbers; `collate_fn` turns a number into its batch."""
-    return DataLoader(range(start, steps), batch_size=None, num_workers=1, prefetch_factor=4, collate_fn=make, worker_init_fn=ignore_ctrl_c)
+def stream(make, start, steps, ahead=16):
+    """Iterate over the batches make(start) .. make(steps - 1).
+
+    All cores make `ahead` batches, then all cores train on them. One process that makes batches *while* the model
+    trains slows training more than it helps: the model's threads wait for each other, so who takes a core from one
+    stops all. Measured: 0.24 -> 0.21 s a step of lessons, 0.15 -> 0.12 s a step of the eyes."""
+    numbers = []  # the next steps; `collate_fn` turns a number into its batch
+    loader = DataLoader(range(steps), batch_size=None, sampler=numbers, num_workers=torch.get_num_threads(), persistent_workers=True, collate_fn=make, worker_init_fn=ignore_ctrl_c)
+    for first in range(start, steps, ahead):
+        numbers[:] = range(first, min(first + ahead, steps))
+        yield from [*loader]
 
 
 def micro_batches(items, lengths, budget):
