@@ -163,7 +163,7 @@ def feeding(env, world, steps=60, warm=20):
     """Rows {stage, steps, seconds_a_step, waits, real} of the three stages that train on prepared batches, with default
     flags. (RL makes its own batches: `data_generation` in bench.csv.)"""
     a, policy, rows = train.Args(), load(ROOT / "policies" / "base.safetensors")[0], []
-    # lessons need no tools, and whatever the environment holds is handed to the worker
+    # lessons need no tools, and whatever the environment holds is handed to the workers
     school = tools.Environment(env.v, None, policy.config)
     heads = torch.nn.ModuleList(torch.nn.Linear(w, 4 + sum(map(len, grpo.PARTS.values()))) for w in (policy.config.vit_width, policy.config.width))
     eyes = [*optimisers(policy.vision.named_parameters(), a.see_lr, a.see_adam_lr), torch.optim.AdamW([*heads.parameters(), policy.embed_tokens.weight], a.see_adam_lr)]

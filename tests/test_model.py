@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 import data
 import gog
 from tools import to_array
-from model import PRESETS, Cache, CheckpointError, ModelConfig, NotFinite, Policy, Vocabulary, load, pick, read, save
+from model import PRESETS, Cache, CheckpointError, ModelConfig, NotFinite, Policy, Vocabulary, load, pick, read, save, stream
 
 
 def test_causal(policy):
@@ -40,6 +40,13 @@ def test_cached_ragged_equals_uncached(policy):
                 at[r] += n
         for r, row in enumerate(rows):
             torch.testing.assert_close(torch.cat(got[r]), policy(row[None])[0], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("start", (0, 5, 16, 40))
+def test_every_batch_is_made_once_and_in_order(start):
+    """Prevents batches that are lost, repeated or swapped where one round of making them ends and the next begins,
+    also if a run is resumed in the middle of a round (or at its end)."""
+    assert [*stream(float, start, 40)] == [*range(start, 40)]
 
 
 def test_packed_sequences_do_not_see_their_neighbours(policy):
