@@ -1,4 +1,5 @@
 """Shared fixtures: one world, one vocabulary, one tiny policy. No test may connect to the network."""
+import functools
 import socket
 import sys
 from pathlib import Path
@@ -9,6 +10,9 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import model  # noqa: E402
+
+model.corpus = functools.cache(model.corpus)  # the same texts every time, and they take seconds. (Before train imports it)
 import data  # noqa: E402
 import tools  # noqa: E402
 import train  # noqa: E402

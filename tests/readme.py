@@ -106,6 +106,14 @@ def behaviour():
     return table(["", "the paper, SFT -> RL", "SFT", "SFT + RL"], [[m, PAPER.get(m, ""), cell("sft", m), cell("rl", m)] for m in BEHAVIOUR])
 
 
+def plans():
+    """First plans that are right, by the number of relations: percent, all seeds together."""
+    def share(policy, eyes, relations):
+        mine = [[int(r[k]) for k in ("right", "short", "other")] for r in published("plans.csv") if (r["policy"], r["eyes"], r["relations"]) == (policy, eyes, relations)]
+        return f"{100 * sum(right for right, *_ in mine) / sum(map(sum, mine)):.0f}"
+    return table(["relations in the plan", *"12345"], [[f"{LABELS[policy]}, eyes {eyes}", *(share(policy, eyes, n) for n in "12345")] for policy in ("sft", "rl") for eyes in ("closed", "open")])
+
+
 def exam():
     """The base model's exam, of every seed."""
     found = {name: values("lessons", "base", "held-out", topic) for name, topic in EXAM.items()}
@@ -212,14 +220,15 @@ def code_lines():
 
 
 def gain(after="rl", before="sft", suites=tuple(gog.SUITES)):
-    """How many points one row is above another on heraldry, seed by seed: array (seeds,)."""
-    return 100 * (means("heraldry", after, suites=suites) - means("heraldry", before, suites=suites))
+    """How many points one row is above another on heraldry, seed by seed (the first ones, which both have): array (seeds,)."""
+    a, b = (means("heraldry", row, suites=suites) for row in (after, before))
+    return 100 * (a[:len(b)] - b[:len(a)])
 
 
 ON_FLAGS = ("base", "direct", "full-search", "sft", "rl", "oracle")  # rows of the two tables about countries
 TABLES = {
     "main table": lambda: accuracy("heraldry"), "countries": lambda: accuracy("countries", ON_FLAGS), "zero-shot": lambda: accuracy("countries-zero-shot", ON_FLAGS),
-    "behaviour": behaviour, "exam": exam, "stages": stages, "presets": presets, "cost": cost, "bench": bench, "feeding": feeding,
+    "behaviour": behaviour, "plans": plans, "exam": exam, "stages": stages, "presets": presets, "cost": cost, "bench": bench, "feeding": feeding,
     "sample colour": lambda: sample(0), "sample alike": lambda: sample(1, lambda t: any(gog.looked_elsewhere(t)))}  # after a wrong gaze
 DETAILS = ("group-4", "group-16", "lambda-0", "lambda-0.2", "kl-0.001", "mean-only", "lr-0.01", "lr-0.1")  # of GRPO
 UNMASKED = lambda: published("earlier/runs/heraldry-nano-0-rl-no-mask.csv")
@@ -242,6 +251,9 @@ NUMBERS = {
     "zero found": lambda: f"{100 * values('countries-zero-shot', 'rl', 'facts', 'target_found').mean():.0f}",
     "rl gain": lambda: spread(gain()), "over full search": lambda: f"{gain(before='full-search').mean():.1f}", "other gain": lambda: spread(gain(suites=OTHERS)),
     **{f"{row} hops": lambda row=row: f"{100 * means('heraldry', row, suites=('hops',)).mean():.1f}" for row in ("sft", "rl")},
+    **{f"{name} {metric} {first}": lambda run=run, metric=metric, first=first: f"{100 * np.mean([float(r[metric]) for r in published(f'runs/heraldry-nano-0-{run}.csv')[first:first + 10]]):.0f}"
+       for name, run in (("level2", "rl-level2"), ("fresh", "rl")) for metric in ("accuracy", "dead") for first in (0, 30)},
+    "level2 gain": lambda: listed(gain("rl-level2")), "fresh gain": lambda: listed(gain()[:3]), "fresh ahead": lambda: spread(gain(before="rl-level2")),
     "old countries": lambda: f"{100 * means('countries', 'sft', file='earlier/results.csv').mean():.1f}",
     **{f"countries {row}": lambda row=row: f"{100 * means('countries', row).mean():.1f}" for row in ("sft", "rl")},
     "countries found": lambda: f"{100 * values('countries', 'rl', 'facts', 'target_found').mean():.0f}",
