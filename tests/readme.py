@@ -253,7 +253,7 @@ NUMBERS = {
     **{f"{row} hops": lambda row=row: f"{100 * means('heraldry', row, suites=('hops',)).mean():.1f}" for row in ("sft", "rl")},
     **{name: lambda run=run, metric=metric, first=first: f"{100 * np.mean([float(r[metric]) for r in published(f'runs/heraldry-nano-0-{run}.csv')[first:first + 10]]):.0f}"
        for name, run, metric, first in (("level2 first", "rl-level2", "accuracy", 0), ("level2 last", "rl-level2", "accuracy", 30), ("level2 dead", "rl-level2", "dead", 0), ("fresh dead", "rl", "dead", 0))},
-    "level2 gain": lambda: listed(gain("rl-level2")), "fresh gain": lambda: listed(gain()[:3]), "fresh ahead": lambda: spread(gain(before="rl-level2")),
+    "level2 gain": lambda: listed(gain("rl-level2")), "fresh gain": lambda: listed(gain()[:3]), "rate gain": lambda: listed(gain("rl-lr-0.16")), "fresh ahead": lambda: spread(gain(before="rl-level2")),
     "old countries": lambda: f"{100 * means('countries', 'sft', file='earlier/results.csv').mean():.1f}",
     **{f"countries {row}": lambda row=row: f"{100 * means('countries', row).mean():.1f}" for row in ("sft", "rl")},
     "countries found": lambda: f"{100 * values('countries', 'rl', 'facts', 'target_found').mean():.0f}",
