@@ -39,12 +39,12 @@ def verdict(q, turn):
 
 def main(*seeds, each=60):
     world, told = data.open_world("heraldry"), []
-    box = tools.make_toolbox(world)
+    box, begun = tools.make_toolbox(world), []
     for seed in tqdm(seeds or ("0", "1", "2")):
         for stage in ("sft", "rl"):
             policy, v = load(f"out/heraldry-nano-{seed}/{stage}.safetensors")
             env = tools.Environment(v, box, policy.config)
-            begun = [*after_the_first_look(env, world, each)]
+            begun = begun or [*after_the_first_look(env, world, each)]  # the same for all: there is one vocabulary
             for eyes in ("open", "closed"):
                 prompts = [[i for i in demo.ids[:end] if eyes == "open" or i not in env.image_ids] for _, demo, end in begun]
                 pictures = [p for _, demo, _ in begun for p in demo.pictures[:2]] if eyes == "open" else []
