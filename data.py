@@ -131,7 +131,7 @@ class Arms:
         tincture = fixed.get("tincture") or rng.choice(list(TINCTURES))
         contrast = [t for t in TINCTURES if (t in METALS) != (tincture in METALS)]
         charge_tincture = rng.choice(contrast)
-        ordinary, other = rng.choice(list(ORDINARIES)), rng.choice([t for t in contrast if t != charge_tincture])
+        ordinary, other = fixed.get("ordinary", rng.choice(list(ORDINARIES))), rng.choice([t for t in contrast if t != charge_tincture])
         parts = dict(outline=rng.choice(list(OUTLINES)), tincture=tincture, ordinary=ordinary, charge=rng.choice(list(CHARGES)), count=rng.choice((1, 2, 3)))
         return cls(**parts | dict(ordinary_tincture=other if ordinary else tincture, charge_tincture=charge_tincture) | fixed)
 
@@ -533,9 +533,8 @@ def folder_entity(known, root, where, line):
         raise WorldError(f"{where}: 'name' is missing, given twice, over 200 characters, holds ': ', ' | ', <, > or a line break, or has no letters or digits ({str(name)[:80]!r}). Give every entity a unique name")
     if not isinstance(facts, dict) or not all(plain(x) for fact in facts.items() for x in fact):
         raise WorldError(f"{where}: a fact of {name!r} is not a text of 1 to 200 characters, holds ' | ', <, > or a line break, or has no letters or digits. Write facts as {{\"relation\": \"value\"}}")
-    tinctures, aspect = _tinctures(image := image_path(root, row.get("image"), where), where)
-    look, detail = f"{tinctures[0]} {'banner' if aspect > 1.2 else 'square'}", " and ".join(tinctures[1:]) or "plain"
-    known[name] = Entity(name, {k.replace("_", " "): v for k, v in facts.items()}, None, image, look, detail, f"{look}, {detail}", aspect)
+    art = check_image(image := image_path(root, row.get("image"), where), where)
+    known[name] = Entity(name, {k.replace("_", " "): v for k, v in facts.items()}, None, image, **look_of(art), aspect=min(20, max(0.05, art.width / art.height)))
 
 
 def plain(text):
@@ -596,12 +595,13 @@ def _tincture(rgb):
     return min(HUES, key=lambda t: abs((hue - HUES[t] + 0.5) % 1 - 0.5))
 
 
-def _tinctures(path, where):
-    """(names of the tinctures that cover at least an eighth of a picture, largest first; its aspect, width / height,
-    within 1/20 .. 20)."""
-    art = check_image(path, where)
+def look_of(art):
+    """Look, detail and blazon of an RGBA picture, in words: the tinctures that cover at least an eighth of it, largest
+    first, and whether it is wide: "red banner", "white and gold", "red banner, white and gold"."""
     count = Counter(_tincture(rgba[:3]) for rgba in art.resize((24, 24), Image.BOX).get_flattened_data() if rgba[3] > 127)
-    return [t for t in sorted(TINCTURES, key=lambda t: -count[t]) if count[t] >= max(1, count.total() / 8)] or ["white"], min(20, max(0.05, art.width / art.height))
+    first, *others = [t for t in sorted(TINCTURES, key=lambda t: -count[t]) if count[t] >= max(1, count.total() / 8)] or ["white"]
+    look, detail = f"{first} {'banner' if art.width > 1.2 * art.height else 'square'}", " and ".join(others) or "plain"
+    return dict(look=look, detail=detail, blazon=f"{look}, {detail}")
 
 
 # ------------------------------------------------------------------------------- python data.py check | preview FOLDER
