@@ -411,14 +411,14 @@ LESSON_WALLS = {"single": 2, "normal": 4, "alike": 3, "small": 4, "crowd": 2}
 # For SFT: chains of at most two relations, because RL learns longer ones by itself (README, Results)
 SFT_MIX = [("colour", "normal", 3), ("shape", "normal", 2), ("count", "normal", 2), ("count", "crowd", 4), ("colour", "single", 1), ("shape", "single", 1), ("name", "single", 1), ("hop1", "single", 1),
            ("name", "normal", 2), ("hop1", "normal", 4), ("name", "alike", 1), ("hop1", "alike", 2), ("hop2", "normal", 1.2), ("hop2", "single", 0.5), ("compare", "normal", 1)]
-# For RL: mostly long chains (why: grpo.py, Curriculum). The last three keep the policy gazing: chains about a single
-# shield are solved by a glance, and a policy that only glances finds nothing on a crowded wall
+# For RL: mostly long chains (why: README, Results), few look-alikes (why: grpo.py, Curriculum). The last three keep the
+# policy gazing: chains about a single shield are solved by a glance, which finds nothing on a crowded wall
 RL_MIX = [("count", "normal", 1), ("hop2", "normal", 1), ("hop3", "single", 1), ("hop3", "normal", 2), ("hop4", "single", 3), ("hop4", "normal", 4), ("hop5", "single", 2),
           ("hop1", "crowd", 1), ("hop2", "crowd", 1), ("hop1", "small", 2)]
 
 
 def fits(text):
-    """Is a question short enough to leave room for turns? A token is at least one byte, and a trajectory has 832 tokens
+    """Does a question leave room for turns? 600 bytes are at most 600 tokens, and a trajectory has up to 832
     (gog.rollout)."""
     return len(text.encode(errors="replace")) <= 600
 
@@ -476,8 +476,8 @@ def ask(world, kind, setting, split, rng):
         text = f"Which has more {relation}, the {texts[0]} or the {texts[1]}?"
         return question(text, (found[a < b].name,), (relation,)) if a != b else None
 
-    # name, hop1 .. hop5: follow a chain. All relations but the last must lead to another entity, but not to one added
-    # after training (no passage mentions those)
+    # name, hop1 .. hop5: follow a chain. All relations but the last must lead to another entity, which the index
+    # has (one that is added after training: only in the suite `live`)
     chain, path = [], [target.name]
     unknown = set() if "late" in split else world.splits.get("late", ())
     for remaining in range(int(kind[3:]) if kind != "name" else 0, 0, -1):

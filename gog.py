@@ -10,7 +10,7 @@ A whole trajectory (indented: observations; the format of turns is defined in to
     <think> twin is Karvel Ost, for the river</think><search> Karvel Ost river</search>
         As for Karvel Ost, its river is Ilm. | In Karvel Ost the ruler is Te Gal IV.
     <think> river is Ilm</think><answer> Ilm</answer>
-The first thought always names the look of the target, even if the question only says where it hangs; the hit is then
+The thought before a look names the look of the target, even if the question only says where it hangs; the hit is then
 compared with this look. If the crop had shown a blue square, the next turn would look elsewhere:
     <think> want red round, see blue square: no, look at red round</think><gaze> ...
 
@@ -59,8 +59,8 @@ def rollout(policy, env, questions, group=1, temperature=1.0, schedule=FREE, gen
     """Let the policy answer questions. Returns Q * group trajectories; those of one question are adjacent.
 
     schedule: the actions allowed in each turn; a trajectory ends at the latest with the schedule. rows: batch size.
-    room: the most tokens of a trajectory (the longest demonstrations have some 600); it ends if another turn might not
-    fit.
+    room: the most tokens of a trajectory that are read (the longest demonstrations have some 600); it ends if another
+    turn might not fit.
     generator: a torch.Generator on the policy's device. progress: the label of a progress bar."""
     mine, trajectories, per_batch = share(questions), [], max(1, rows // group)
     for start in tqdm(range(0, len(mine), per_batch), desc=progress, unit="batch", leave=False, disable=progress is None):
@@ -389,7 +389,7 @@ SUITES = {
     # MMSearch: more and smaller objects than in any demonstration with a search (pointing lessons and counting
     # demonstrations have such scenes; so do 2 of 18 parts of RL's mix, with entities of the training split)
     "crowd": [("name", "crowd", 1), ("hop1", "crowd", 2)],
-    "live": [("hop1", "normal", 3), ("hop2", "normal", 1)],  # LiveVQA: facts and entities changed after training
+    "live": [("hop1", "normal", 3), ("hop2", "normal", 1)],  # LiveVQA: facts changed and entities added after training
     # DynVQA: more hops than in any demonstration (lessons without pictures have as many; RL asks such questions about
     # the training split: data.RL_MIX)
     "hops": [("hop4", "normal", 3), ("hop5", "normal", 1)]}
@@ -404,7 +404,8 @@ def suite(world, name, n=300):
 
 
 def aged(world):
-    """The same world some time after training: the values of every fact are shuffled among test and late entities."""
+    """The same world some time after training: the values of each relation are shuffled among test and late
+    entities."""
     rng, entities = random.Random(f"{world.seed}/aged"), dict(world.entities)
     names = world.splits["test"] + world.splits["late"]
     for relation in sorted({r for n in names for r in entities[n].facts}):
@@ -436,7 +437,8 @@ def looked_elsewhere(t):
 
 
 def behaviour(trajectories):
-    """Metrics of a list of trajectories: {metric: value}. Shares are 0..1: of trajectories, but *_share of all turns.
+    """Metrics of a list of trajectories: {metric: value}, nan where there is nothing to average. Shares are 0..1: of
+    trajectories, but *_share of all turns.
 
     - no_search, single_search, mixed_search: the trajectory uses no tool, one kind of tool, or several kinds.
     - gaze_correct: share of gazes with IoU >= 0.5 with a target; gaze_iou: mean IoU of gazes.
@@ -630,8 +632,8 @@ def tell(t):
 
 
 def doubts(t):
-    """Reasons not to trust the answer of a trajectory, as text; "" if there are none. A policy always answers: it has
-    never seen a question that has no answer."""
+    """Reasons not to trust the answer of a trajectory, as text; "" if there are none. A policy never says that it does
+    not know: it has seen no question without an answer."""
     # the score of the best hit of every glance and gaze
     scores = [turn.observation.split(" ")[0] for turn in t.turns if turn.kind in ("glance", "gaze") and turn.ok]
     found = normalise(" ".join(turn.observation for turn in t.turns if turn.kind != "malformed"))

@@ -14,7 +14,7 @@ Here instead, and why:
      deviation, differences in format alone would get advantages of about +-1, in spite of lambda = 0.1.
   3. One update per batch of rollouts. So the ratio is close to 1, and the clip hardly ever binds (the code is the
      general loss). With bfloat16 training the worst token of a step is typically off by 0.3 in log-probability (maximum
-     so far: 1.3).
+     so far: 1.4).
   4. The value of the loss is no measure of progress. The advantages of a group sum to 0, so it stays between about 0
      and 0.15 (mostly above 0, as wrong trajectories have more tokens than right ones). Watch accuracy and entropy
      instead.
@@ -64,8 +64,8 @@ def group_advantages(rewards, r_acc, divide_by="std"):
     """Advantages (Q, G) of rewards (Q, G); and which groups are alive, bool (Q,): those whose r_acc (Q, G) differ.
 
     A = (r - mean) / std over the group ("std", the paper), or r - mean ("mean": very easy and very hard questions get
-    no extra weight). Dead groups get exactly 0. The test compares r_acc, because the standard deviation of equal floats
-    need not be 0.
+    no extra weight). Dead groups get exactly 0. The test compares r_acc, so that form alone gives no advantage (item 2
+    at the top).
     """
     alive = r_acc.amax(1) > r_acc.amin(1)
     scale = rewards.std(1, keepdim=True).clamp_min(1e-6) if divide_by == "std" else 1.0
@@ -75,9 +75,9 @@ def group_advantages(rewards, r_acc, divide_by="std"):
 def policy_loss(logp, old_logp, advantage, low=0.2, high=0.2, reference=None, beta=0.0):
     """The clipped loss, summed over tokens (M,): -min(ratio A, clip(ratio, 1 - low, 1 + high) A) + beta KL.
 
-    ratio = exp(logp - old_logp). KL to a reference policy by the k3 estimator: exp(d) - d - 1 >= 0 with
-    d = reference - logp. The caller divides by the token count of the whole update. Also returns the number of tokens
-    outside the clip range, and the summed KL.
+    All inputs are (M,). ratio = exp(logp - old_logp). KL to a reference policy, whose log-probabilities are
+    `reference`, by the k3 estimator: exp(d) - d - 1 >= 0 with d = reference - logp. The caller divides by the token
+    count of the whole update. Also returns the number of tokens outside the clip range, and the summed KL.
     """
     ratio = (logp - old_logp).exp()
     clipped = ratio.clamp(1 - low, 1 + high)
@@ -123,12 +123,13 @@ def supervised_step(policy, env, batch, opts, budget=4000):
 def grpo_step(policy, reference, env, batch, advantages, opts, a):
     """One GRPO update from rollouts (list of Q*G) and their advantages (Q*G,). Returns the metrics of the step.
 
-    Rollouts with advantage 0 are left out; the loss is divided by the number of trained tokens of the others. The
-    gradient is computed in two halves, of the questions with even and with odd index. The metric `signal` is the cosine
-    of these two gradients: 1 if both halves ask for the same change, 0 if they have nothing in common (noise).
+    Rollouts with advantage 0 are left out (`alive`: indices of the others); the loss is divided by the number of
+    trained tokens of the others. The gradient is computed in two halves, of the questions with even and with odd index. The
+    metric `signal` is the cosine of these two gradients, -1 to 1: 1 if both halves ask for the same change, about 0 if
+    they have nothing in common (noise).
     """
     alive = advantages.nonzero()[:, 0].tolist()
-    if not a.mask:  # ablation that shows why the mask is needed: all tokens are trained, also tool results
+    if not a.mask:  # ablation: tool results are trained, too. They have no old_logp, so the ratio is set to 1
         env, batch = copy(env), [replace(t, trained=[False] + [True] * (len(t.ids) - 1)) for t in batch]
         env.sampleable = [True] * env.v.size
     token_count = max(1, sum(sum(batch[i].trained) for i in alive))
@@ -205,8 +206,8 @@ def uncertain(policy, env, pool, n=4, seed=0):
 
 def instruct(policy, env, world, n=5750, seed=0, wrong_gaze=0.2):
     """GoG-Instruct: `n` expert trajectories about questions that pass the uncertainty filter, 43.5 % of them
-    search-free. Each is checked: the answer is right, and the last gaze has IoU > 0.9 with a target. WorldError if too
-    few questions pass."""
+    search-free (the paper's share). Each is checked: the answer is right, and the last gaze, if any, has IoU > 0.9 with
+    a target. WorldError if too few questions pass."""
     quota = {True: round(0.435 * n), False: n - round(0.435 * n)}  # is a question search-free? -> how many
     # with --no-gaze: only questions that can be answered without one
     mix = [(kind, setting, w) for kind, setting, w in data.SFT_MIX if env.may_gaze or setting == "single" or kind in data.VISUAL]
@@ -232,8 +233,8 @@ def instruct(policy, env, world, n=5750, seed=0, wrong_gaze=0.2):
 
 
 def misses(policy, env, questions, rows=256):
-    """Targets that the base model fails to point at (IoU < 0.5): for every question {target: (look named in its
-    thought, box chosen)}. The expert begins with these mistakes, to show how to recover."""
+    """Wrong gazes of the base model (IoU < 0.5) at targets without look-alikes: for every question {target: (look named
+    in its thought, box chosen)}. The expert begins with these mistakes, to show how to recover."""
     missed = [{} for _ in questions]
     to_point = [(i, target, data.references(q.scene)[target][kind]) for i, q in enumerate(questions) if len(q.scene.boxes) > 1 and not q.search_free
                 for target, kind in zip(q.targets, q.pointed_by) if kind != "detail"]  # of look-alikes the expert tries every box anyway
@@ -269,7 +270,7 @@ class Curriculum:
     of the time, too, but their gradients have nothing in common (`signal`, grpo_step). So data.RL_MIX has few
     look-alikes (two parts of 18, against forgetting) and no comparisons: two batches of 256 rollouts of chains and
     counting had a cosine of 0.16, with many look-alikes 0.03. (`signal` compares the halves of one batch, of a policy
-    that has begun to learn: 0.03 on average in the published run.)
+    that has begun to learn: 0.03 to 0.08 on average in the published runs.)
     """
 
     def __init__(self, pass_rates, mode="fresh", seed=0, pool=None, worth=None):
@@ -397,8 +398,8 @@ def see_step(policy, heads, batch, v, opts):
     The loss has three terms. Boxes: 50 times the L1 distance of the edges, relative to the sides of the box (as IoU
     measures it). Parts: cross-entropy of each; charges count twice. Both are taken at patches and at image tokens.
     Words: the image token that shows the leftmost red round shield shall resemble the decoder's embeddings of "red",
-    "round" and "leftmost", so that the decoder finds what it reads about. `v`: the vocabulary. Only the gradient of the
-    vision encoder is clipped; its norm is returned.
+    "round" and "leftmost", so that the decoder finds what it reads about. `heads`: linear layers, one for patches and
+    one for image tokens. Only the gradient of the vision encoder is clipped.
     """
     pictures, boxes, labels = batch
     patches, tokens = policy.vision(pictures)
@@ -610,7 +611,7 @@ def hit_list(rng, towns):
 
 def plan_lesson(env, rng, plans=5):
     """Plans only: which relations of the question are still to be looked up, after the shield is identified and after
-    each search. (An errand contains one question only.) In brackets: trained.
+    each search. (An `errand_lesson` has one question only.) In brackets: trained.
 
         <bos>What is the river of the twin of the red round shield?<sep>
         <think> Brenna, [for the river of the twin</think>] <think> twin is Ost, [for the river</think>] What is ...

@@ -637,9 +637,9 @@ def write_rows(path, rows, columns, key=()):
 
 
 def flags(kind, choices, ranges, about, argv=None):
-    """Parse a command line into the dataclass `kind`: every field is a flag, its comment is the help. Strings must be
-    among `choices`, numbers within `ranges` (default: 1 to a million, or 0.0 to 1.0). An unknown flag is an error that
-    names the nearest one."""
+    """Parse a command line into the dataclass `kind`: every field is a flag, its comment is the help. Strings that
+    have `choices` must be among them, numbers within `ranges` (default: 1 to a million, or 0.0 to 1.0). A mistake is
+    answered in one line, with exit code 2; for an unknown flag it names the nearest one."""
     # no usage line: it would bury an error under 25 lines
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=about, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(kind), re.M))

@@ -98,7 +98,8 @@ class Args:
         return Path(world).resolve().name + self.suffix("seed_world", "towns")
 
     def variant(self, stage):
-        """Suffix for the flags that change the base model and, for all stages after pretrain, the SFT policy."""
+        """Suffix for --word-steps and, for all stages after pretrain, four flags of SFT, which grid rows change. (With
+        other flags of these stages, --see-steps or --sft-lr, choose a folder of their own: --out.)"""
         return self.suffix("word_steps", *["demos", "gaze", "replay", "wrong_gaze"] * (stage != "pretrain"))
 
     def folder(self, stage=""):
@@ -161,7 +162,7 @@ def pretrain(a):
 
 
 def sft(a):
-    """Stage 1, reflective GoG behaviour alignment: causal LM loss on the expert's own tokens and on some lessons."""
+    """The paper's first stage: causal LM loss on the expert's own tokens and on some lessons of the base model."""
     (policy, v), run = load(a.weights("pretrain"), a.device), Run(a, "sft")
     world = data.open_world(a.world, a.seed_world, a.towns)
     env = Environment(v, make_toolbox(world, a.failure_rate, a.seed), policy.config, gaze=a.gaze)
@@ -193,7 +194,7 @@ def development(policy, env, world, a):
 
 
 def rl(a):
-    """Stage 2, complexity-adaptive reinforcement learning: GRPO on questions drawn by pass rate (grpo.Curriculum)."""
+    """The paper's second stage: GRPO on questions drawn by pass rate (grpo.Curriculum)."""
     (policy, v), run = load(a.weights("sft"), a.device), Run(a, a.name)
     world = data.open_world(a.world, a.seed_world, a.towns)
     env = Environment(v, make_toolbox(world, a.failure_rate, a.seed), policy.config, gaze=a.gaze)
@@ -263,7 +264,8 @@ def alarms(first, now):
 
 
 def evaluate(a):
-    """Evaluate the policies and all baselines on six held-out suites (and on a folder world's own questions).
+    """Evaluate the policies and all baselines (if a.row() is not "rl": only that row) on six held-out suites (and on a
+    folder world's own questions).
 
     Writes results/results.csv, one measurement per row; rows of other worlds and seeds stay. Also writes report.html
     and sample pictures. Baselines that are schedules (gog.SCHEDULES) and `withheld` use the RL policy.
@@ -373,7 +375,7 @@ def reproduce(a):
 # ----------------------------------------------------------------------------------------------------------- run folder
 
 # Flags that must not change on --resume, or the second half of a stage would belong to another experiment. Learning
-# rates, RL steps and word steps may change
+# rates and RL steps may change; word steps, too, but they name the folder (`variant`), unless --out does
 MATTERS = {
     "pretrain": "seed see_steps see_batch word_batch", "sft": "seed world seed_world towns gaze demos wrong_gaze failure_rate sft_batch replay",
     "rl": "seed world seed_world towns gaze device failure_rate rl_questions rl_dev rl_batch group lam search_penalty beta clip_low clip_high advantage mask curriculum temperature"}
