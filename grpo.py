@@ -124,9 +124,9 @@ def grpo_step(policy, reference, env, batch, advantages, opts, a):
     """One GRPO update from rollouts (list of Q*G) and their advantages (Q*G,). Returns the metrics of the step.
 
     Rollouts with advantage 0 are left out (`alive`: indices of the others); the loss is divided by the number of
-    trained tokens of the others. The gradient is computed in two halves, of the questions with even and with odd index. The
-    metric `signal` is the cosine of these two gradients, -1 to 1: 1 if both halves ask for the same change, about 0 if
-    they have nothing in common (noise).
+    trained tokens of the others. The gradient is computed in two halves, of the questions with even and with odd index.
+    The metric `signal` is the cosine of these two gradients, -1 to 1: 1 if both halves ask for the same change, about 0
+    if they have nothing in common (noise).
     """
     alive = advantages.nonzero()[:, 0].tolist()
     if not a.mask:  # ablation: tool results are trained, too. They have no old_logp, so the ratio is set to 1
