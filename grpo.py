@@ -75,7 +75,7 @@ def group_advantages(rewards, r_acc, divide_by="std"):
 def policy_loss(logp, old_logp, advantage, low=0.2, high=0.2, reference=None, beta=0.0):
     """The clipped loss, summed over tokens (M,): -min(ratio A, clip(ratio, 1 - low, 1 + high) A) + beta KL.
 
-    All inputs are (M,). ratio = exp(logp - old_logp). KL to a reference policy, whose log-probabilities are
+    Tensors are (M,). ratio = exp(logp - old_logp). KL to a reference policy, whose log-probabilities are
     `reference`, by the k3 estimator: exp(d) - d - 1 >= 0 with d = reference - logp. The caller divides by the token
     count of the whole update. Also returns the number of tokens outside the clip range, and the summed KL.
     """

@@ -98,8 +98,8 @@ class Args:
         return Path(world).resolve().name + self.suffix("seed_world", "towns")
 
     def variant(self, stage):
-        """Suffix for --word-steps and, for all stages after pretrain, four flags of SFT, which grid rows change. (With
-        other flags of these stages, --see-steps or --sft-lr, choose a folder of their own: --out.)"""
+        """Suffix for --word-steps and, for all stages after pretrain, four flags of SFT. (With other flags of these
+        stages, --see-steps or --sft-lr, choose a folder of its own: --out.)"""
         return self.suffix("word_steps", *["demos", "gaze", "replay", "wrong_gaze"] * (stage != "pretrain"))
 
     def folder(self, stage=""):
