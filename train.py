@@ -43,12 +43,12 @@ class Args:
     out: str = ""  # run folder; default out/WORLD-PRESET-SEED
     resume: bool = False  # continue from the last checkpoint
     save_every: int = 50  # pretrain and sft: steps between checkpoints
-    see_steps: int = 2500  # pretrain, first part: steps of the vision encoder alone
+    see_steps: int = 3000  # pretrain, first part: steps of the vision encoder alone
     see_batch: int = 12  # pictures per step of the first part
-    word_steps: int = 5000  # pretrain, second part: steps on lessons in words
-    word_batch: int = 13  # lessons per step; in equal time, many small steps teach more than few large ones
+    word_steps: int = 4800  # pretrain, second part: steps on lessons in words
+    word_batch: int = 12  # lessons per step; in equal time, many small steps teach more than few large ones
     exam: int = 3072  # approximate number of held-out questions in the exam of the base model
-    see_lr: float = 0.0028  # pretrain, first part: learning rate of Muon (matrices of the vision encoder)
+    see_lr: float = 0.004  # pretrain, first part: learning rate of Muon (matrices of the vision encoder)
     see_adam_lr: float = 0.002  # pretrain, first part: learning rate of AdamW (everything else)
     word_lr: float = 0.002  # pretrain, second part: learning rate of Muon and AdamW
     gaze: bool = True  # may the policy gaze? --no-gaze: neither in demonstrations nor in rollouts (only whole-picture and text search, as MMSearch-R1)
@@ -61,7 +61,7 @@ class Args:
     sft_adam_lr: float = 0.001  # learning rate of AdamW (embeddings and norms)
     rl_questions: int = 800  # questions that the SFT model is scored on before RL (not used by the curriculum fresh)
     rl_dev: int = 300  # questions of the development split, used to select the best policy
-    rl_steps: int = 60  # number of RL updates
+    rl_steps: int = 40  # number of RL updates
     rl_batch: int = 32  # questions per update
     group: int = 8  # rollouts per question
     rl_lr: float = 0.08  # peak learning rate of SGD (three steps of warm-up; over the second half, linear decay to 0)
@@ -98,7 +98,8 @@ class Args:
         return Path(world).resolve().name + self.suffix("seed_world", "towns")
 
     def variant(self, stage):
-        """Suffix for the flags that change the base model and, for all stages after pretrain, the SFT policy."""
+        """Suffix for --word-steps and, for all stages after pretrain, four flags of SFT. (With other flags of these
+        stages, --see-steps or --sft-lr, choose a folder of its own: --out.)"""
         return self.suffix("word_steps", *["demos", "gaze", "replay", "wrong_gaze"] * (stage != "pretrain"))
 
     def folder(self, stage=""):
@@ -134,7 +135,7 @@ def pretrain(a):
     outputs = 4 + sum(map(len, grpo.PARTS.values()))
     heads = torch.nn.ModuleList(torch.nn.Linear(w, outputs) for w in (config.vit_width, config.width)).to(a.device)
     other_params = [*heads.parameters(), policy.embed_tokens.weight]  # also word embeddings: see_step aligns them with image tokens
-    eye_opts = [*optimisers(policy.vision.named_parameters(), a.see_lr, a.see_adam_lr, newton_schulz=7), torch.optim.AdamW(other_params, a.see_adam_lr, weight_decay=0.0)]
+    eye_opts = [*optimisers(policy.vision.named_parameters(), a.see_lr, a.see_adam_lr), torch.optim.AdamW(other_params, a.see_adam_lr, weight_decay=0.0)]
     word_opts = optimisers(((n, p) for n, p in policy.named_parameters() if "vision" not in n or "projector" in n), a.word_lr, a.word_lr)
     env = Environment(v, None, config)
     parts = (("see", 0, a.see_steps, eye_opts, partial(grpo.labelled_pictures, config, a.seed, a.see_batch)),
@@ -145,10 +146,10 @@ def pretrain(a):
         policy.freeze_eyes(part != "see")
         for step, batch in enumerate(stream(make, first, steps), first):
             lr = set_lr(opts, lr_factor(step, steps))
-            with autocast(a.device):
-                if part == "see":
-                    loss, norm = grpo.see_step(policy, heads, [torch.from_numpy(x).to(a.device) for x in batch], v, opts)
-                else:
+            if part == "see":
+                loss, norm = grpo.see_step(policy, heads, [torch.from_numpy(x).to(a.device) for x in batch], v, opts)
+            else:
+                with autocast(a.device):  # (part "see" stays in float32: with bfloat16 the loss of an early version ended 5 % higher)
                     loss, norm = grpo.supervised_step(policy, env, batch, opts, a.token_budget)
             run.log(step=earlier + step, part=part, loss=loss, grad_norm=norm, lr=lr, seconds=run.bar.format_dict["elapsed"])
             run.checkpoint([policy, heads], eye_opts + word_opts, a.save_every if step + 1 < steps else 1, step=earlier + step + 1)
@@ -161,7 +162,7 @@ def pretrain(a):
 
 
 def sft(a):
-    """Stage 1, reflective GoG behaviour alignment: causal LM loss on the expert's own tokens and on some lessons."""
+    """The paper's first stage: causal LM loss on the expert's own tokens and on some lessons of the base model."""
     (policy, v), run = load(a.weights("pretrain"), a.device), Run(a, "sft")
     world = data.open_world(a.world, a.seed_world, a.towns)
     env = Environment(v, make_toolbox(world, a.failure_rate, a.seed), policy.config, gaze=a.gaze)
@@ -193,7 +194,7 @@ def development(policy, env, world, a):
 
 
 def rl(a):
-    """Stage 2, complexity-adaptive reinforcement learning: GRPO on questions drawn by pass rate (grpo.Curriculum)."""
+    """The paper's second stage: GRPO on questions drawn by pass rate (grpo.Curriculum)."""
     (policy, v), run = load(a.weights("sft"), a.device), Run(a, a.name)
     world = data.open_world(a.world, a.seed_world, a.towns)
     env = Environment(v, make_toolbox(world, a.failure_rate, a.seed), policy.config, gaze=a.gaze)
@@ -263,7 +264,8 @@ def alarms(first, now):
 
 
 def evaluate(a):
-    """Evaluate the policies and all baselines on six held-out suites (and on a folder world's own questions).
+    """Evaluate the policies and all baselines (if a.row() is not "rl": only that row) on six held-out suites (and on a
+    folder world's own questions).
 
     Writes results/results.csv, one measurement per row; rows of other worlds and seeds stay. Also writes report.html
     and sample pictures. Baselines that are schedules (gog.SCHEDULES) and `withheld` use the RL policy.
@@ -373,7 +375,7 @@ def reproduce(a):
 # ----------------------------------------------------------------------------------------------------------- run folder
 
 # Flags that must not change on --resume, or the second half of a stage would belong to another experiment. Learning
-# rates, RL steps and word steps may change
+# rates and RL steps may change; word steps, too, but they name the folder (`variant`), unless --out does
 MATTERS = {
     "pretrain": "seed see_steps see_batch word_batch", "sft": "seed world seed_world towns gaze demos wrong_gaze failure_rate sft_batch replay",
     "rl": "seed world seed_world towns gaze device failure_rate rl_questions rl_dev rl_batch group lam search_penalty beta clip_low clip_high advantage mask curriculum temperature"}
