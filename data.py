@@ -131,7 +131,7 @@ class Arms:
         tincture = fixed.get("tincture") or rng.choice(list(TINCTURES))
         contrast = [t for t in TINCTURES if (t in METALS) != (tincture in METALS)]
         charge_tincture = rng.choice(contrast)
-        ordinary, other = rng.choice(list(ORDINARIES)), rng.choice([t for t in contrast if t != charge_tincture])
+        ordinary, other = fixed.get("ordinary", rng.choice(list(ORDINARIES))), rng.choice([t for t in contrast if t != charge_tincture])
         parts = dict(outline=rng.choice(list(OUTLINES)), tincture=tincture, ordinary=ordinary, charge=rng.choice(list(CHARGES)), count=rng.choice((1, 2, 3)))
         return cls(**parts | dict(ordinary_tincture=other if ordinary else tincture, charge_tincture=charge_tincture) | fixed)
 
@@ -342,7 +342,7 @@ def layout(scene):
 def colours(e):
     """The colours of an entity, largest area first. A shield has one, its tincture; a flag has all that its caption
     names."""
-    return [e.look.split()[0], *(c for c in e.detail.split(" and ") if c in TINCTURES and not e.arms)]
+    return [e.look.split()[0], *(c for c in e.detail.split(" and ") if c in TINCTURES)]
 
 
 def single_out(scene):
@@ -408,13 +408,13 @@ SETTINGS = {"single": (1, 1, 1, (0.45, 0.8), 0), "normal": (2, 6, 3, (0.66, 0.98
 # Weights of the settings in the base model's lessons: freely hanging shields (one alone, small ones) take more practice
 # than a full wall
 LESSON_WALLS = {"single": 2, "normal": 4, "alike": 3, "small": 4, "crowd": 2}
-# For SFT: chains of at most two relations, because RL learns longer ones by itself (README, Results)
+# For SFT: one relation at most; errands among the lessons replayed beside them (grpo.replay) show RL where to begin
 SFT_MIX = [("colour", "normal", 3), ("shape", "normal", 2), ("count", "normal", 2), ("count", "crowd", 4), ("colour", "single", 1), ("shape", "single", 1), ("name", "single", 1), ("hop1", "single", 1),
-           ("name", "normal", 2), ("hop1", "normal", 4), ("name", "alike", 1), ("hop1", "alike", 2), ("hop2", "normal", 1.2), ("hop2", "single", 0.5), ("compare", "normal", 1)]
-# For RL: mostly long chains (why: README, Results), few look-alikes (why: grpo.py, Curriculum). The last three keep the
-# policy gazing: chains about a single shield are solved by a glance, which finds nothing on a crowded wall
-RL_MIX = [("count", "normal", 1), ("hop2", "normal", 1), ("hop3", "single", 1), ("hop3", "normal", 2), ("hop4", "single", 3), ("hop4", "normal", 4), ("hop5", "single", 2),
-          ("hop1", "crowd", 1), ("hop2", "crowd", 1), ("hop1", "small", 2)]
+           ("name", "normal", 2), ("hop1", "normal", 4), ("name", "alike", 1), ("hop1", "alike", 2), ("compare", "normal", 1)]
+# For RL: mostly long chains, which SFT lacks; few look-alikes (why: grpo.py, Curriculum). Counting, colours, shapes and
+# the last three keep the policy looking: chains about a single shield are solved by a glance, which is lost in a crowd
+RL_MIX = [("count", "normal", 1), ("colour", "single", 0.5), ("shape", "single", 0.5), ("shape", "normal", 0.5), ("hop2", "normal", 3), ("hop3", "single", 1), ("hop3", "normal", 3), ("hop4", "single", 3),
+          ("hop4", "normal", 4), ("hop5", "single", 2), ("hop5", "normal", 0.5), ("hop1", "crowd", 1), ("hop2", "crowd", 1), ("hop1", "small", 2)]
 
 
 def fits(text):
@@ -533,9 +533,8 @@ def folder_entity(known, root, where, line):
         raise WorldError(f"{where}: 'name' is missing, given twice, over 200 characters, holds ': ', ' | ', <, > or a line break, or has no letters or digits ({str(name)[:80]!r}). Give every entity a unique name")
     if not isinstance(facts, dict) or not all(plain(x) for fact in facts.items() for x in fact):
         raise WorldError(f"{where}: a fact of {name!r} is not a text of 1 to 200 characters, holds ' | ', <, > or a line break, or has no letters or digits. Write facts as {{\"relation\": \"value\"}}")
-    tinctures, aspect = _tinctures(image := image_path(root, row.get("image"), where), where)
-    look, detail = f"{tinctures[0]} {'banner' if aspect > 1.2 else 'square'}", " and ".join(tinctures[1:]) or "plain"
-    known[name] = Entity(name, {k.replace("_", " "): v for k, v in facts.items()}, None, image, look, detail, f"{look}, {detail}", aspect)
+    art = check_image(image := image_path(root, row.get("image"), where), where)
+    known[name] = Entity(name, {k.replace("_", " "): v for k, v in facts.items()}, None, image, **look_of(art), aspect=min(20, max(0.05, art.width / art.height)))
 
 
 def plain(text):
@@ -596,12 +595,13 @@ def _tincture(rgb):
     return min(HUES, key=lambda t: abs((hue - HUES[t] + 0.5) % 1 - 0.5))
 
 
-def _tinctures(path, where):
-    """(names of the tinctures that cover at least an eighth of a picture, largest first; its aspect, width / height,
-    within 1/20 .. 20)."""
-    art = check_image(path, where)
+def look_of(art):
+    """Look, detail and blazon of an RGBA picture, in words: the tinctures that cover at least an eighth of it, largest
+    first, and whether it is wide: "red banner", "white and gold", "red banner, white and gold"."""
     count = Counter(_tincture(rgba[:3]) for rgba in art.resize((24, 24), Image.BOX).get_flattened_data() if rgba[3] > 127)
-    return [t for t in sorted(TINCTURES, key=lambda t: -count[t]) if count[t] >= max(1, count.total() / 8)] or ["white"], min(20, max(0.05, art.width / art.height))
+    first, *others = [t for t in sorted(TINCTURES, key=lambda t: -count[t]) if count[t] >= max(1, count.total() / 8)] or ["white"]
+    look, detail = f"{first} {'banner' if art.width > 1.2 * art.height else 'square'}", " and ".join(others) or "plain"
+    return dict(look=look, detail=detail, blazon=f"{look}, {detail}")
 
 
 # ------------------------------------------------------------------------------- python data.py check | preview FOLDER

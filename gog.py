@@ -5,14 +5,15 @@ A whole trajectory (indented: observations; the format of turns is defined in to
     What is the river of the twin of the leftmost shield?
     <think> look at red round</think><gaze> 3 36 30 63</gaze>
         [crop] 97 Brenna: red round, gold bend, 2 white crowns | 84 Old Vosk: red round, gold bend, 2 white rings
-    <think> want red round, see red round: yes, Brenna, for the river of the twin</think><search> Brenna twin</search>
+    <think> want red, see red: yes, Brenna, for the river of the twin of the one</think><search> Brenna twin</search>
         In Brenna the twin is Karvel Ost. | Dröse has one twin: Brenna.
-    <think> twin is Karvel Ost, for the river</think><search> Karvel Ost river</search>
+    <think> twin is Karvel Ost, for the river of the one</think><search> Karvel Ost river</search>
         As for Karvel Ost, its river is Ilm. | In Karvel Ost the ruler is Te Gal IV.
     <think> river is Ilm</think><answer> Ilm</answer>
-The thought before a look names the look of the target, even if the question only says where it hangs; the hit is then
-compared with this look. If the crop had shown a blue square, the next turn would look elsewhere:
-    <think> want red round, see blue square: no, look at red round</think><gaze> ...
+The thought before a look names the look of the target, even if the question only says where it hangs; then only the
+colour of the hit is compared with it (why: `must_match`). If the crop had shown a blue square, the next turn would look
+elsewhere:
+    <think> want red, see blue: no, look at red round</think><gaze> ...
 
 From the paper: Selective Gaze (in every turn the policy chooses between the whole picture and a part of it); reflection
     after a wrong gaze; six benchmarks, two in-domain and four out-of-domain; full-search, direct and no-gaze baselines.
@@ -151,8 +152,7 @@ def respond(policy, env, prompts, pictures):
     prompts, in order."""
     cache = Cache(policy.config, len(prompts), max(map(len, prompts)) + TURN_TOKENS, policy.device, policy.embed_tokens.weight.dtype)
     hidden = _feed(policy, env, cache, prompts, pictures)
-    sampled = _sample_turn(policy, env.v, cache, hidden, 0.0, _allowed(env, ACTIONS, policy.device), None)
-    return [_read_turn(env.v, ids) for ids, _ in sampled]
+    return [_read_turn(env.v, ids) for ids, _ in _sample_turn(policy, env.v, cache, hidden, 0.0, _allowed(env, ACTIONS, policy.device), None)]
 
 
 # -------------------------------------------------------------------------- scripts: the expert and the random baseline
@@ -164,15 +164,14 @@ class Slip(str):
 def expert(q, rng, wrong_gaze=0.0, missed=None):
     """The demonstrator, a generator: it yields the text of a turn and is sent the observation. It knows boxes, looks
     and the chain of relations, but reads every name and fact from the tools. Its thoughts serve as memory: they hold
-    the plan (relations still to be looked up, in the question's order, next one last) and, in comparisons, what was
-    found of the first target. After each look it states what it wants and what it sees, and looks elsewhere if they
-    differ.
+    the plan (`plan`: the relations still to be looked up) and, in comparisons, what was found of the first target. After
+    each look it states what it wants and what it sees, and looks elsewhere if they differ.
 
     Three kinds of mistakes are shown as slips:
     - missed: {target: (look that the base model named, box that it chose)} where the base model's own gaze missed
       (grpo.misses). The expert first repeats this mistake.
     - wrong_gaze: if the base model did not miss, the probability of an invented wrong gaze, at another object or bare
-      wall.
+      wall; among look-alikes, that the target is overlooked at first, and the others are looked at in vain.
     - If the scene has several objects, a useless glance comes first with probability wrong_gaze / 4."""
     if q.search_free:
         yield (count_aloud(q.scene, q.text.split()[-1].strip("?")) if q.kind == "count" else
@@ -203,7 +202,8 @@ def expert(q, rng, wrong_gaze=0.0, missed=None):
 
 def _find(q, target, phrase, kind, rng, base_miss, wrong_gaze, thought, memory):
     """Look for one target until a hit matches. Returns (its name or None, the next thought). If the target has
-    look-alikes (kind "detail"), their boxes are tried in turn; those misses are no slips and are trained.
+    look-alikes (kind "detail"), their boxes are tried in turn; those misses are trained, unless the target is overlooked
+    at first: then they are slips.
 
     phrase: the true look of the target, with its detail if it has look-alikes. kind: the kind of referring expression.
     base_miss: (look, box) of the base model's own mistake, or None. thought: the end of the last thought. memory: what
@@ -215,28 +215,28 @@ def _find(q, target, phrase, kind, rng, base_miss, wrong_gaze, thought, memory):
     places = ["glance"] if len(looks) == 1 else left_to_right(alike) if kind == "detail" else [boxes[target]]
     # attempts: (look named in the thought, where to look, is it a slip?). The named look is wrong only when an attempt
     # repeats the base model's own mistake
-    attempts = [(phrase, place, False) for place in places]
+    attempts, slips = [(phrase, place, False) for place in places], rng.random() < wrong_gaze
     wrong_places = [b for b in (rng.choice(other_boxes or [None]), _bare_wall(boxes, rng)) if b]
     if base_miss:
         attempts = [(*base_miss, True), *attempts]
-    elif wrong_places and rng.random() < wrong_gaze:
-        attempts.insert(rng.randrange(len(attempts)), (phrase, rng.choice(wrong_places), True))
+    elif slips and kind == "detail":  # the target is overlooked at first
+        attempts = [(phrase, place, True) for place in places if place != boxes[target]] + [(phrase, boxes[target], False)]
+    elif slips and wrong_places:
+        attempts = [(phrase, rng.choice(wrong_places), True), *attempts]
     if len(looks) > 1 and rng.random() < wrong_gaze / 4:
         attempts = [(phrase, "glance", True), *attempts]
     for k, (named, place, is_slip) in enumerate(attempts):
-        sentence = look_thought(q.scene, target, kind, named)
         action = "<glance></glance>" if place == "glance" else gaze(place)
-        untried = [place] + [p for _, p, slip in attempts[k + 1:] if not slip] if kind == "detail" and place != "glance" else []
-        turn = f"<think> {with_commas(thought, memory, sentence)}{spots(untried)}</think>{action}"
+        untried = [p for _, p, slip in attempts[k:] if slip == is_slip] if kind == "detail" and place != "glance" else []
+        turn = f"<think> {with_commas(thought, memory, look_thought(q.scene, target, kind, named))}{spots(untried)}</think>{action}"
         obs = yield from _try(Slip(turn) if is_slip else turn, action)
-        # a hit must match the only word that the question gives ("the round shield"), or else the look in the thought
-        wanted = must_match(kind, phrase) if kind in ("colour", "shape") else named
-        name, seen = _best_hit(obs, wanted, kind)
+        wanted = must_match(kind, phrase if kind in ("colour", "shape") else named)  # what the question says, or the thought
+        name, seen = best_hit(obs, wanted, kind)
         thought = compare_aloud(wanted, seen)
         if name:
             break
     # `named` differs from `phrase` only in the base model's own mistake: a hit that matches it is another entity, so
-    # there is no name. (Another entity that matches `phrase` leads to a wrong answer. grpo.instruct drops both.)
+    # there is no name. (A wrong gaze at something of the wanted colour gives a wrong answer. grpo.instruct drops both.)
     return (name if named == phrase else None), with_commas(thought, name, plan(q.chain), memory)
 
 
@@ -248,10 +248,14 @@ def _bare_wall(boxes, rng):
 
 
 def plan(chain):
-    """The relations still to be followed, next one last, in the words of the question. It is stated when the target
-    is found and after every search. Each later plan is a prefix of this one: copying a list and stopping one earlier
-    is easier than reversing it (results/trials.md)."""
-    return f"for the {' of the '.join(reversed(chain))}" if chain else ""
+    """What is still to be looked up, in the words of the question: the relations, the next one last, and "the one",
+    which stands for what has been found: "for the river of the twin of the one"; "" if nothing is left. Stated when the
+    target is found, and after every search with one relation less.
+
+    Why this order: copying is easier than reversing. Why "the one": behind "of the" the question goes on with a
+    relation or with the target, and a plan that ends before "of the" must know beforehand which. It often ended too
+    early (results/trials.md)."""
+    return f"for the {' of the '.join([*reversed(chain), 'one'])}" if chain else ""
 
 
 def with_commas(*parts):
@@ -274,16 +278,19 @@ def left_to_right(boxes):
 
 
 def spots(boxes):
-    """The centres of boxes as text, the next one last as in `plan`: " at X Y, X Y", or "" for no boxes. Used for
-    look-alikes still to be looked at (each thought drops one, so that no place is visited twice), for objects to
-    count, and for the neighbour of a target."""
-    return " at " + ", ".join(f"{(x0 + x1) // 2} {(y0 + y1) // 2}" for x0, y0, x1, y1 in reversed(boxes)) if boxes else ""
+    """The centres of boxes as text, the next one first: " at X Y, more at X Y, X Y", or "" for no boxes. Used for
+    look-alikes still to be looked at (each list begins with what was "more" in the one before, so that no place is
+    visited twice), for objects to count, and for the neighbour of a target."""
+    # without boxes `first` is "", and so is the result
+    first, *more = [f"{(x0 + x1) // 2} {(y0 + y1) // 2}" for x0, y0, x1, y1 in boxes] or [""]
+    return first and f" at {with_commas(first, more and 'more at ' + ', '.join(more))}"
 
 
 def must_match(kind, phrase):
-    """The words that a hit must match. Asked for "the round shield" only "round", as the colour in the thought is a
-    guess; asked for "the red shield" only "red"; otherwise the whole phrase."""
-    return phrase.split()[0] if kind == "colour" else phrase.split()[-1] if kind == "shape" else phrase
+    """The words that a hit must match: the whole phrase if the question says the look, "round" if it asks for "the
+    round shield" (the colour in the thought is a guess), otherwise the colour only. (A policy that also compared shapes
+    refused 21 of 121 right shields, whose shape it had misread from afar: results/trials.md.)"""
+    return phrase if kind in ("look", "detail") else phrase.split()[-1 if kind == "shape" else 0]
 
 
 def also_looks(e):
@@ -328,7 +335,7 @@ def _try(turn, action, patience=3):
     return obs
 
 
-def _best_hit(obs, phrase, kind):
+def best_hit(obs, phrase, kind):
     """(name, what the best hit shows); name is None if the hit does not match the phrase. What it shows is cut to the
     kind of words that the phrase has: colour, shape, look, or look and detail. A flag matches by any of its colours."""
     name, _, blazon = (obs or "").split(" | ")[0].partition(": ")
@@ -387,7 +394,7 @@ SUITES = {
     # SimpleVQA: a single object, or no need to search
     "plain": [("name", "single", 2), ("hop1", "single", 3), ("colour", "single", 1), ("shape", "normal", 2), ("count", "normal", 2)],
     # MMSearch: more and smaller objects than in any demonstration with a search (pointing lessons and counting
-    # demonstrations have such scenes; so do 2 of 18 parts of RL's mix, with entities of the training split)
+    # demonstrations have such scenes; so do 2 of 23 parts of RL's mix, with entities of the training split)
     "crowd": [("name", "crowd", 1), ("hop1", "crowd", 2)],
     "live": [("hop1", "normal", 3), ("hop2", "normal", 1)],  # LiveVQA: facts changed and entities added after training
     # DynVQA: more hops than in any demonstration (lessons without pictures have as many; RL asks such questions about
@@ -464,8 +471,8 @@ SIZES = {"small": (0, 4), "medium": (4, 9), "large": (9, 100)}  # of a target: (
 
 def by_size(trajectories):
     """Accuracy by the size of the (first) target, if a tool is needed: {metric: (value, number of questions)}."""
-    asked = [t for t in trajectories if t.question.targets and not t.question.search_free]
-    areas = [((x1 - x0) * (y1 - y0) / 100, t.correct) for t in asked for x0, y0, x1, y1 in [t.question.scene.boxes[t.question.targets[0]]]]
+    areas = [((x1 - x0) * (y1 - y0) / 100, t.correct) for t in trajectories if t.question.targets and not t.question.search_free
+             for x0, y0, x1, y1 in [t.question.scene.boxes[t.question.targets[0]]]]
     sized = {size: [right for area, right in areas if low < area <= high] for size, (low, high) in SIZES.items()}
     return {f"accuracy_{size}": (float(np.mean(right)), len(right)) for size, right in sized.items() if right}
 
@@ -473,9 +480,8 @@ def by_size(trajectories):
 def evaluate(policy, env, questions, row="", seed=0, turns=MAX_TURNS, progress=None):
     """Greedy trajectories for one row of the main table (the default "": the policy without restrictions). turns: the
     most turns of a trajectory, for rows without a schedule. `policy` may be None for the rows oracle and random."""
-    rng = random.Random(f"{row}/{seed}")
+    rng, words = random.Random(f"{row}/{seed}"), sorted({a for q in questions for a in q.answers})  # words: the random baseline's answers
     if row in ("oracle", "random"):
-        words = sorted({a for q in questions for a in q.answers})  # the random baseline's possible answers
         return play_scripts(env, questions, [expert(q, rng) if row == "oracle" else chance(q, rng, words) for q in questions], progress=progress)
     # up to 320 questions per batch: a whole suite of the default size
     return rollout(policy, env, questions, 1, 0.0, schedule=SCHEDULES.get(row, [ACTIONS] * turns), rows=320, progress=progress)

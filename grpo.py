@@ -30,11 +30,11 @@ Alphabet: Q questions, G rollouts per question (the group), M trained tokens; `a
 vocabulary.
 """
 import random
-import re
 import sys
 import time
 from copy import copy
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -43,9 +43,8 @@ from tqdm import tqdm
 
 import data
 import gog
-import tools
 from model import autocast, flat_gradient, gathered, micro_batches, packed, share, summed, torch_rng, update
-from tools import PROCESSES, Trajectory, crop, parse, to_array
+from tools import PROCESSES, Trajectory, crop, parse, to_array, worded
 
 
 def accuracy_reward(t, search_penalty=0.0):
@@ -155,7 +154,7 @@ def grpo_step(policy, reference, env, batch, advantages, opts, a):
     return totals | dict(ratio_gap=max(gathered([ratio_gap])), signal=signal, grad_norm=norm)
 
 
-LOGGED = "turns tool_calls tokens truncated gaze_correct reflection mixed_search answer_share search_share glance_share gaze_share".split()
+LOGGED = "accuracy turns tool_calls tokens truncated gaze_correct reflection mixed_search answer_share search_share glance_share gaze_share".split()
 
 
 def iteration(policy, reference, env, questions, opts, a, generator):
@@ -170,9 +169,7 @@ def iteration(policy, reference, env, questions, opts, a, generator):
     advantages, alive = group_advantages(rewards, by_group(r_acc), a.advantage)
     with autocast(policy.device.type):
         stats = grpo_step(policy, reference, env, batch, advantages.flatten(), opts, a)
-    behaviour = gog.behaviour(batch)
-    stats |= dict(reward=rewards.mean().item(), accuracy=behaviour["accuracy"], dead=1 - alive.float().mean().item(), **{k: behaviour[k] for k in LOGGED},
-                  rollout_seconds=rollout_seconds, seconds=time.time() - began)
+    stats |= dict(reward=rewards.mean().item(), dead=1 - alive.float().mean().item(), **{k: v for k, v in gog.behaviour(batch).items() if k in LOGGED}, rollout_seconds=rollout_seconds, seconds=time.time() - began)
     return batch, advantages.flatten(), by_group([float(t.correct) for t in batch]).mean(1).tolist(), stats
 
 
@@ -245,7 +242,7 @@ def misses(policy, env, questions, rows=256):
         for (i, target, _), turn in zip(batch, gog.respond(policy, env, prompts, pictures)):
             x0, y0, x1, y1 = box = turn.argument if turn.kind == "gaze" else (0, 0, 0, 0)
             # the thought ends in "look at LOOK" or, if a neighbour is named, in "left of it LOOK" (gog.look_thought)
-            named_look = re.split("look at |it ", turn.thought)[-1]
+            named_look = " ".join(turn.thought.split()[-2:])
             if named_look and min(x1 - x0, y1 - y0) >= 3 and data.iou(box, questions[i].scene.boxes[target]) < 0.5:
                 missed[i][target] = named_look, box
     return missed
@@ -268,9 +265,9 @@ class Curriculum:
 
     What a pass rate cannot tell: whether a kind is half learnt or half luck. Look-alikes and comparisons succeed half
     of the time, too, but their gradients have nothing in common (`signal`, grpo_step). So data.RL_MIX has few
-    look-alikes (two parts of 18, against forgetting) and no comparisons: two batches of 256 rollouts of chains and
+    look-alikes (two parts of 23, against forgetting) and no comparisons: two batches of 256 rollouts of chains and
     counting had a cosine of 0.16, with many look-alikes 0.03. (`signal` compares the halves of one batch, of a policy
-    that has begun to learn: 0.03 to 0.08 on average in the published runs.)
+    that has begun to learn: 0.04 to 0.08 on average in the published runs.)
     """
 
     def __init__(self, pass_rates, mode="fresh", seed=0, pool=None, worth=None):
@@ -314,10 +311,9 @@ def ask_each(world, entries, seed):
 # They describe the shield that covers most of the cell: its arms, its position among the others (across, down, size),
 # and the two words of its neighbour's look on each side. None: bare wall, or no neighbour there. Tincture and outline
 # must come first: lay_on_grid labels bare wall for these two.
-PARTS = {
-    "tincture": [None, *data.TINCTURES], "outline": [None, *data.OUTLINES], "ordinary": list(data.ORDINARIES), "ordinary_tincture": list(data.TINCTURES),
-    "charge": [None, *data.CHARGES], "charge_tincture": list(data.TINCTURES), "count": [1, 2, 3], "across": data.ACROSS, "down": data.DOWN, "size": data.SIZE,
-    **{(side, k): [None, *kinds] for side in data.SIDES for k, kinds in enumerate((data.TINCTURES, data.OUTLINES))}}
+PARTS = {"tincture": [None, *data.TINCTURES], "outline": [None, *data.OUTLINES], "ordinary": list(data.ORDINARIES), "ordinary_tincture": list(data.TINCTURES),
+         "charge": [None, *data.CHARGES], "charge_tincture": list(data.TINCTURES), "count": [1, 2, 3], "across": data.ACROSS, "down": data.DOWN, "size": data.SIZE,
+         **{(side, k): [None, *kinds] for side in data.SIDES for k, kinds in enumerate((data.TINCTURES, data.OUTLINES))}}
 FINE = ("ordinary", "ordinary_tincture", "charge", "charge_tincture", "count")  # legible only close up
 # Parts whose labels 1, 2, ... are words. see_step draws image tokens towards the embeddings of these words
 TIED = ("tincture", "outline", "across", "down", "size", "charge")
@@ -342,8 +338,8 @@ def labelled_picture(config, rng):
     towns = [fresh_town(rng) for _ in range(rng.randint(least, most))]
     scene = data.hang(towns, "shield", rng, cells, sizes)
     labels = np.array([part_labels(town, position, towns, box) for town, position, box in zip(towns, data.layout(scene), scene.boxes)])
-    grids = [config.picture // config.patch // n for n in (1, config.shuffle)]  # of patches, of image tokens
-    return to_array(scene.picture(px), config.picture), *map(np.concatenate, zip(*(lay_on_grid(scene.boxes, labels, g) for g in grids)))
+    grids = [lay_on_grid(scene.boxes, labels, config.picture // config.patch // n) for n in (1, config.shuffle)]  # of patches, of image tokens
+    return to_array(scene.picture(px), config.picture), *map(np.concatenate, zip(*grids))
 
 
 def part_labels(town, position, towns, box):
@@ -360,15 +356,18 @@ def lay_on_grid(boxes, labels, grid):
     cover = overlap(fractions[:, 1], fractions[:, 3])[:, :, None] * overlap(fractions[:, 0], fractions[:, 2])[:, None]  # (n, grid, grid)
     best, is_bare = cover.argmax(0).ravel(), (cover.max(0) * grid**2 < 0.02).ravel()
     # bare wall: no tincture and no outline (label 0 of the first two parts); the other parts are left out of the loss
-    bare_labels = [0, 0] + [-1] * (len(PARTS) - 2)
-    return np.where(is_bare[:, None], 0, fractions[best]).astype(np.float32), np.where(is_bare[:, None], bare_labels, labels[best])
+    return np.where(is_bare[:, None], 0, fractions[best]).astype(np.float32), np.where(is_bare[:, None], [0, 0] + [-1] * (len(PARTS) - 2), labels[best])
 
 
-def fresh_town(rng, relations=0, pieces=()):
+def fresh_town(rng, relations=0, pieces=(), noun="shield", **arms):
     """A town invented for one lesson, so that nothing about it can be memorised. `relations`: its number of facts;
-    `pieces`: see `strange_text`."""
+    `pieces`: see `strange_text`; `arms`: fixed parts of its arms. A "flag": arms on a rectangle, always with an
+    ordinary, captioned by their colours as pictures of folder worlds are (data.look_of): "red banner, white and
+    gold"."""
     facts = {fresh_relation(rng, r, pieces): strange_text(rng, pieces) or data.VALUES[r](rng) for r in rng.sample(list(data.VALUES), relations)}
-    return data.Entity.with_arms(strange_text(rng, pieces) or data.town_name(rng), facts, data.Arms.draw(rng))
+    arms = data.Arms.draw(rng, **(dict(outline=rng.choice(("banner", "banner", "square")), ordinary=rng.choice([*data.ORDINARIES][1:])) if noun == "flag" else {}) | arms)
+    town = data.Entity.with_arms(strange_text(rng, pieces) or data.town_name(rng), facts, arms)
+    return replace(town, **data.look_of(town.picture(24))) if noun == "flag" else town
 
 
 def fresh_relation(rng, known, pieces):
@@ -376,19 +375,26 @@ def fresh_relation(rng, known, pieces):
     return strange_text(rng, pieces) or (known if rng.random() < 0.5 else data.word(rng).lower())
 
 
-def strange_text(rng, pieces, probability=0.5):
-    """A string of one to five random tokens (`pieces`: Vocabulary.pieces) with `probability`, else ""; without
-    pieces always "".
+# Lower case is three times as likely as anything else
+LETTERS = 3 * "abcdefghijklmnopqrstuvwxyz" + "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789áàâãåäæçčéèêëíîïñóòôõøöőúûüýžšß'-.²"
 
-    Why: a token that no lesson shows can never be copied, and names of real countries are full of letters that no town
-    of heraldry has.
+
+def strange_text(rng, pieces, probability=0.5):
+    """With `probability` a string of one to five random tokens (`pieces`: Vocabulary.pieces), or one or two words of
+    random letters; else "". Without pieces always "".
+
+    Why: a token that no lesson shows can never be copied, and names of real countries are spelt in many short tokens,
+    each of which stands elsewhere in a passage, too. (Real facts copied: 33 % without words of letters, 75 % with.)
     """
-    return "".join(rng.choices(pieces, k=rng.randint(1, 5))).strip() if pieces and rng.random() < probability else ""
+    if not pieces or rng.random() >= probability:
+        return ""
+    words = ["".join(rng.choices(LETTERS, k=rng.randint(2, 9))) for _ in range(rng.randint(1, 2))]
+    return " ".join(words) if rng.random() < 0.25 else "".join(rng.choices(pieces, k=rng.randint(1, 5))).strip()
 
 
 def draw_pieces(env, rng):
-    """The pieces for strange texts of a lesson; none for two thirds of the lessons."""
-    return env.v.pieces if rng.random() < 0.35 else ()
+    """The pieces for strange texts of a lesson; none for half of the lessons."""
+    return env.v.pieces if rng.random() < 0.5 else ()
 
 
 def see_step(policy, heads, batch, v, opts):
@@ -414,8 +420,7 @@ def see_step(policy, heads, batch, v, opts):
     for part in TIED:
         # (B*N, words). Without the factor 4, the embeddings of these words grew to four times the length of others
         word_scores = 4 * tokens @ policy.embed_tokens.weight[[v.word(w) for w in PARTS[part][1:]]].T / tokens.shape[-1]**0.5
-        word_scores = torch.cat([torch.zeros_like(word_scores[:, :1]), word_scores], 1)  # label 0, none of these words, has score 0
-        loss = loss + (1 + (part == "charge")) * cell_loss(word_scores, token_labels[:, list(PARTS).index(part)])
+        loss = loss + (1 + (part == "charge")) * cell_loss(F.pad(word_scores, (1, 0)), token_labels[:, list(PARTS).index(part)])  # label 0, none of these words: score 0
     loss.backward()
     return (total := summed(loss.detach()).item()), update(policy.vision, opts, loss=total)
 
@@ -427,9 +432,10 @@ def cell_loss(logits, label):
 
 # ------------------------------------------------------------------------------------ base model: lessons in words
 
-def new_lesson(env):
-    """A new lesson, which consists of <bos> only."""
-    return Trajectory(None, [env.v.id["<bos>"]], [False], [0.0])
+def new_lesson(env, question=""):
+    """A new lesson: <bos> and, if there is one, a question."""
+    ids = [env.v.id["<bos>"], *([*env.v.encode(question), env.v.id["<sep>"]] if question else [])]
+    return Trajectory(None, ids, [False] * len(ids), [0.0] * len(ids))
 
 
 def teach(env, t, question, response, topic=""):
@@ -439,48 +445,56 @@ def teach(env, t, question, response, topic=""):
     t.lesson.append((topic, response))
 
 
-def draw_wall(env, rng):
-    """A random wall, some of its shields look-alikes: (new lesson that shows it, scene)."""
+def draw_wall(env, rng, px=None):
+    """A random wall, some of its objects look-alikes: (new lesson that shows it, scene). `px`: the width at which
+    the wall is drawn, before it is brought to the size that the model sees (default: twice that size; a small one gives
+    a blurred picture). A badge is a shield by another name; flags are few, because their colours are harder, and took
+    practice from everything else (results/trials.md)."""
     least, most, cells, sizes, look_alikes = data.SETTINGS[rng.choices(list(data.LESSON_WALLS), data.LESSON_WALLS.values())[0]]
-    towns = [fresh_town(rng) for _ in range(rng.randint(least, most))]
+    noun = rng.choice((*12 * ("shield",), *7 * ("badge",), "flag"))
+    towns = [fresh_town(rng, noun=noun) for _ in range(rng.randint(least, most))]
     for i in range(1, min(len(towns), 1 + rng.randint(0, look_alikes))):
-        towns[i] = data.Entity.with_arms(data.town_name(rng), {}, data.Arms.draw(rng, outline=towns[0].arms.outline, tincture=towns[0].arms.tincture))
-    scene, t = data.hang(rng.sample(towns, len(towns)), rng.choice(("shield", "shield", "flag", "badge")), rng, cells, sizes), new_lesson(env)
-    t.observe(env.image_ids, to_array(scene.picture(2 * env.side), env.side))
+        towns[i] = fresh_town(rng, noun=noun, outline=towns[0].arms.outline, tincture=towns[0].arms.tincture)
+    scene, t = data.hang(rng.sample(towns, len(towns)), noun, rng, cells, sizes), new_lesson(env)
+    t.observe(env.image_ids, to_array(scene.picture(px or 2 * env.side), env.side))
     return t, scene
 
 
 def point_lesson(env, rng):
     """Dense grounding: for every object on a wall its look is given, and its box is the response. For look-alikes, the
-    response begins with the places where the remaining ones hang."""
+    response begins with the places where the remaining ones hang; half of the time a detail is given, too, as in a
+    search among them."""
     t, scene = draw_wall(env, rng)
     looks = [e.look for e in scene.entities]
     for look in rng.sample(sorted(set(looks)), len(set(looks))):
         boxes = gog.left_to_right([b for b, l in zip(scene.boxes, looks) if l == look])
+        detail = rng.choice([e.detail for e in scene.entities if e.look == look]) if boxes[1:] and rng.random() < 0.5 else ""
         for k, box in enumerate(boxes):
-            t.observe(env.v.encode(f"look at {look}"))
+            t.observe(env.v.encode(gog.with_commas(detail, f"look at {look}")))
             t.act(env.v.encode_turn((gog.spots(boxes[k:]) if boxes[1:] else "") + gog.gaze(box)))
     return t
 
 
 # Kinds of expressions that apply to few objects of a wall, and how much more likely they are chosen than others
-RARE = {"shape": 2, "order": 2, "neighbour": 3, "size": 6}
+RARE = {"shape": 2, "order": 2, "neighbour": 3, "size": 12}
 
 
 def wall_lesson(env, rng, questions=9):
     """Questions about objects on a wall, each object once. (If it were asked for twice, its box could be copied from
-    the first answer without looking.) In brackets: trained.
+    the first answer without looking.) A tenth of the walls is blurred, so that the first look can only be a guess:
+    there, a question is asked after such a look, if some object is similar. In brackets: trained.
 
         <bos> <image> x 16 point to the leftmost shield<sep>
         [<think> look at red round</think><gaze> 3 36 30 63</gaze><stop>] What is the colour ...
     """
-    t, scene = draw_wall(env, rng)
+    # blurred: never in the exam, which asks one question
+    t, scene = draw_wall(env, rng, rng.randint(16, 40) if (blurred := questions > 1 and rng.random() < 0.1) else None)
     expressions = data.references(scene)
     remaining = rng.sample(range(len(expressions)), len(expressions))[:questions]
     while remaining:
         i = remaining.pop()
         if kinds := [k for k in expressions[i] if k != "detail"]:
-            ask_about(env, rng, t, scene, i, rng.choices(kinds, [RARE.get(k, 1) for k in kinds])[0], expressions[i], remaining)
+            ask_about(env, rng, t, scene, i, rng.choices(kinds, [RARE.get(k, 1) for k in kinds])[0], expressions[i], remaining, blurred)
     return t
 
 
@@ -488,47 +502,48 @@ def count_lesson(env, rng, questions=9):
     """How many are red? On a wall without other questions: boxes from earlier answers would be copied, and counting
     would not be learnt."""
     t, scene = draw_wall(env, rng)
-    colours = [e.look.split()[0] for e in rng.sample(scene.entities, len(scene.entities))]
+    colours = [c for e in rng.sample(scene.entities, len(scene.entities)) for c in data.colours(e)]
     for colour in [c for c in dict.fromkeys(colours) if colours.count(c) > 1 or rng.random() < 0.5][:questions] or colours[:1]:
         teach(env, t, f"How many {scene.noun}s are {colour}?", gog.count_aloud(scene, colour), "count one" if colours.count(colour) == 1 else "count more")
     return t
 
 
-def ask_about(env, rng, t, scene, i, kind, expressions, remaining):
+def ask_about(env, rng, t, scene, i, kind, expressions, remaining, blurred):
     """Append one question about object i, by one kind of expression (`expressions`: {kind: expression}).
 
-    With probability 10 %: show a wrong gaze, at an object of the same colour or shape (if there is one), and its hits;
-    the response corrects it. 70 %: point to the object. 20 %: ask for its colour or shape, unless the expression gives
-    it away.
-    `remaining`: the objects still to be asked for; the wrong one is removed, as its box is now visible.
+    With probability 15 % (`blurred`: always), if there are similar objects: show a wrong gaze (`blurred`: one or two),
+    at an object of the same colour or shape that would be refused, with crop and hits; the response looks elsewhere.
+    65 %: point to the object. 20 %: ask for its colour or shape, unless the expression gives it away.
+    `remaining`: the objects still to be asked for; the wrong ones are removed, as their boxes are now visible.
     """
-    look, u, part = scene.entities[i].look, rng.random(), rng.randrange(2)  # part of the look: 0 colour, 1 shape
-    thought = f"<think> {gog.look_thought(scene, i, kind, look)}</think>"
-    similar = [j for j, e in enumerate(scene.entities) if e.look != look and set(e.look.split()) & set(look.split())]
-    if u < 0.1 and similar:
-        wrong = scene.entities[j := rng.choice(similar)]
-        remaining[:] = [x for x in remaining if x != j]
-        t.observe([*env.v.encode(f"point to the {expressions[kind]}"), env.v.id["<sep>"], *env.v.encode_turn(thought + gog.gaze(scene.boxes[j])), env.v.id["<stop>"]])
-        show(env, t, "", hit_list(rng, (wrong, fresh_town(rng))))
-        verdict = gog.compare_aloud(gog.must_match(kind, look), gog.must_match(kind, wrong.look))
-        teach(env, t, "", thought.replace("<think>", f"<think> {verdict},") + gog.gaze(scene.boxes[i]), "iou after a miss")
+    e, u, part = scene.entities[i], rng.random(), rng.randrange(2)  # part of the look: 0 colour, 1 shape
+    look = rng.choice([e.look, *gog.also_looks(e)]) if kind not in ("look", "colour") and u < 0.8 else e.look  # as gog.expert names it
+    thought, wanted = gog.look_thought(scene, i, kind, look), gog.must_match(kind, look)
+    found = [gog.best_hit(f"{x.name}: {x.blazon}", wanted, kind) for x in scene.entities]  # (name if it fits, what it shows)
+    similar = [j for j, x in enumerate(scene.entities) if not found[j][0] and {*x.look.split()} & {*look.split()}]
+    if similar and (blurred or u < 0.15):
+        said, missed = thought, rng.sample(similar, min(len(similar), 1 + (blurred and part)))  # (`part` is as good as a coin)
+        remaining[:] = [x for x in remaining if x not in missed]
+        t.observe([*env.v.encode(f"point to the {expressions[kind]}"), env.v.id["<sep>"]])
+        for j in missed:
+            t.observe([*env.v.encode_turn(f"<think> {said}</think>{gog.gaze(scene.boxes[j])}"), env.v.id["<stop>"]])
+            show(env, t, "", hit_list(rng, (scene.entities[j], fresh_town(rng, noun=scene.noun))), crop(scene.picture(), scene.boxes[j]))
+            said = f"{gog.compare_aloud(wanted, found[j][1])}, {thought}"
+        teach(env, t, "", f"<think> {said}</think>{gog.gaze(scene.boxes[i])}", "iou after a miss")
     elif u < 0.8 or kind in ("look", ("colour", "shape")[part]):
-        teach(env, t, f"point to the {expressions[kind]}", thought + gog.gaze(scene.boxes[i]), f"iou {kind}")
+        teach(env, t, f"point to the {expressions[kind]}", f"<think> {thought}</think>{gog.gaze(scene.boxes[i])}", f"iou {kind}")
     else:
-        teach(env, t, f"What is the {('colour', 'shape')[part]} of the {expressions[kind]}?", f"{thought}<answer> {look.split()[part]}</answer>", "visual")
+        teach(env, t, f"What is the {('colour', 'shape')[part]} of the {expressions[kind]}?", f"<think> {thought}</think><answer> {look.split()[part]}</answer>", "visual")
 
 
 def crop_lesson(env, rng, crops=3):
     """Crops as a gaze would give them: write the caption, or decide whether the crop shows what is wanted."""
     t = new_lesson(env)
-    for _ in range(crops):
-        town = fresh_town(rng)
+    for town in (fresh_town(rng) for _ in range(crops)):
         t.observe(env.image_ids, to_array(crop(*sloppy_crop(town, rng)), env.side))
-        if rng.random() < 0.5:
-            teach(env, t, "what is this", f"<answer> {town.blazon}</answer>", "caption")
-        else:
-            wanted, seen, verdict = compared(rng, town, "detail")
-            teach(env, t, f"look at {wanted}", f"<think> {gog.compare_aloud(wanted, seen)}</think><answer> {verdict}</answer>", "verify")
+        wanted, seen, verdict = compared(rng, town, "detail")
+        decide = f"look at {wanted}", f"<think> {gog.compare_aloud(wanted, seen)}</think><answer> {verdict}</answer>", "verify"
+        teach(env, t, *(("what is this", f"<answer> {town.blazon}</answer>", "caption") if rng.random() < 0.5 else decide))
     return t
 
 
@@ -536,24 +551,24 @@ def crop_lesson(env, rng, crops=3):
 COMPARED = {"colour": ("tincture",), "shape": ("outline",), "look": ("tincture", "outline"), "detail": ("tincture", "outline", "charge", "charge_tincture", "count")}
 
 
-def compared(rng, town, depth):
+def compared(rng, town, depth, noun="shield"):
     """A comparison: (what is wanted, what is seen of `town`, "yes" or "no"). 50 %: `town` itself is wanted. 35 %: the
-    same arms with one part drawn anew. 15 %: other arms. `depth`: a key of COMPARED."""
+    same arms with one part drawn anew. 15 %: other arms. `depth`: a key of COMPARED; `noun`: what `town` is."""
     other, u = town, rng.random()
     if u > 0.5:
-        arms = data.Arms.draw(rng)
-        arms = arms if u > 0.85 else replace(town.arms, **{(part := rng.choice(COMPARED[depth])): getattr(arms, part)})
-        other = data.Entity.with_arms("", {}, arms)
-    wanted, seen = ({"colour": e.arms.tincture, "shape": e.arms.outline, "look": e.look, "detail": f"{e.look}, {e.detail}"}[depth] for e in (other, town))
+        part = rng.choice(COMPARED[depth])
+        other = fresh_town(rng, noun=noun) if u > 0.85 else fresh_town(rng, noun=noun, **vars(town.arms) | {part: getattr(data.Arms.draw(rng), part)})
+    look = f"{rng.choice(data.colours(other))} {other.look.split()[1]}"  # any colour of a flag
+    wanted = f"{other.look}, {other.detail}" if depth == "detail" else gog.must_match(depth, look)
+    _, seen = gog.best_hit(f"{town.name}: {town.blazon}", wanted, depth)
     return wanted, seen, "yes" if wanted == seen else "no"
 
 
 def sloppy_crop(town, rng):
     """(picture of a wall with one town's arms, box around them that is about as inexact as a policy's)."""
     scene = data.hang([town], "shield", rng, rng.choice((2, 3, 4)), (0.5, 0.95))
-    x0, y0, x1, y1 = scene.boxes[0]
-    offsets = [round(rng.gauss(0, 0.04) * side) for side in (x1 - x0, y1 - y0) * 2]
-    return scene.picture(), tuple(min(99, max(0, b + offset)) for b, offset in zip(scene.boxes[0], offsets))
+    x0, y0, x1, y1 = box = scene.boxes[0]
+    return scene.picture(), tuple(min(99, max(0, edge + round(rng.gauss(0, 0.04) * side))) for edge, side in zip(box, (x1 - x0, y1 - y0) * 2))
 
 
 def text_lesson(env, rng, searches=2):
@@ -570,8 +585,8 @@ def ask_passages(env, rng, t, pieces, asked=3):
 
     The first question, which is the query, is about the first passage in 9 of 10 cases (in 3,997 of 4,000 real
     searches). Follow-up questions ask for either value at random, or the policy would always copy the first passage
-    without reading the question. Published base model: 1 % right if the query is about the second passage, 92 % right
-    on the follow-ups.
+    without reading the question. (Base models answer less than a tenth right if the query is about the second passage:
+    `copy second` in results.csv; one of 2026-11-29 had 92 % of the follow-ups right.)
     """
     facts = [(e.name, r, v) for e in (fresh_town(rng, 2, pieces), fresh_town(rng, 2, pieces)) for r, v in e.facts.items()]
     shown = rng.sample(facts, 2)
@@ -579,7 +594,7 @@ def ask_passages(env, rng, t, pieces, asked=3):
     if rng.random() < 0.2:  # the same relation of two towns: the index ranks the town in the query first (in 162 of 162 searches)
         shown = [facts[0], (facts[-1][0], facts[0][1], facts[-1][2])]
         wanted = shown[:1]
-    text = passage_list(rng, shown)
+    text = " | ".join(worded(rng, *fact) for fact in shown)
     show(env, t, "{} {}".format(*wanted[0]), text)
     if rng.random() < 0.3:  # pure copying, and much of it: this is what forms the copying circuit
         teach(env, t, "repeat", f"<answer> {text}</answer>")
@@ -590,23 +605,19 @@ def ask_passages(env, rng, t, pieces, asked=3):
 
 
 def ask_hits(env, rng, t, pieces):
-    """An image search: two hits. Does the first one match what is wanted, and if so, what is its name?"""
-    towns, depth = [fresh_town(rng, 0, pieces), fresh_town(rng, 0, pieces)], rng.choices(list(COMPARED), (1, 1, 3, 3))[0]
-    wanted, seen, verdict = compared(rng, towns[0], depth)
+    """An image search: two hits. Does the first one match what is wanted, and if so, what is its name? A fifth of the
+    hits are flags."""
+    noun, depth = rng.choice(("flag", *4 * ("shield",))), rng.choices(list(COMPARED), (1, 1, 3, 3))[0]
+    towns = [fresh_town(rng, 0, pieces, noun), fresh_town(rng, 0, pieces, noun)]
+    wanted, seen, verdict = compared(rng, towns[0], depth, noun)
     show(env, t, f"look at {wanted}", hit_list(rng, towns))
     found, answer = (f", {towns[0].name}", towns[0].name) if verdict == "yes" else ("", "no")
     teach(env, t, "", f"<think> {gog.compare_aloud(wanted, seen)}{found}</think><answer> {answer}</answer>", "reflect")
 
 
-def passage_list(rng, facts):
-    """Facts (name, relation, value) as the text index words them."""
-    return " | ".join(rng.choice(tools.PASSAGES).format(n=n, r=r, v=v) for n, r, v in facts)
-
-
 def hit_list(rng, towns):
     """Towns as the image index lists its hits, best first."""
-    scores = sorted((rng.randint(30, 99) for _ in towns), reverse=True)
-    return " | ".join(f"{s} {e.name}: {e.blazon}" for s, e in zip(scores, towns))
+    return " | ".join(f"{s} {e.name}: {e.blazon}" for s, e in zip(sorted((rng.randint(30, 99) for _ in towns), reverse=True), towns))
 
 
 def plan_lesson(env, rng, plans=5):
@@ -614,66 +625,72 @@ def plan_lesson(env, rng, plans=5):
     each search. (An `errand_lesson` has one question only.) In brackets: trained.
 
         <bos>What is the river of the twin of the red round shield?<sep>
-        <think> Brenna, [for the river of the twin</think>] <think> twin is Ost, [for the river</think>] What is ...
+        <think> Brenna, [for the river of the twin of the one</think>]
+        <think> twin is Ost, [for the river of the one</think>] What is ...
     """
     t, world = new_lesson(env), little_world(rng, draw_pieces(env, rng))
-    for _ in range(plans):
-        q = errand(world, rng)
+    for q in (errand(world, rng) for _ in range(plans)):
         t.observe(env.v.encode(q.text) + [env.v.id["<sep>"]])
         for k in range(len(q.chain)):
             found = rng.choice(list(world.entities))
-            t.observe(env.v.encode_turn(f"<think> {f'{q.chain[k - 1]} is {found}' if k else found},"))
-            t.act(env.v.encode_turn(f"{gog.plan(q.chain[k:])}</think>"))
+            t.observe(env.v.encode_turn(f"<think> {f'{q.chain[k - 1]} is {found}' if k else found},")), t.act(env.v.encode_turn(f"{gog.plan(q.chain[k:])}</think>"))
     return t
 
 
-def errand(world, rng):
-    """A question that names its targets by their looks, so that it can be planned without the picture."""
-    while True:
-        q = data.ask(world, rng.choice(("hop1", "hop2", "hop3", "hop4", "hop5", "compare", "compare")), rng.choice(("normal", "normal", "single")), ("train",), rng)
-        if q and set(q.pointed_by) == {"look"}:
-            return q
+def errand(world, rng, hops=5):
+    """A question about a little world: one to `hops` relations or, in 30 %, a comparison of two towns. Drawn again
+    until there is one."""
+    kind = "compare" if rng.random() < 0.3 else f"hop{rng.randint(1, hops)}"
+    return data.ask(world, kind, rng.choice(("normal", "normal", "single")), ("train",), rng) or errand(world, rng, hops)
 
 
-def errand_lesson(env, rng):
-    """An errand: a whole trajectory of the expert without the picture, with simulated tools (`tools_answer`).
+def errand_lesson(env, rng, hops=5, sighted=False):
+    """An errand: a whole trajectory of the expert with simulated tools (`tools_answer`), without the picture.
 
     Towns and relations are invented for the lesson, so it teaches to plan and to remember, not facts. Glances and gazes
-    are shown, but not trained, as there is no picture to find the box in, and so are the thoughts of slips. Other
-    thoughts, searches and answers are trained (in brackets):
+    are shown, but not trained, as there is no picture to find the box in; nor are the thoughts before them, unless the
+    question says the look. Other thoughts, searches and answers are trained (in brackets), but for those of slips. (If
+    a slip happens to show the wanted colour, the errand goes on with that town: nobody could tell without a picture.)
 
         <bos>What is the river of the twin of the red round shield?<sep>
         [<think> look at red round</think>] <gaze> 3 36 30 63</gaze><stop>
         <obs>97 Brenna: red round, gold bend, 2 white crowns | ...</obs>
-        [<think> want red round, see red round: yes, Brenna, for the river of the twin</think>
+        [<think> want red round, see red round: yes, Brenna, for the river of the twin of the one</think>
          <search> Brenna twin</search><stop>] <obs> ...
+
+    sighted: a search among look-alikes instead, with the picture (`find_lesson`); its gazes are trained, too.
     """
-    world = little_world(rng, draw_pieces(env, rng))
-    q = errand(world, rng)
-    t, script = new_lesson(env), gog.expert(q, rng, wrong_gaze=0.2)
-    t.observe([*env.v.encode(q.text), env.v.id["<sep>"]])
-    text = next(script)
+    q = None
+    while not q:  # sighted: the town that was drawn is none of the five look-alikes, or nothing tells it from another
+        world = little_world(rng, draw_pieces(env, rng), alike=5 if sighted else 1)
+        q = data.ask(world, rng.choice(("name", "hop1")), rng.choice(("alike", "small")), ("train",), rng) if sighted else errand(world, rng, hops)
+    t = env.prompt(q, to_array(q.scene.picture(), env.side)) if sighted else new_lesson(env, q.text)
+    text = next(script := gog.expert(q, rng, wrong_gaze=0.2))
     while text:
-        thought, _, action = text.partition("</think>")
-        turn = parse(text)
-        (t.observe if isinstance(text, gog.Slip) else t.act)(env.v.encode_turn(f"{thought}</think>"))
-        (t.act if turn.kind in ("search", "answer") else t.observe)(env.v.encode_turn(action) + [env.v.id["<stop>"]])
+        turn, (thought, _, action) = parse(text), text.partition("</think>")
+        looks, slip = turn.kind in ("glance", "gaze"), isinstance(text, gog.Slip)
+        (t.observe if slip or looks and not sighted and {*q.pointed_by} != {"look"} else t.act)(env.v.encode_turn(f"{thought}</think>"))
+        (t.observe if slip or looks and not sighted else t.act)(env.v.encode_turn(action) + [env.v.id["<stop>"]])
         if observation := tools_answer(world, q.scene, turn, rng):
-            show(env, t, "", observation)
+            show(env, t, "", observation, crop(q.scene.picture(), turn.argument) if sighted and turn.kind == "gaze" else None)
         text = gog.next_turn(script, observation)
     return t
 
 
-def little_world(rng, pieces=(), towns=8, links=5):
+find_lesson = partial(errand_lesson, sighted=True)
+
+
+def little_world(rng, pieces=(), towns=8, links=5, alike=1):
     """A world of a few towns, invented for one lesson. Each town is linked to others by `links` relations, whose names
-    may be invented, too."""
-    known = ["region", *data.TOWN_LINKS, *data.REGION_LINKS, *(r for r in data.VALUES if r != "towers")]
+    may be invented, too. The first `alike` towns share colour and shape."""
+    known, noun = ["region", *data.TOWN_LINKS, *data.REGION_LINKS, *(r for r in data.VALUES if r != "towers")], rng.choice(("shield", "shield", "flag", "badge"))
     relations = [fresh_relation(rng, r, pieces) for r in rng.sample(known, links + 2)]
-    world = {e.name: e for e in (fresh_town(rng, 0, pieces) for _ in range(towns))}
+    first = fresh_town(rng, noun=noun).arms
+    world = {e.name: e for e in (fresh_town(rng, 0, pieces, noun, **dict(outline=first.outline, tincture=first.tincture) if k < alike else {}) for k in range(towns))}
     for e in world.values():
         linked = {r: rng.choice([n for n in world if n != e.name]) for r in relations[:links]}
         e.facts.update(linked | {r: strange_text(rng, pieces) or rng.choice(list(data.VALUES.values()))(rng) for r in relations[links:]} | {"towers": data.VALUES["towers"](rng)})
-    return data.World("little", "shield", world, {"train": list(world)})
+    return data.World("little", noun, world, {"train": list(world)})
 
 
 def tools_answer(world, scene, turn, rng):
@@ -686,7 +703,7 @@ def tools_answer(world, scene, turn, rng):
         facts = [(e.name, r, v) for e in world.entities.values() for r, v in e.facts.items()]
         asked = next(f for f in facts if f"{f[0]} {f[1]}" == turn.argument)
         # the second passage names the same town
-        return passage_list(rng, (asked, rng.choice([f for f in facts if f != asked and asked[0] in (f[0], f[2])])))
+        return " | ".join(worded(rng, *fact) for fact in (asked, rng.choice([f for f in facts if f != asked and asked[0] in (f[0], f[2])])))
     under = [len(scene.boxes) == 1 if turn.kind == "glance" else data.iou(turn.argument, box) > 0.1 for box in scene.boxes]
     hit = scene.entities[under.index(True)] if True in under else rng.choice([e for e in world.entities.values() if e not in scene.entities])
     return hit_list(rng, (hit, rng.choice([e for e in world.entities.values() if e is not hit])))
@@ -696,26 +713,23 @@ def decide_lesson(env, rng, decisions=9):
     """Verdicts only: do two descriptions match, is one number larger? Each teaches one bit, so there must be many."""
     t = new_lesson(env)
     for _ in range(decisions):
-        if rng.random() < 0.3:
-            a, b = rng.sample(range(100), 2)
-            text = f"{a} more than {b}: {'yes' if a > b else 'no'}"
-        else:
-            text = gog.compare_aloud(*(words.split(", ")[-1] for words in compared(rng, fresh_town(rng), rng.choice(list(COMPARED)))[:2]))
+        (a, b), (wanted, seen, _) = rng.sample(range(100), 2), compared(rng, fresh_town(rng), rng.choice(list(COMPARED)))
+        text = f"{a} more than {b}: {'yes' if a > b else 'no'}" if rng.random() < 0.3 else gog.compare_aloud(wanted.split(", ")[-1], seen.split(", ")[-1])
         question, _, verdict = text.rpartition(" ")
-        t.observe(env.v.encode(question))
-        t.act(env.v.encode_turn(f" {verdict}"))
+        t.observe(env.v.encode(question)), t.act(env.v.encode_turn(f" {verdict}"))
     return t
 
 
-def show(env, t, query, text):
-    """Append a query and its observation, neither of them trained."""
-    t.observe([*env.v.encode(query), env.v.id["<obs>"], *env.v.encode(text), env.v.id["</obs>"]])
+def show(env, t, query, text, seen=None):
+    """Append a query and its observation, neither of them trained. `seen`: the crop of a gaze."""
+    t.observe(env.v.encode(query))
+    env.reply(t, text, seen)
 
 
 # How often each lesson is drawn, relative to the others. LATER replaces some of these weights after 40 % of the batches
 # (`schooling`)
-LESSONS = {point_lesson: 0.17, wall_lesson: 0.31, count_lesson: 0.05, crop_lesson: 0.15, text_lesson: 0.14, errand_lesson: 0.12, plan_lesson: 0.04, decide_lesson: 0.08}
-LATER = {wall_lesson: 0.4, count_lesson: 0.25, text_lesson: 0.06, errand_lesson: 0.08, plan_lesson: 0.03, decide_lesson: 0.03}
+LESSONS = {point_lesson: 0.17, wall_lesson: 0.31, find_lesson: 0.04, count_lesson: 0.05, crop_lesson: 0.17, text_lesson: 0.18, errand_lesson: 0.12, plan_lesson: 0.15, decide_lesson: 0.08}
+LATER = {wall_lesson: 0.55, find_lesson: 0.07, count_lesson: 0.3, crop_lesson: 0.28, text_lesson: 0.14, errand_lesson: 0.1, plan_lesson: 0.15, decide_lesson: 0.03}
 
 
 def exam(policy, env, n, seed="exam"):
@@ -734,16 +748,17 @@ def exam(policy, env, n, seed="exam"):
 
 def replay(env, seed, size, i):
     """Lessons mixed into SFT batch i, of skills that demonstrations alone would make the policy forget: gazing on
-    crowded walls (not with --no-gaze), long plans, strange texts. (Demonstrations never gaze on crowded walls; they
-    only count there.)"""
-    makers = [wall_lesson] * env.may_gaze + [errand_lesson, plan_lesson, text_lesson]
-    return lessons(env, seed, size, i, dict.fromkeys(makers, 1), "replay")
+    crowded walls (demonstrations only count there), lists of look-alikes, errands, strange texts. Most errands have at
+    most three relations, so that SFT leaves something to RL. With errands of at most two relations, no longer chain was
+    ever answered, and RL had nothing to reinforce; a few of up to five give it its start (results/trials.md)."""
+    sighted = {wall_lesson: 1.5, find_lesson: 0.5} if env.may_gaze else {}
+    return lessons(env, seed, size, i, sighted | {partial(errand_lesson, hops=2): 1, partial(errand_lesson, hops=3): 1, errand_lesson: 0.2, text_lesson: 2}, "replay")
 
 
 def schooling(env, seed, size, steps, i):
     """Batch i of the base model's `steps` batches of lessons. The first 40 % use LESSONS. By then reading, planning and
-    deciding are learnt, and LATER shifts the weight to walls and counting. Counting comes late, because it is learnt
-    only by a model that can point, and pointing at several objects takes much practice (results/trials.md)."""
+    deciding are learnt, and LATER shifts the weight to walls, crops and counting. Counting comes late, because it is
+    learnt only by a model that can point, and pointing at several objects takes much practice (results/trials.md)."""
     return lessons(env, seed, size, i, LESSONS | (LATER if i >= 0.4 * steps else {}))
 
 

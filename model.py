@@ -537,7 +537,8 @@ def torch_rng(device, *seed):
 
 def orthogonalise(g, steps=5):
     """Newton-Schulz iteration: push the singular values of each matrix of a stack (N, rows, cols) towards 1, while
-    keeping its singular vectors."""
+    keeping its singular vectors. More steps reach smaller singular values: the vision encoder ends at a loss of 7.8,
+    5.0, 4.4 with 3, 5, 7 of them (at a rate of 0.004); lessons in words learn no better with 7 (results/trials.md)."""
     a, b, c = 3.4445, -4.7750, 2.0315  # coefficients of a x + b x^3 + c x^5 (Jordan et al. 2024)
     x = (g.transpose(1, 2) if g.shape[1] > g.shape[2] else g) / (g.norm(dim=(1, 2), keepdim=True) + 1e-7)
     with autocast(g.device.type):  # the method is designed for bfloat16
@@ -565,17 +566,17 @@ class Muon(torch.optim.Optimizer):
             for shape, pairs in shapes.items():
                 params, updates = zip(*pairs)
                 scale = 0.2 * max(shape) ** 0.5
-                for p, u in zip(params, orthogonalise(torch.stack(updates))):
+                for p, u in zip(params, orthogonalise(torch.stack(updates), group["newton_schulz"])):
                     p.mul_(1 - group["lr"] * group["weight_decay"]).add_(u.view_as(p), alpha=-group["lr"] * scale)
 
 
-def optimisers(named, muon_lr, adam_lr):
+def optimisers(named, muon_lr, adam_lr, newton_schulz=5):
     """Two optimisers for (name, parameter) pairs: Muon for matrices and convolutions, AdamW for the rest (embeddings,
-    positions, norms, biases)."""
+    positions, norms, biases). newton_schulz: Muon's steps of `orthogonalise`."""
     matrices, rest = [], []
     for name, p in named:
         (matrices if p.dim() in (2, 4) and "embed_tokens" not in name and "position" not in name else rest).append(p)
-    return [Muon(matrices, dict(lr=muon_lr, momentum=0.95, weight_decay=0.01)), torch.optim.AdamW(rest, lr=adam_lr, betas=(0.9, 0.95), weight_decay=0.0)]
+    return [Muon(matrices, dict(lr=muon_lr, momentum=0.95, weight_decay=0.01, newton_schulz=newton_schulz)), torch.optim.AdamW(rest, lr=adam_lr, betas=(0.9, 0.95), weight_decay=0.0)]
 
 
 def lr_factor(step, steps, warmup=30, decay=0.9):

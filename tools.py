@@ -377,13 +377,18 @@ CHATTER = ("Travellers praise the bridges of {n}.", "The market of {n} opens at 
            "Maps often misplace {n}.", "Nobody agrees how to pronounce {n}.")
 
 
+def worded(rng, name, relation, value):
+    """A fact as a sentence, in a random wording."""
+    return rng.choice(PASSAGES).format(n=name, r=relation, v=value)
+
+
 def passages(world, late=False):
     """Every fact of a data.World as one sentence in a random wording, and one sentence of chatter per entity: list of
     (entity's name, sentence). Entities of the split `late` are left out, unless `late`."""
     hidden, out = set() if late else set(world.splits["late"]), []
     for e in (e for name, e in world.entities.items() if name not in hidden):
         rng = random.Random(f"{world.seed}/{e.name}")
-        sentences = [rng.choice(PASSAGES).format(n=e.name, r=r, v=v) for r, v in e.facts.items()] + [rng.choice(CHATTER).format(n=e.name)]
+        sentences = [worded(rng, e.name, *fact) for fact in e.facts.items()] + [rng.choice(CHATTER).format(n=e.name)]
         out += [(e.name, sentence) for sentence in sentences]
     return out
 
@@ -513,8 +518,12 @@ class Environment:
             if self.withhold:  # control: the action runs, but its result is not shown
                 result = Observation("", ok=result.ok)
             turn.observation, turn.ok = result.text, result.ok
-            image, crops = (self.image_ids, [to_array(result.picture, self.side)]) if result.picture else ([], [])
-            t.observe([self.v.id["<obs>"], *image, *self.v.encode(result.text), self.v.id["</obs>"]], *crops)
+            self.reply(t, result.text, result.picture)
+
+    def reply(self, t, text, picture=None):
+        """Append an observation: <obs> crop (if there is a picture) text </obs>."""
+        image, crops = (self.image_ids, [to_array(picture, self.side)]) if picture else ([], [])
+        t.observe([self.v.id["<obs>"], *image, *self.v.encode(text), self.v.id["</obs>"]], *crops)
 
 
 # --------------------------------------------------------------------------------------- files: the user's and our own

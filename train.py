@@ -43,20 +43,20 @@ class Args:
     out: str = ""  # run folder; default out/WORLD-PRESET-SEED
     resume: bool = False  # continue from the last checkpoint
     save_every: int = 50  # pretrain and sft: steps between checkpoints
-    see_steps: int = 3000  # pretrain, first part: steps of the vision encoder alone
+    see_steps: int = 2500  # pretrain, first part: steps of the vision encoder alone
     see_batch: int = 12  # pictures per step of the first part
-    word_steps: int = 4800  # pretrain, second part: steps on lessons in words
-    word_batch: int = 12  # lessons per step; in equal time, many small steps teach more than few large ones
+    word_steps: int = 5000  # pretrain, second part: steps on lessons in words
+    word_batch: int = 13  # lessons per step; in equal time, many small steps teach more than few large ones
     exam: int = 3072  # approximate number of held-out questions in the exam of the base model
-    see_lr: float = 0.004  # pretrain, first part: learning rate of Muon (matrices of the vision encoder)
+    see_lr: float = 0.0028  # pretrain, first part: learning rate of Muon (matrices of the vision encoder)
     see_adam_lr: float = 0.002  # pretrain, first part: learning rate of AdamW (everything else)
     word_lr: float = 0.002  # pretrain, second part: learning rate of Muon and AdamW
     gaze: bool = True  # may the policy gaze? --no-gaze: neither in demonstrations nor in rollouts (only whole-picture and text search, as MMSearch-R1)
     demos: int = 5750  # number of trajectories in GoG-Instruct
-    wrong_gaze: float = 0.2  # probability that the expert also gazes at a wrong place when it looks for a target that the base model found by itself, or that has look-alikes; a useless glance comes first with a quarter of it
+    wrong_gaze: float = 0.2  # probability that the expert first gazes at a wrong place (if the base model found the target by itself), or overlooks the target among look-alikes; a useless glance comes first with a quarter of it
     failure_rate: float = 0.03  # probability that a tool fails during training
     sft_batch: int = 32  # trajectories per step
-    replay: float = 0.6  # lessons of the base model per demonstration, mixed into SFT so that pointing and long plans are not forgotten
+    replay: float = 0.6  # lessons of the base model per demonstration, mixed into SFT so that pointing, lists of look-alikes and copying are not forgotten, and RL has some longer chains to begin with
     sft_lr: float = 0.002  # learning rate of Muon (hidden matrices)
     sft_adam_lr: float = 0.001  # learning rate of AdamW (embeddings and norms)
     rl_questions: int = 800  # questions that the SFT model is scored on before RL (not used by the curriculum fresh)
@@ -65,6 +65,7 @@ class Args:
     rl_batch: int = 32  # questions per update
     group: int = 8  # rollouts per question
     rl_lr: float = 0.08  # peak learning rate of SGD (three steps of warm-up; over the second half, linear decay to 0)
+    rl_deep: float = 3.0  # the learning rate of the deeper half of the layers is this many times as high
     lam: float = 0.1  # lambda, the weight of the format reward
     search_penalty: float = 0.0  # fraction of r_acc that a trajectory loses if it used a tool
     beta: float = 0.0  # weight of the KL penalty, relative to the SFT policy
@@ -135,7 +136,7 @@ def pretrain(a):
     outputs = 4 + sum(map(len, grpo.PARTS.values()))
     heads = torch.nn.ModuleList(torch.nn.Linear(w, outputs) for w in (config.vit_width, config.width)).to(a.device)
     other_params = [*heads.parameters(), policy.embed_tokens.weight]  # also word embeddings: see_step aligns them with image tokens
-    eye_opts = [*optimisers(policy.vision.named_parameters(), a.see_lr, a.see_adam_lr), torch.optim.AdamW(other_params, a.see_adam_lr, weight_decay=0.0)]
+    eye_opts = [*optimisers(policy.vision.named_parameters(), a.see_lr, a.see_adam_lr, newton_schulz=7), torch.optim.AdamW(other_params, a.see_adam_lr, weight_decay=0.0)]
     word_opts = optimisers(((n, p) for n, p in policy.named_parameters() if "vision" not in n or "projector" in n), a.word_lr, a.word_lr)
     env = Environment(v, None, config)
     parts = (("see", 0, a.see_steps, eye_opts, partial(grpo.labelled_pictures, config, a.seed, a.see_batch)),
@@ -146,10 +147,10 @@ def pretrain(a):
         policy.freeze_eyes(part != "see")
         for step, batch in enumerate(stream(make, first, steps), first):
             lr = set_lr(opts, lr_factor(step, steps))
-            if part == "see":
-                loss, norm = grpo.see_step(policy, heads, [torch.from_numpy(x).to(a.device) for x in batch], v, opts)
-            else:
-                with autocast(a.device):  # (part "see" stays in float32: with bfloat16 the loss of an early version ended 5 % higher)
+            with autocast(a.device):
+                if part == "see":
+                    loss, norm = grpo.see_step(policy, heads, [torch.from_numpy(x).to(a.device) for x in batch], v, opts)
+                else:
                     loss, norm = grpo.supervised_step(policy, env, batch, opts, a.token_budget)
             run.log(step=earlier + step, part=part, loss=loss, grad_norm=norm, lr=lr, seconds=run.bar.format_dict["elapsed"])
             run.checkpoint([policy, heads], eye_opts + word_opts, a.save_every if step + 1 < steps else 1, step=earlier + step + 1)
@@ -202,8 +203,10 @@ def rl(a):
     askable = grpo.askable(world) if fresh else [*data.questions(world, data.RL_MIX, a.rl_questions, f"rl/{a.seed}"), *world.own[::2]]
     reference = load(a.weights("sft"), a.device)[0].requires_grad_(False) if a.beta else None
     # Why SGD: the gradients of two batches had a cosine of 0.16; the steps that AdamW would have made of them 0.06,
-    # Muon's 0.02 (results/trials.md)
-    opts = [torch.optim.SGD([p for p in policy.parameters() if p.requires_grad], a.rl_lr, momentum=0.9)]
+    # Muon's 0.02. Why the deeper half learns faster: its gradients agree best (where to attend, so what to copy next:
+    # 0.45; input and first layer: 0.2), but are the smallest, so at one rate the others' noise drowns them (trials.md)
+    deep = {*map(id, policy.layers[len(policy.layers) // 2:].parameters())}
+    opts = [torch.optim.SGD([dict(params=[p], lr=a.rl_lr * (a.rl_deep if id(p) in deep else 1)) for p in policy.parameters() if p.requires_grad], momentum=0.9)]
     saved = run.begin(a.rl_steps, [policy], opts)
     rates = saved.get("pass_rates") or ([0.5] * len(askable) if fresh else grpo.pass_rates(policy, env, askable, 4, a.temperature, a.seed))
     worth = [entry[2] if isinstance(entry, tuple) else 1 for entry in askable]
@@ -259,8 +262,7 @@ def alarms(first, now):
     # alarm if a metric falls below this fraction of its first value; entropy and reward only if some groups are alive
     least = {k: 0.2 for k in grpo.LOGGED if k.endswith("_share") and first[k] > 0.05} | ({"entropy": 0.2, "reward": 0.7} if now["dead"] < 1 else {})
     fell = {k: f"{k} fell from {first[k]:.2f} to {now[k]:.2f}" for k, fraction in least.items() if now[k] < fraction * first[k]}
-    rose = {"tokens": f"tokens per trajectory rose from {first['tokens']:.0f} to {now['tokens']:.0f}"}
-    return fell | (rose if now["tokens"] > 2 * first["tokens"] else {})
+    return fell | ({"tokens": f"tokens per trajectory rose from {first['tokens']:.0f} to {now['tokens']:.0f}"} if now["tokens"] > 2 * first["tokens"] else {})
 
 
 def evaluate(a):
@@ -284,8 +286,7 @@ def evaluate(a):
             write_results(a, result_rows(a, "main", policy_row, world_name, suite, {"left_out": (1, 0)}, time.time()))
             continue
         toolbox = make_toolbox(search_world, a.tools_fail, a.seed, late=True) if suite == "live" and not a.stale else usual_toolbox
-        rows = ROWS if policy_row == "rl" else ["rl"]
-        for row in (r for r in rows if (suite, r) != ("own", "oracle")):  # the oracle has no plan for a user's own questions
+        for row in (r for r in (ROWS if policy_row == "rl" else ["rl"]) if (suite, r) != ("own", "oracle")):  # the oracle has no plan for a user's own questions
             policy, v = policies.get(row, policies["rl"])
             began, env = time.time(), Environment(v, toolbox, policy.config, withhold=row == "withheld", gaze=a.gaze)
             trajectories = gog.evaluate(policy, env, questions, row, a.seed, a.turns, progress=f"{suite}, {row}")
@@ -333,8 +334,8 @@ GRID = {
     "curriculum": [dict(name=f"rl-{mode}", curriculum=mode) for mode in ("level1", "level2", "all", "learnable", "adaptive")],
     "GRPO": [dict(name="rl-group-4", group=4, rl_batch=64), dict(name="rl-group-16", group=16, rl_batch=16), dict(name="rl-mean-only", advantage="mean"),
              dict(name="rl-lambda-0", lam=0.0), dict(name="rl-lambda-0.2", lam=0.2), dict(name="rl-kl-0.001", beta=0.001), dict(name="rl-no-mask", mask=False),
-             *(dict(name=f"rl-lr-{lr}", rl_lr=lr) for lr in (0.02, 0.04, 0.16))],
-    "scale": [*(dict(name=f"sft-demos-{n}", demos=n, rl_steps=0) for n in (500, 2000, 20000)), *(dict(name=f"sft-words-{n}", word_steps=n, rl_steps=0) for n in (2400, 9600)),
+             *(dict(name=f"rl-lr-{lr}", rl_lr=lr) for lr in (0.02, 0.04, 0.16)), dict(name="rl-deep-1", rl_deep=1.0)],
+    "scale": [*(dict(name=f"sft-demos-{n}", demos=n, rl_steps=0) for n in (500, 2000, 20000)), *(dict(name=f"sft-words-{n}", word_steps=n, rl_steps=0) for n in (2500, 10000)),
               dict(name="rl-updates-120", rl_steps=120)]}
 # reference rows at the top of a table (default: rl)
 BESIDE = {"main": ROWS, "Selective Gaze": ["sft", "rl"], "scale": ["sft", "rl"]}
@@ -472,7 +473,7 @@ STAGES = {"pretrain": pretrain, "sft": sft, "rl": rl, "eval": evaluate}
 CHOICES = {"stage": [*STAGES, "reproduce"], "preset": list(PRESETS), "device": ["auto", "cuda", "mps", "cpu"], "advantage": ["std", "mean"],
            "curriculum": ["level1", "level2", "all", "learnable", "adaptive", "fresh"]}
 
-RANGES = {"seed": (0, 2**32 - 1), "towns": (40, 20_000), "group": (2, 10_000), "temperature": (0.01, 10.0), "replay": (0.0, 100.0), "beta": (0.0, 100.0),
+RANGES = {"seed": (0, 2**32 - 1), "towns": (40, 20_000), "group": (2, 10_000), "temperature": (0.01, 10.0), "replay": (0.0, 100.0), "beta": (0.0, 100.0), "rl_deep": (0.0, 100.0),
           # other flags: 1 to a million (int), 0 to 1 (float)
           **dict.fromkeys(("seed_world", "see_steps", "word_steps", "rl_steps", "shown", "strangers"), (0, 10**6))}
 

@@ -28,7 +28,7 @@ import gog  # noqa: E402
 import grpo  # noqa: E402
 import tools  # noqa: E402
 import train  # noqa: E402
-from model import PRESETS, Cache, ModelConfig, Policy, Vocabulary, corpus, optimisers  # noqa: E402
+from model import PRESETS, Cache, ModelConfig, Policy, Vocabulary, autocast, corpus, optimisers  # noqa: E402
 from conftest import llama_twin  # noqa: E402
 from tools import TextIndex, describe, write_rows  # noqa: E402
 
@@ -214,8 +214,12 @@ class Bench:
         c = policy.config
         heads = torch.nn.ModuleList(torch.nn.Linear(w, 4 + sum(map(len, grpo.PARTS.values()))) for w in (c.vit_width, c.width))
         batch = [torch.from_numpy(x) for x in grpo.labelled_pictures(c, 0, 12, 0)]
-        opts = [*optimisers(policy.vision.named_parameters(), 1e-6, 1e-6), torch.optim.AdamW([*heads.parameters(), policy.embed_tokens.weight], 1e-6)]
-        return "pictures", 12, lambda: grpo.see_step(policy, heads, batch, self.v, opts), "", None
+        opts = [*optimisers(policy.vision.named_parameters(), 1e-6, 1e-6, newton_schulz=7), torch.optim.AdamW([*heads.parameters(), policy.embed_tokens.weight], 1e-6)]
+
+        def step():
+            with autocast("cpu"):
+                grpo.see_step(policy, heads, batch, self.v, opts)
+        return "pictures", 12, step, "", None
 
     def sft_step(self):
         batch = self.demos[:32]

@@ -166,7 +166,7 @@ def feeding(env, world, steps=60, warm=20):
     # lessons need no tools, and whatever the environment holds is handed to the workers
     school = tools.Environment(env.v, None, policy.config)
     heads = torch.nn.ModuleList(torch.nn.Linear(w, 4 + sum(map(len, grpo.PARTS.values()))) for w in (policy.config.vit_width, policy.config.width))
-    eyes = [*optimisers(policy.vision.named_parameters(), a.see_lr, a.see_adam_lr), torch.optim.AdamW([*heads.parameters(), policy.embed_tokens.weight], a.see_adam_lr)]
+    eyes = [*optimisers(policy.vision.named_parameters(), a.see_lr, a.see_adam_lr, newton_schulz=7), torch.optim.AdamW([*heads.parameters(), policy.embed_tokens.weight], a.see_adam_lr)]
     words = optimisers(((n, p) for n, p in policy.named_parameters() if "vision" not in n or "projector" in n), a.word_lr, a.word_lr)
     asked = data.questions(world, data.SFT_MIX, a.sft_batch * steps, "feeding")
     demos = gog.play_scripts(env, asked, [gog.expert(q, data.random.Random(0), a.wrong_gaze) for q in asked])
@@ -175,7 +175,11 @@ def feeding(env, world, steps=60, warm=20):
         with autocast("cpu"):
             grpo.supervised_step(policy, env, batch, words, a.token_budget)
 
-    stages = {"see": (stream(partial(grpo.labelled_pictures, policy.config, 0, a.see_batch), 0, steps), lambda batch: grpo.see_step(policy, heads, [torch.from_numpy(x) for x in batch], env.v, eyes)),
+    def see(batch):
+        with autocast("cpu"):
+            grpo.see_step(policy, heads, [torch.from_numpy(x) for x in batch], env.v, eyes)
+
+    stages = {"see": (stream(partial(grpo.labelled_pictures, policy.config, 0, a.see_batch), 0, steps), see),
               "words": (stream(partial(grpo.lessons, school, 0, a.word_batch), 0, steps), learn),
               "sft": ((demos[a.sft_batch * i:a.sft_batch * (i + 1)] + again for i, again in enumerate(stream(partial(grpo.replay, school, 0, round(a.replay * a.sft_batch)), 0, steps))), learn)}
     for stage, (batches, step) in stages.items():

@@ -36,6 +36,7 @@ EXAM = {"pointing: by look": "iou look", **{f"by {k}": f"iou {k}" for k in ("col
         "does this crop show it?": "verify", "does this hit fit?": "reflect", "read and copy": "copy", "copy any text": "copy any text", "caption a crop": "caption", "colour, shape": "visual",
         "count: one": "count one", "count: more": "count more"}  # topics, as README calls them
 GOALS = {**{k: 0.85 for k in EXAM.values() if k.startswith("iou") and "miss" not in k}, "verify": 0.95, "copy": 0.97}
+WITH_TWO = "earlier/with-chains-of-two/results.csv"  # of the recipe of 2026-11-29, whose demonstrations had chains of two
 TIMED = "3"  # the seed whose run was timed: pretrain and sft by one process, rl and eval by two
 COMMITTED = __name__ != "__main__" and (ROOT / ".git").exists()
 
@@ -92,9 +93,9 @@ def table(head, rows):
     return "\n".join("| " + " | ".join(map(str, cells)) + " |" for cells in (head, ["---"] * len(head), *rows))
 
 
-def accuracy(world, rows=tuple(LABELS)):
+def accuracy(world, rows=tuple(LABELS), file="results.csv"):
     """Accuracy in percent, suite by suite."""
-    shown = [[LABELS[row], *(f"{100 * values(world, row, s, 'accuracy').mean():.1f}" for s in gog.SUITES), spread(100 * means(world, row))] for row in rows]
+    shown = [[LABELS[row], *(f"{100 * values(world, row, s, 'accuracy', file).mean():.1f}" for s in gog.SUITES), spread(100 * means(world, row, file=file))] for row in rows]
     return table(["", *gog.SUITES, "mean"], shown)
 
 
@@ -107,11 +108,11 @@ def behaviour():
 
 
 def plans():
-    """First plans that are right, by the number of relations: percent, all seeds together."""
-    def share(policy, eyes, relations):
-        mine = [[int(r[k]) for k in ("right", "short", "other")] for r in published("plans.csv") if (r["policy"], r["eyes"], r["relations"]) == (policy, eyes, relations)]
-        return f"{100 * sum(right for right, *_ in mine) / sum(map(sum, mine)):.0f}"
-    return table(["relations in the plan", *"12345"], [[f"{LABELS[policy]}, eyes {eyes}", *(share(policy, eyes, n) for n in "12345")] for policy in ("sft", "rl") for eyes in ("closed", "open")])
+    """First and second plans that are right, by the number of relations: percent, all seeds together."""
+    def share(policy, plan, relations):
+        mine = [[int(r[k]) for k in ("right", "short", "other")] for r in published("plans.csv") if (r["policy"], r["plan"], r["relations"]) == (policy, plan, relations)]
+        return f"{100 * sum(right for right, *_ in mine) / total:.0f}" if (total := sum(map(sum, mine))) else ""
+    return table(["relations of the question", *"12345"], [[f"{LABELS[policy]}, {plan} plan", *(share(policy, plan, n) for n in "12345")] for policy in ("sft", "rl") for plan in ("first", "second")])
 
 
 def exam():
@@ -154,8 +155,8 @@ def presets():
     timed = {(r["what"], r["preset"]): float(r["ours"]) for r in published("bench.csv")}
     longer = {part: timed[part, "small"] / timed[part, "nano"] for part in ("see_step", "sft_step", "grpo_step", "rollout")}
     minutes = {stage: float(r["minutes"]) for stage, r in main_stages().items()}
-    updates = [r for r in published(f"runs/heraldry-nano-{TIMED}-rl.csv") if r["loss"]]
-    eyes = max(float(r["seconds"]) for r in published(f"runs/base-nano-{TIMED}-pretrain.csv") if r["part"] == "see") / 60
+    updates = [r for r in published(f"earlier/with-chains-of-two/runs/heraldry-nano-{TIMED}-rl.csv") if r["loss"]]
+    eyes = max(float(r["seconds"]) for r in published(f"earlier/with-chains-of-two/runs/base-nano-{TIMED}-pretrain.csv") if r["part"] == "see") / 60
     rolls = minutes["rl"] * sum(float(r["rollout_seconds"]) for r in updates) / sum(float(r["seconds"]) for r in updates)
     nano = [minutes[s] for s in ("pretrain", "sft", "rl")]
     small = [eyes * longer["see_step"] + (nano[0] - eyes) * longer["sft_step"], nano[1] * longer["sft_step"], rolls * longer["rollout"] + (nano[2] - rolls) * longer["grpo_step"]]
@@ -219,15 +220,15 @@ def code_lines():
     return lines
 
 
-def gain(after="rl", before="sft", suites=tuple(gog.SUITES)):
+def gain(after="rl", before="sft", suites=tuple(gog.SUITES), file="results.csv"):
     """How many points one row is above another on heraldry, seed by seed (the first ones, which both have): array (seeds,)."""
-    a, b = (means("heraldry", row, suites=suites) for row in (after, before))
+    a, b = (means("heraldry", row, suites=suites, file=file) for row in (after, before))
     return 100 * (a[:len(b)] - b[:len(a)])
 
 
 ON_FLAGS = ("base", "direct", "full-search", "sft", "rl", "oracle")  # rows of the two tables about countries
 TABLES = {
-    "main table": lambda: accuracy("heraldry"), "countries": lambda: accuracy("countries", ON_FLAGS), "zero-shot": lambda: accuracy("countries-zero-shot", ON_FLAGS),
+    "main table": lambda: accuracy("heraldry"), "countries": lambda: accuracy("countries", ON_FLAGS, WITH_TWO), "zero-shot": lambda: accuracy("countries-zero-shot", ON_FLAGS),
     "behaviour": behaviour, "plans": plans, "exam": exam, "stages": stages, "presets": presets, "cost": cost, "bench": bench, "feeding": feeding,
     "sample colour": lambda: sample(0), "sample alike": lambda: sample(1, lambda t: any(gog.looked_elsewhere(t)))}  # after a wrong gaze
 DETAILS = ("group-4", "group-16", "lambda-0", "lambda-0.2", "kl-0.001", "mean-only", "lr-0.01", "lr-0.1")  # of GRPO
@@ -242,7 +243,7 @@ ROBUST = {  # number: (row of seed 0, suites)
 OTHERS = tuple(s for s in gog.SUITES if s != "hops")
 NUMBERS = {
     **{f"old {name}": lambda of=of: f"{of():.1f}" for name, of in OLD.items()},
-    **{name: lambda row=row, suites=suites: f"{100 * means('heraldry', row, suites=suites or tuple(gog.SUITES))[0]:.1f}" for name, (row, *suites) in ROBUST.items()},
+    **{name: lambda row=row, suites=suites: f"{100 * means('heraldry', row, suites=suites or tuple(gog.SUITES), file=WITH_TWO)[0]:.1f}" for name, (row, *suites) in ROBUST.items()},
     "gains": lambda: listed(gain()), "old longer sft": lambda: f"{earlier('longer-sft', seeds=3):.1f}", "old longer rl": lambda: f"{earlier('longer-rl', seeds=3):.1f}",
     **{f"{row} chains": lambda row=row: listed(100 * means("heraldry", row, suites=("hops",))) for row in ("sft", "rl")},
     **{f"{row} gazes": lambda row=row, suites=suites: f"{100 * means('heraldry', row, 'gaze_correct', suites).mean():.0f}"
@@ -251,16 +252,18 @@ NUMBERS = {
     "zero found": lambda: f"{100 * values('countries-zero-shot', 'rl', 'facts', 'target_found').mean():.0f}",
     "rl gain": lambda: spread(gain()), "over full search": lambda: f"{gain(before='full-search').mean():.1f}", "other gain": lambda: spread(gain(suites=OTHERS)),
     **{f"{row} hops": lambda row=row: f"{100 * means('heraldry', row, suites=('hops',)).mean():.1f}" for row in ("sft", "rl")},
-    **{name: lambda run=run, metric=metric, first=first: f"{100 * np.mean([float(r[metric]) for r in published(f'runs/heraldry-nano-0-{run}.csv')[first:first + 10]]):.0f}"
+    **{name: lambda run=run, metric=metric, first=first: f"{100 * np.mean([float(r[metric]) for r in published(f'earlier/with-chains-of-two/runs/heraldry-nano-0-{run}.csv')[first:first + 10]]):.0f}"
        for name, run, metric, first in (("level2 first", "rl-level2", "accuracy", 0), ("level2 last", "rl-level2", "accuracy", 30), ("level2 dead", "rl-level2", "dead", 0), ("fresh dead", "rl", "dead", 0))},
-    "level2 gain": lambda: listed(gain("rl-level2")), "fresh gain": lambda: listed(gain()[:3]), "rate gain": lambda: listed(gain("rl-lr-0.16")), "fresh ahead": lambda: spread(gain(before="rl-level2")),
+    "level2 gain": lambda: listed(gain("rl-level2", file=WITH_TWO)), "fresh gain": lambda: listed(gain(file=WITH_TWO)[:3]), "rate gain": lambda: listed(gain("rl-lr-0.16", file=WITH_TWO)),
+    "fresh ahead": lambda: spread(gain(before="rl-level2", file=WITH_TWO)), "two sft": lambda: f"{100 * means('heraldry', 'sft', file=WITH_TWO).mean():.1f}", "two rl": lambda: f"{100 * means('heraldry', 'rl', file=WITH_TWO).mean():.1f}",
     "old countries": lambda: f"{100 * means('countries', 'sft', file='earlier/results.csv').mean():.1f}",
-    **{f"countries {row}": lambda row=row: f"{100 * means('countries', row).mean():.1f}" for row in ("sft", "rl")},
-    "countries found": lambda: f"{100 * values('countries', 'rl', 'facts', 'target_found').mean():.0f}",
+    **{f"countries {row}": lambda row=row: f"{100 * means('countries', row, file=WITH_TWO).mean():.1f}" for row in ("sft", "rl")},
+    "countries found": lambda: f"{100 * values('countries', 'rl', 'facts', 'target_found', WITH_TWO).mean():.0f}", "two zero": lambda: f"{100 * means('countries-zero-shot', 'rl', file=WITH_TWO).mean():.1f}",
+    "zero rl": lambda: f"{100 * means('countries-zero-shot', 'rl').mean():.1f}",
     "seeds": lambda: len(means("heraldry", "rl")), "whole": lambda: f"{sum(float(r['minutes']) for r in main_stages().values()):.0f}",
     "nano": lambda: f"{parameters('nano'):.1f} M", "small": lambda: f"{parameters('small'):.0f} M",
     "image tokens": lambda: ModelConfig().image_tokens, "picture": lambda: f"{ModelConfig().picture} x {ModelConfig().picture}", "lines": lambda: f"{sum(code_lines().values()):,}",
-    "lambda": lambda: train.Args.lam, "group": lambda: train.Args.group, "dev": lambda: train.Args.rl_dev, "temperature": lambda: train.Args.temperature, "known": lambda: gog.KNOWN, "longest side": lambda: f"{data.LONGEST_SIDE:,}", "longest": lambda: f"{tools.LONGEST:,}",
+    "lambda": lambda: train.Args.lam, "deep": lambda: f"{train.Args.rl_deep:.0f}", "group": lambda: train.Args.group, "dev": lambda: train.Args.rl_dev, "temperature": lambda: train.Args.temperature, "known": lambda: gog.KNOWN, "longest side": lambda: f"{data.LONGEST_SIDE:,}", "longest": lambda: f"{tools.LONGEST:,}",
     "kilobytes": lambda: f"{len(tools.FRAMINGS) * 4 * tools.WIDTH / 1000:.1f}",
     "rl batch": lambda: train.Args.rl_batch, "eval every": lambda: train.Args.eval_every, "flags": lambda: len(data.open_world(str(ROOT / "worlds" / "countries")).entities),
     "update of one": lambda: f"{update_of(1):.1f}", "update of two": lambda: f"{update_of(2):.1f}",

@@ -168,6 +168,19 @@ def test_the_best_policy_is_kept_and_alarms_are_told_once(tmp_path, monkeypatch,
     assert same == [False, True, False, False] and capsys.readouterr().err.count("entropy fell") == 1
 
 
+def test_the_deeper_half_has_a_rate_of_its_own(tmp_path, monkeypatch, begun):
+    """Prevents a factor --rl-deep on the wrong layers, and weights that RL leaves out: at 0 the deeper half (of tiny's
+    two layers the second) and the vision encoder stay as SFT left them, and all else moves."""
+    monkeypatch.chdir(tmp_path)
+    begun(Path("run")), liven(monkeypatch.setattr)
+    scores = iter(range(9))
+    monkeypatch.setattr(train, "development", lambda *_: (next(scores), []))  # so the last policy is kept
+    train.rl(train.arguments([*TINY, "--out", "run", "--rl-lr", "0.3", "--group", "4", "--rl-deep", "0"]))
+    before, after = load_file("run/sft.safetensors"), load_file("run/rl.safetensors")
+    stayed = {k for k in after if torch.equal(before[k], after[k])}
+    assert stayed == {k for k in after if k.startswith("layers.1.") or "vision" in k and "projector" not in k}
+
+
 def test_the_grid_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys, begun):
     """Prevents a grid that leaves holes, measures a finished row twice, or gives other results after a stop. After
     Ctrl-C during the RL of its second policy, the same command ends with the rows of an unbroken grid, and one more
@@ -311,6 +324,54 @@ def test_errands_can_be_run_with_closed_eyes(env):
     assert hops == {1, 2, 3, 4, 5}
 
 
+def test_a_search_among_look_alikes_shows_what_it_looks_at(env):
+    """Prevents lessons that train a gaze at the wrong shield, or whose crops are not the ones that a gaze shows: every
+    trained gaze but the last is at a look-alike, and every gaze is followed by its crop."""
+    rng, gazes = random.Random(0), 0
+    for _ in range(20):
+        t = grpo.find_lesson(env, rng)
+        told = env.v.decode([i for i, before in zip(t.ids, [None, *t.ids]) if not i == before == env.image_ids[0]])
+        looks = re.search(r"of the (\w+ \w+) \w+ with", told)[1]
+        assert told.count("<gaze>") == len(t.pictures) - 1 == len(re.findall("</gaze><stop><obs><image>", told))
+        taught = "".join(env.v.decode([i]) if own else "|" for i, own in zip(t.ids, t.trained))
+        gazes += taught.count("<gaze>")
+        assert taught.count("<gaze>") == taught.count(f"look at {looks} at") >= 1
+    assert gazes > 25
+
+
+def test_a_miss_shown_on_a_wall_does_not_fit(env):
+    """Prevents teaching to give up the right shield: the hit that is shown after a miss is refused, and it is, as on the
+    wall, not what the question asks for; its crop is shown as in a rollout."""
+    rng, misses = random.Random(0), 0
+    for _ in range(150):
+        t = grpo.wall_lesson(env, rng)
+        told = env.v.decode([i for i, before in zip(t.ids, [None, *t.ids]) if not i == before == env.image_ids[0]])
+        verdicts = re.findall(r"</obs><think> want ([^,]*), see ([^:]*): (\w+)", told)
+        assert all(wanted != seen and verdict == "no" for wanted, seen, verdict in verdicts)
+        assert told.count("<obs><image>") == told.count("<obs>") == len(verdicts) == len(t.pictures) - 1
+        misses += len(verdicts)
+    assert misses > 30
+
+
+def test_a_flag_is_captioned_as_in_a_folder_world():
+    """Prevents lessons whose flags are told by colours that hardly show: the caption names what covers an eighth of the
+    picture, as for a user's pictures, and colours that it names are the flag's."""
+    rng, several = random.Random(0), 0
+    for _ in range(100):
+        e = grpo.fresh_town(rng, noun="flag")
+        assert {*data.colours(e)} <= {e.arms.tincture, e.arms.ordinary_tincture, e.arms.charge_tincture} and e.blazon == f"{e.look}, {e.detail}"
+        assert len(data.colours(e)) == len({*data.colours(e)}) and e.look.split()[1] == e.arms.outline
+        several += len(data.colours(e)) > 1
+    assert several > 50
+
+
+def test_few_lessons_of_sft_have_long_chains(env, monkeypatch):
+    """Prevents SFT that leaves nothing to RL, or nothing to begin with: of its lessons a few follow four or five
+    relations."""
+    hops = [sum(i == env.v.id["<search>"] for i in t.ids) for t in grpo.replay(env, 0, 400, 0)]
+    assert 0 < sum(n > 3 for n in hops) < 20 and sum(n == 3 for n in hops) > 10 and not any(t.trained == [False] * len(t.ids) for t in grpo.replay(env, 0, 40, 1))
+
+
 def test_a_plan_is_the_questions_own_words(env):
     """Prevents plans that leave out a relation or run on into the words for the shield, and lessons that train anything
     but plans."""
@@ -318,8 +379,10 @@ def test_a_plan_is_the_questions_own_words(env):
     for _ in range(40):
         t = grpo.plan_lesson(env, rng)
         for question, plan in re.findall(r"What is the ([^?]*)\?<sep><think> [^,]*, for the (.*?)</think>", env.v.decode(t.ids)):
-            assert plan == question.rpartition(" of the ")[0]
-            hops.add(len(plan.split(" of the ")))
+            relations = plan.removesuffix(" of the one")
+            # behind them the question goes on with its target, "of the flag (right of the ..)"
+            assert relations != plan and question.startswith(relations) and re.sub("(left|right) of", "", question[len(relations):]).count(" of the ") == 1
+            hops.add(plan.count(" of the "))
         taught = env.v.decode([token for token, trained in zip(t.ids, t.trained) if trained])
         assert taught.count("for the") == taught.count("</think>") >= 5 and "?" not in taught and "<think>" not in taught
     assert hops == {1, 2, 3, 4, 5}
@@ -374,7 +437,7 @@ def test_muon_orthogonalises():
     params = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((16, 48), (48, 16), (48, 16), (16, 5, 3, 3))]
     for p in params:
         p.grad = torch.randn_like(p)
-    Muon(params, dict(lr=1.0, momentum=0.95, weight_decay=0.0)).step()
+    Muon(params, dict(lr=1.0, momentum=0.95, weight_decay=0.0, newton_schulz=5)).step()
     for p in params:
         values = torch.linalg.svdvals(p.detach().flatten(1)) / (0.2 * max(p.flatten(1).shape) ** 0.5)
         assert 0.6 < values.min() and values.max() < 1.3
