@@ -31,7 +31,7 @@ def liven(put=setattr):
 def be_brief(put=setattr):
     """Make <stop> likelier, so that turns end early: an untrained policy hardly ever samples it."""
     logits = model.Policy.logits
-    put(model.Policy, "logits", lambda self, hidden: logits(self, hidden) + 4.0 * (torch.arange(self.config.vocab) == model.TAGS.index("<stop>")))
+    put(model.Policy, "logits", lambda self, hidden: logits(self, hidden) + 5.0 * (torch.arange(self.config.vocab) == model.TAGS.index("<stop>")))
 
 
 if __name__ == "__main__":

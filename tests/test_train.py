@@ -98,7 +98,7 @@ def test_ctrl_c_saves_and_resume_is_exact(tmp_path, monkeypatch, capsys):
     everything random is included.) Also prevents lost work: the step during which Ctrl-C is pressed is finished and
     saved, in SFT even though no checkpoint is due. And a resume with another --group is refused."""
     monkeypatch.chdir(tmp_path)
-    args = lambda *more: train.arguments([*TINY, "--sft-batch", "3", "--rl-steps", "3", "--failure-rate", "0.3", "--group", "4", "--rl-lr", "0.3", "--show-every", "9", "--rl-batch", "3", "--demos", "12", *more])
+    args = lambda *more: train.arguments([*TINY, "--sft-batch", "3", "--rl-steps", "3", "--failure-rate", "0.3", "--group", "4", "--rl-lr", "0.1", "--show-every", "9", "--rl-batch", "3", "--demos", "12", *more])
     whole, broken = args("--out", "whole"), args("--out", "broken")
     torch.set_flush_denormal(True)
     states, keep = {}, train.Run.close
