@@ -480,8 +480,8 @@ def by_size(trajectories):
 def evaluate(policy, env, questions, row="", seed=0, turns=MAX_TURNS, progress=None):
     """Greedy trajectories for one row of the main table (the default "": the policy without restrictions). turns: the
     most turns of a trajectory, for rows without a schedule. `policy` may be None for the rows oracle and random."""
-    rng, words = random.Random(f"{row}/{seed}"), sorted({a for q in questions for a in q.answers})  # words: the random baseline's answers
     if row in ("oracle", "random"):
+        rng, words = random.Random(f"{row}/{seed}"), sorted({a for q in questions for a in q.answers})  # words: the random baseline's answers
         return play_scripts(env, questions, [expert(q, rng) if row == "oracle" else chance(q, rng, words) for q in questions], progress=progress)
     # up to 320 questions per batch: a whole suite of the default size
     return rollout(policy, env, questions, 1, 0.0, schedule=SCHEDULES.get(row, [ACTIONS] * turns), rows=320, progress=progress)

@@ -154,7 +154,7 @@ def grpo_step(policy, reference, env, batch, advantages, opts, a):
     return totals | dict(ratio_gap=max(gathered([ratio_gap])), signal=signal, grad_norm=norm)
 
 
-LOGGED = "accuracy turns tool_calls tokens truncated gaze_correct reflection mixed_search answer_share search_share glance_share gaze_share".split()
+LOGGED = "accuracy mixed_search answer_share search_share glance_share gaze_share gaze_correct reflection turns tool_calls tokens truncated".split()
 
 
 def iteration(policy, reference, env, questions, opts, a, generator):
@@ -169,7 +169,8 @@ def iteration(policy, reference, env, questions, opts, a, generator):
     advantages, alive = group_advantages(rewards, by_group(r_acc), a.advantage)
     with autocast(policy.device.type):
         stats = grpo_step(policy, reference, env, batch, advantages.flatten(), opts, a)
-    stats |= dict(reward=rewards.mean().item(), dead=1 - alive.float().mean().item(), **{k: v for k, v in gog.behaviour(batch).items() if k in LOGGED}, rollout_seconds=rollout_seconds, seconds=time.time() - began)
+    behaviour = gog.behaviour(batch)
+    stats |= dict(reward=rewards.mean().item(), dead=1 - alive.float().mean().item(), **{k: behaviour[k] for k in LOGGED}, rollout_seconds=rollout_seconds, seconds=time.time() - began)
     return batch, advantages.flatten(), by_group([float(t.correct) for t in batch]).mean(1).tolist(), stats
 
 
@@ -432,10 +433,9 @@ def cell_loss(logits, label):
 
 # ------------------------------------------------------------------------------------ base model: lessons in words
 
-def new_lesson(env, question=""):
-    """A new lesson: <bos> and, if there is one, a question."""
-    ids = [env.v.id["<bos>"], *([*env.v.encode(question), env.v.id["<sep>"]] if question else [])]
-    return Trajectory(None, ids, [False] * len(ids), [0.0] * len(ids))
+def new_lesson(env):
+    """A new lesson, which consists of <bos> only."""
+    return Trajectory(None, [env.v.id["<bos>"]], [False], [0.0])
 
 
 def teach(env, t, question, response, topic=""):
@@ -594,7 +594,7 @@ def ask_passages(env, rng, t, pieces, asked=3):
     if rng.random() < 0.2:  # the same relation of two towns: the index ranks the town in the query first (in 162 of 162 searches)
         shown = [facts[0], (facts[-1][0], facts[0][1], facts[-1][2])]
         wanted = shown[:1]
-    text = " | ".join(worded(rng, *fact) for fact in shown)
+    text = worded(rng, *shown)
     show(env, t, "{} {}".format(*wanted[0]), text)
     if rng.random() < 0.3:  # pure copying, and much of it: this is what forms the copying circuit
         teach(env, t, "repeat", f"<answer> {text}</answer>")
@@ -664,7 +664,7 @@ def errand_lesson(env, rng, hops=5, sighted=False):
     while not q:  # sighted: the town that was drawn is none of the five look-alikes, or nothing tells it from another
         world = little_world(rng, draw_pieces(env, rng), alike=5 if sighted else 1)
         q = data.ask(world, rng.choice(("name", "hop1")), rng.choice(("alike", "small")), ("train",), rng) if sighted else errand(world, rng, hops)
-    t = env.prompt(q, to_array(q.scene.picture(), env.side)) if sighted else new_lesson(env, q.text)
+    t = env.prompt(q, to_array(q.scene.picture(), env.side) if sighted else None)
     text = next(script := gog.expert(q, rng, wrong_gaze=0.2))
     while text:
         turn, (thought, _, action) = parse(text), text.partition("</think>")
@@ -703,7 +703,7 @@ def tools_answer(world, scene, turn, rng):
         facts = [(e.name, r, v) for e in world.entities.values() for r, v in e.facts.items()]
         asked = next(f for f in facts if f"{f[0]} {f[1]}" == turn.argument)
         # the second passage names the same town
-        return " | ".join(worded(rng, *fact) for fact in (asked, rng.choice([f for f in facts if f != asked and asked[0] in (f[0], f[2])])))
+        return worded(rng, asked, rng.choice([f for f in facts if f != asked and asked[0] in (f[0], f[2])]))
     under = [len(scene.boxes) == 1 if turn.kind == "glance" else data.iou(turn.argument, box) > 0.1 for box in scene.boxes]
     hit = scene.entities[under.index(True)] if True in under else rng.choice([e for e in world.entities.values() if e not in scene.entities])
     return hit_list(rng, (hit, rng.choice([e for e in world.entities.values() if e is not hit])))
@@ -729,7 +729,7 @@ def show(env, t, query, text, seen=None):
 # How often each lesson is drawn, relative to the others. LATER replaces some of these weights after 40 % of the batches
 # (`schooling`)
 LESSONS = {point_lesson: 0.17, wall_lesson: 0.31, find_lesson: 0.04, count_lesson: 0.05, crop_lesson: 0.17, text_lesson: 0.18, errand_lesson: 0.12, plan_lesson: 0.15, decide_lesson: 0.08}
-LATER = {wall_lesson: 0.55, find_lesson: 0.07, count_lesson: 0.3, crop_lesson: 0.28, text_lesson: 0.14, errand_lesson: 0.1, plan_lesson: 0.15, decide_lesson: 0.03}
+LATER = {wall_lesson: 0.55, find_lesson: 0.07, count_lesson: 0.3, crop_lesson: 0.28, text_lesson: 0.14, errand_lesson: 0.1, decide_lesson: 0.03}
 
 
 def exam(policy, env, n, seed="exam"):

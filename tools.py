@@ -377,9 +377,9 @@ CHATTER = ("Travellers praise the bridges of {n}.", "The market of {n} opens at 
            "Maps often misplace {n}.", "Nobody agrees how to pronounce {n}.")
 
 
-def worded(rng, name, relation, value):
-    """A fact as a sentence, in a random wording."""
-    return rng.choice(PASSAGES).format(n=name, r=relation, v=value)
+def worded(rng, *facts):
+    """Facts (name, relation, value) as the text index lists its passages: sentences, each in a random wording."""
+    return " | ".join(rng.choice(PASSAGES).format(n=name, r=relation, v=value) for name, relation, value in facts)
 
 
 def passages(world, late=False):
@@ -388,7 +388,7 @@ def passages(world, late=False):
     hidden, out = set() if late else set(world.splits["late"]), []
     for e in (e for name, e in world.entities.items() if name not in hidden):
         rng = random.Random(f"{world.seed}/{e.name}")
-        sentences = [worded(rng, e.name, *fact) for fact in e.facts.items()] + [rng.choice(CHATTER).format(n=e.name)]
+        sentences = [worded(rng, (e.name, *fact)) for fact in e.facts.items()] + [rng.choice(CHATTER).format(n=e.name)]
         out += [(e.name, sentence) for sentence in sentences]
     return out
 
@@ -499,10 +499,10 @@ class Environment:
         # per token id: may the policy sample it?
         self.sampleable = [i >= vocabulary.id["<stop>"] and (gaze or i != vocabulary.id["<gaze>"]) for i in range(vocabulary.size)]
 
-    def prompt(self, question, picture):
-        """A new trajectory: <bos> picture question <sep>."""
-        t = Trajectory(question)
-        t.observe([self.v.id["<bos>"], *self.image_ids, *self.v.encode(question.text), self.v.id["<sep>"]], picture)
+    def prompt(self, question, picture=None):
+        """A new trajectory: <bos> picture (if there is one) question <sep>."""
+        t, (image, pictures) = Trajectory(question), ([], []) if picture is None else (self.image_ids, [picture])
+        t.observe([self.v.id["<bos>"], *image, *self.v.encode(question.text), self.v.id["<sep>"]], *pictures)
         return t
 
     def step(self, trajectories, turns, pictures):
