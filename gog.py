@@ -42,7 +42,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 import data
-from model import Cache, CheckpointError, gathered, load, pick, share
+from model import Cache, CheckpointError, autocast, gathered, load, pick, share
 from tools import ACTIONS, PASSAGES, Environment, Turn, atomic, on_grey, make_toolbox, normalise, parse, to_array, to_pixels, unaccented
 
 # the longest questions (hop5) take seven turns: a gaze, five searches and the answer. One is left for a missed gaze
@@ -55,7 +55,6 @@ FREE = [ACTIONS] * MAX_TURNS  # the schedule without restrictions: every action 
 
 # -------------------------------------------------------------------------------------------------------------- rollout
 
-@torch.no_grad()
 def rollout(policy, env, questions, group=1, temperature=1.0, schedule=FREE, generator=None, rows=256, room=832, progress=None):
     """Let the policy answer questions. Returns Q * group trajectories; those of one question are adjacent.
 
@@ -64,8 +63,9 @@ def rollout(policy, env, questions, group=1, temperature=1.0, schedule=FREE, gen
     turn might not fit.
     generator: a torch.Generator on the policy's device. progress: the label of a progress bar."""
     mine, trajectories, per_batch = share(questions), [], max(1, rows // group)
-    for start in tqdm(range(0, len(mine), per_batch), desc=progress, unit="batch", leave=False, disable=progress is None):
-        trajectories += _rollout_batch(policy, env, mine[start:start + per_batch], group, temperature, schedule, generator, room)
+    with torch.no_grad(), autocast(policy.device.type):  # rounded as in training, so that GRPO's ratio begins near 1
+        for start in tqdm(range(0, len(mine), per_batch), desc=progress, unit="batch", leave=False, disable=progress is None):
+            trajectories += _rollout_batch(policy, env, mine[start:start + per_batch], group, temperature, schedule, generator, room)
     return [t for one_group in gathered([trajectories[i:i + group] for i in range(0, len(trajectories), group)]) for t in one_group]
 
 
@@ -77,7 +77,7 @@ def _rollout_batch(policy, env, questions, group, temperature, schedule, generat
     might not fit into `room`."""
     pictures = [q.scene.picture() for q in questions]
     shrunk = [to_array(picture, env.side) for picture in pictures]
-    cache = Cache(policy.config, len(questions), room, policy.device, policy.embed_tokens.weight.dtype)
+    cache = Cache(policy.config, len(questions), room, policy.device)
     trajectories = [env.prompt(q, array) for q, array in zip(questions, shrunk) for _ in range(group)]
     hidden = _feed(policy, env, cache, [t.ids for t in trajectories[::group]], shrunk)
     repeat = torch.arange(len(questions), device=policy.device).repeat_interleave(group)  # one row per rollout
@@ -146,13 +146,13 @@ def _read_turn(v, ids):
     return parse(v.decode(ids[:-1])) if ids[-1] == v.id["<stop>"] else Turn("malformed", "the turn is too long")
 
 
-@torch.no_grad()
 def respond(policy, env, prompts, pictures):
     """One greedy turn for each prompt (list of ids) in a single batch: list of Turn. `pictures`: the arrays of all
     prompts, in order."""
-    cache = Cache(policy.config, len(prompts), max(map(len, prompts)) + TURN_TOKENS, policy.device, policy.embed_tokens.weight.dtype)
-    hidden = _feed(policy, env, cache, prompts, pictures)
-    return [_read_turn(env.v, ids) for ids, _ in _sample_turn(policy, env.v, cache, hidden, 0.0, _allowed(env, ACTIONS, policy.device), None)]
+    with torch.no_grad(), autocast(policy.device.type):
+        cache = Cache(policy.config, len(prompts), max(map(len, prompts)) + TURN_TOKENS, policy.device)
+        hidden = _feed(policy, env, cache, prompts, pictures)
+        return [_read_turn(env.v, ids) for ids, _ in _sample_turn(policy, env.v, cache, hidden, 0.0, _allowed(env, ACTIONS, policy.device), None)]
 
 
 # -------------------------------------------------------------------------- scripts: the expert and the random baseline

@@ -61,7 +61,7 @@ class Args:
     sft_adam_lr: float = 0.001  # learning rate of AdamW (embeddings and norms)
     rl_questions: int = 800  # questions that the SFT model is scored on before RL (not used by the curriculum fresh)
     rl_dev: int = 300  # questions of the development split, used to select the best policy
-    rl_steps: int = 40  # number of RL updates
+    rl_steps: int = 50  # number of RL updates
     rl_batch: int = 32  # questions per update
     group: int = 8  # rollouts per question
     rl_lr: float = 0.08  # peak learning rate of SGD (three steps of warm-up; over the second half, linear decay to 0)

@@ -45,6 +45,13 @@ def no_sockets(monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", refuse)
 
 
+@pytest.fixture(autouse=True)
+def exact(monkeypatch):
+    """Everything is computed in float32, on processors with bfloat16 units, too (`model.autocast`), so that results can
+    be compared closely. (Not in a process that a test starts; tests of bfloat16 switch it on themselves.)"""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+
+
 @pytest.fixture(scope="session")
 def vocabulary():
     return Vocabulary.learn(corpus())

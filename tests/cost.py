@@ -111,21 +111,21 @@ def growth(shipped, v):
 
     # one decode step of `batch` rows whose caches have `slots` slots
     def step(policy, batch, slots):
-        cache = Cache(policy.config, batch, slots + 8, "cpu", torch.float32)
-        cache.grow(slots)
-        cache.lengths += slots - 1
+        with torch.no_grad(), autocast("cpu"):  # as in rollouts
+            cache = Cache(policy.config, batch, slots + 8, policy.device)
+            cache.grow(slots)
+            cache.lengths += slots - 1
 
-        def work():
-            with torch.no_grad():
+            def work():
                 policy(torch.zeros(batch, 1, dtype=torch.long), cache=cache)
-            cache.lengths -= 1
+                cache.lengths -= 1
 
-        return median(work, 7), cache.kv.numel() * 4 / 1e6
+            return median(work, 7), cache.kv.nbytes / 1e6
 
     def read(policy, batch, length):  # reading `batch` prompts of `length` tokens
         def work():
-            with torch.no_grad():
-                policy(torch.zeros(batch, length, dtype=torch.long), cache=Cache(policy.config, batch, length + 8, "cpu", torch.float32))
+            with torch.no_grad(), autocast("cpu"):
+                policy(torch.zeros(batch, length, dtype=torch.long), cache=Cache(policy.config, batch, length + 8, policy.device))
         return median(work)
 
     for n in (16, 32, 64, 128, 256, 512):

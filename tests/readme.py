@@ -228,7 +228,7 @@ def gain(after="rl", before="sft", suites=tuple(gog.SUITES), file="results.csv")
 
 ON_FLAGS = ("base", "direct", "full-search", "sft", "rl", "oracle")  # rows of the two tables about countries
 TABLES = {
-    "main table": lambda: accuracy("heraldry"), "countries": lambda: accuracy("countries", ON_FLAGS, WITH_TWO), "zero-shot": lambda: accuracy("countries-zero-shot", ON_FLAGS),
+    "main table": lambda: accuracy("heraldry"), "countries": lambda: accuracy("countries", ON_FLAGS), "zero-shot": lambda: accuracy("countries-zero-shot", ON_FLAGS),
     "behaviour": behaviour, "plans": plans, "exam": exam, "stages": stages, "presets": presets, "cost": cost, "bench": bench, "feeding": feeding,
     "sample colour": lambda: sample(0), "sample alike": lambda: sample(1, lambda t: any(gog.looked_elsewhere(t)))}  # after a wrong gaze
 DETAILS = ("group-4", "group-16", "lambda-0", "lambda-0.2", "kl-0.001", "mean-only", "lr-0.01", "lr-0.1")  # of GRPO
@@ -243,7 +243,7 @@ ROBUST = {  # number: (row of seed 0, suites)
 OTHERS = tuple(s for s in gog.SUITES if s != "hops")
 NUMBERS = {
     **{f"old {name}": lambda of=of: f"{of():.1f}" for name, of in OLD.items()},
-    **{name: lambda row=row, suites=suites: f"{100 * means('heraldry', row, suites=suites or tuple(gog.SUITES), file=WITH_TWO)[0]:.1f}" for name, (row, *suites) in ROBUST.items()},
+    **{name: lambda row=row, suites=suites: f"{100 * means('heraldry', row, suites=suites or tuple(gog.SUITES))[0]:.1f}" for name, (row, *suites) in ROBUST.items()},
     "gains": lambda: listed(gain()), "old longer sft": lambda: f"{earlier('longer-sft', seeds=3):.1f}", "old longer rl": lambda: f"{earlier('longer-rl', seeds=3):.1f}",
     **{f"{row} chains": lambda row=row: listed(100 * means("heraldry", row, suites=("hops",))) for row in ("sft", "rl")},
     **{f"{row} gazes": lambda row=row, suites=suites: f"{100 * means('heraldry', row, 'gaze_correct', suites).mean():.0f}"
@@ -256,9 +256,8 @@ NUMBERS = {
        for name, run, metric, first in (("level2 first", "rl-level2", "accuracy", 0), ("level2 last", "rl-level2", "accuracy", 30), ("level2 dead", "rl-level2", "dead", 0), ("fresh dead", "rl", "dead", 0))},
     "level2 gain": lambda: listed(gain("rl-level2", file=WITH_TWO)), "fresh gain": lambda: listed(gain(file=WITH_TWO)[:3]), "rate gain": lambda: listed(gain("rl-lr-0.16", file=WITH_TWO)),
     "fresh ahead": lambda: spread(gain(before="rl-level2", file=WITH_TWO)), "two sft": lambda: f"{100 * means('heraldry', 'sft', file=WITH_TWO).mean():.1f}", "two rl": lambda: f"{100 * means('heraldry', 'rl', file=WITH_TWO).mean():.1f}",
-    "old countries": lambda: f"{100 * means('countries', 'sft', file='earlier/results.csv').mean():.1f}",
-    **{f"countries {row}": lambda row=row: f"{100 * means('countries', row, file=WITH_TWO).mean():.1f}" for row in ("sft", "rl")},
-    "countries found": lambda: f"{100 * values('countries', 'rl', 'facts', 'target_found', WITH_TWO).mean():.0f}", "two zero": lambda: f"{100 * means('countries-zero-shot', 'rl', file=WITH_TWO).mean():.1f}",
+    **{f"{when}countries {row}": lambda row=row, file=file: f"{100 * means('countries', row, file=file).mean():.1f}" for row in ("sft", "rl") for when, file in (("", "results.csv"), ("two ", WITH_TWO))},
+    "countries found": lambda: f"{100 * values('countries', 'rl', 'facts', 'target_found').mean():.0f}", "two zero": lambda: f"{100 * means('countries-zero-shot', 'rl', file=WITH_TWO).mean():.1f}",
     "zero rl": lambda: f"{100 * means('countries-zero-shot', 'rl').mean():.1f}",
     "seeds": lambda: len(means("heraldry", "rl")), "whole": lambda: f"{sum(float(r['minutes']) for r in main_stages().values()):.0f}",
     "nano": lambda: f"{parameters('nano'):.1f} M", "small": lambda: f"{parameters('small'):.0f} M",

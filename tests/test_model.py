@@ -28,7 +28,7 @@ def test_cached_ragged_equals_uncached(policy):
     must have the hidden states of a plain forward pass."""
     generator = torch.Generator().manual_seed(1)
     rows = [torch.randint(20, 300, (n,), generator=generator) for n in (17, 9, 13)]
-    cache, got, at = Cache(policy.config, 3, 32, "cpu", torch.float32), [[], [], []], [0, 0, 0]
+    cache, got, at = Cache(policy.config, 3, 32, policy.device), [[], [], []], [0, 0, 0]
     with torch.no_grad():
         for takes in ((5, 9, 1), (1, 0, 1), (11, 0, 11)):
             ids = torch.zeros(3, max(takes), dtype=torch.long)
@@ -66,7 +66,7 @@ def test_grouped_cache_rows(policy):
     `put` must write them back to the right rows."""
     ids = torch.randint(20, 300, (3, 6))
     with torch.no_grad():
-        cache = Cache(policy.config, 3, 16, "cpu", torch.float32)
+        cache = Cache(policy.config, 3, 16, policy.device)
         policy(ids, cache=cache)
         part, new = cache.take(torch.tensor([2, 2, 0, 0])), torch.randint(20, 300, (4, 1))
         got = policy(new, cache=part)[:, 0]
