@@ -268,7 +268,7 @@ class Curriculum:
     of the time, too, but their gradients have nothing in common (`signal`, grpo_step). So data.RL_MIX has few
     look-alikes (two parts of 23, against forgetting) and no comparisons: two batches of 256 rollouts of chains and
     counting had a cosine of 0.16, with many look-alikes 0.03. (`signal` compares the halves of one batch, of a policy
-    that has begun to learn: 0.04 to 0.08 on average in the published runs.)
+    that has begun to learn: 0.04 to 0.06 on average in the published runs.)
     """
 
     def __init__(self, pass_rates, mode="fresh", seed=0, pool=None, worth=None):

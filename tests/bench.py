@@ -123,7 +123,7 @@ class Bench:
 
         def ours():
             with torch.no_grad():
-                self.policy(ids, pictures, self.env.image_ids[0], Cache(self.policy.config, 128, 200, torch.device("cpu")))
+                self.policy(ids, pictures, self.env.image_ids[0], Cache(self.policy.config, 128, 200, self.policy.device))
 
         def theirs():
             with torch.no_grad():
@@ -136,7 +136,7 @@ class Bench:
 
         def ours():
             with torch.no_grad():
-                cache = Cache(self.policy.config, rows, 200, torch.device("cpu"))
+                cache = Cache(self.policy.config, rows, 200, self.policy.device)
                 hidden = self.policy(ids, pictures, self.env.image_ids[0], cache)[:, -1]
                 for _ in range(new):
                     hidden = self.policy(self.policy.logits(hidden).argmax(-1)[:, None], cache=cache)[:, 0]
@@ -217,7 +217,6 @@ class Bench:
         heads = torch.nn.ModuleList(torch.nn.Linear(w, 4 + sum(map(len, grpo.PARTS.values()))) for w in (c.vit_width, c.width))
         batch = [torch.from_numpy(x) for x in grpo.labelled_pictures(c, 0, 12, 0)]
         opts = [*optimisers(policy.vision.named_parameters(), 1e-6, 1e-6, newton_schulz=7), torch.optim.AdamW([*heads.parameters(), policy.embed_tokens.weight], 1e-6)]
-
         return "pictures", 12, lambda: grpo.see_step(policy, heads, batch, self.v, opts), "", None
 
     def sft_step(self):

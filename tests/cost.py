@@ -171,14 +171,8 @@ def feeding(env, world, steps=60, warm=20):
     asked = data.questions(world, data.SFT_MIX, a.sft_batch * steps, "feeding")
     demos = gog.play_scripts(env, asked, [gog.expert(q, data.random.Random(0), a.wrong_gaze) for q in asked])
 
-    def learn(batch):
-        with autocast("cpu"):
-            grpo.supervised_step(policy, env, batch, words, a.token_budget)
-
-    def see(batch):
-        with autocast("cpu"):
-            grpo.see_step(policy, heads, [torch.from_numpy(x) for x in batch], env.v, eyes)
-
+    learn = lambda batch: grpo.supervised_step(policy, env, batch, words, a.token_budget)
+    see = lambda batch: grpo.see_step(policy, heads, [torch.from_numpy(x) for x in batch], env.v, eyes)
     stages = {"see": (stream(partial(grpo.labelled_pictures, policy.config, 0, a.see_batch), 0, steps), see),
               "words": (stream(partial(grpo.lessons, school, 0, a.word_batch), 0, steps), learn),
               "sft": ((demos[a.sft_batch * i:a.sft_batch * (i + 1)] + again for i, again in enumerate(stream(partial(grpo.replay, school, 0, round(a.replay * a.sft_batch)), 0, steps))), learn)}
@@ -195,7 +189,7 @@ def feeding(env, world, steps=60, warm=20):
             for _ in range(steps):
                 got = []
                 waited.append(clock(lambda: got.append(next(at))))
-                worked.append(clock(lambda: step(*got)))
+                worked.append(clock(lambda: step(*got), True))  # rounded, as train.py does
         wait, work = sum(waited[warm:]), sum(worked[warm:])
         # real: empty for the vision encoder, which has no tokens
         rows.append(dict(stage=stage, steps=steps - warm, seconds_a_step=f"{(wait + work) / (steps - warm):.3f}", waits=f"{wait / (wait + work):.3f}", real=f"{sum(real) / sum(computed):.3f}" if real else ""))

@@ -36,7 +36,8 @@ EXAM = {"pointing: by look": "iou look", **{f"by {k}": f"iou {k}" for k in ("col
         "does this crop show it?": "verify", "does this hit fit?": "reflect", "read and copy": "copy", "copy any text": "copy any text", "caption a crop": "caption", "colour, shape": "visual",
         "count: one": "count one", "count: more": "count more"}  # topics, as README calls them
 GOALS = {**{k: 0.85 for k in EXAM.values() if k.startswith("iou") and "miss" not in k}, "verify": 0.95, "copy": 0.97}
-WITH_TWO = "earlier/with-chains-of-two/results.csv"  # of the recipe of 2026-11-29, whose demonstrations had chains of two
+# of the recipe of 2026-11-29, whose demonstrations had chains of two
+WITH_TWO, RUNS_WITH_TWO = (f"earlier/with-chains-of-two/{x}" for x in ("results.csv", "runs"))
 TIMED = "3"  # the seed whose run was timed: pretrain and sft by one process, rl and eval by two
 COMMITTED = __name__ != "__main__" and (ROOT / ".git").exists()
 
@@ -155,8 +156,8 @@ def presets():
     timed = {(r["what"], r["preset"]): float(r["ours"]) for r in published("bench.csv")}
     longer = {part: timed[part, "small"] / timed[part, "nano"] for part in ("see_step", "sft_step", "grpo_step", "rollout")}
     minutes = {stage: float(r["minutes"]) for stage, r in main_stages().items()}
-    updates = [r for r in published(f"earlier/with-chains-of-two/runs/heraldry-nano-{TIMED}-rl.csv") if r["loss"]]
-    eyes = max(float(r["seconds"]) for r in published(f"earlier/with-chains-of-two/runs/base-nano-{TIMED}-pretrain.csv") if r["part"] == "see") / 60
+    updates = [r for r in published(f"{RUNS_WITH_TWO}/heraldry-nano-{TIMED}-rl.csv") if r["loss"]]
+    eyes = max(float(r["seconds"]) for r in published(f"{RUNS_WITH_TWO}/base-nano-{TIMED}-pretrain.csv") if r["part"] == "see") / 60
     rolls = minutes["rl"] * sum(float(r["rollout_seconds"]) for r in updates) / sum(float(r["seconds"]) for r in updates)
     nano = [minutes[s] for s in ("pretrain", "sft", "rl")]
     small = [eyes * longer["see_step"] + (nano[0] - eyes) * longer["sft_step"], nano[1] * longer["sft_step"], rolls * longer["rollout"] + (nano[2] - rolls) * longer["grpo_step"]]
@@ -252,10 +253,10 @@ NUMBERS = {
     "zero found": lambda: f"{100 * values('countries-zero-shot', 'rl', 'facts', 'target_found').mean():.0f}",
     "rl gain": lambda: spread(gain()), "over full search": lambda: f"{gain(before='full-search').mean():.1f}", "other gain": lambda: spread(gain(suites=OTHERS)),
     **{f"{row} hops": lambda row=row: f"{100 * means('heraldry', row, suites=('hops',)).mean():.1f}" for row in ("sft", "rl")},
-    **{name: lambda run=run, metric=metric, first=first: f"{100 * np.mean([float(r[metric]) for r in published(f'earlier/with-chains-of-two/runs/heraldry-nano-0-{run}.csv')[first:first + 10]]):.0f}"
+    **{name: lambda run=run, metric=metric, first=first: f"{100 * np.mean([float(r[metric]) for r in published(f'{RUNS_WITH_TWO}/heraldry-nano-0-{run}.csv')[first:first + 10]]):.0f}"
        for name, run, metric, first in (("level2 first", "rl-level2", "accuracy", 0), ("level2 last", "rl-level2", "accuracy", 30), ("level2 dead", "rl-level2", "dead", 0), ("fresh dead", "rl", "dead", 0))},
     "level2 gain": lambda: listed(gain("rl-level2", file=WITH_TWO)), "fresh gain": lambda: listed(gain(file=WITH_TWO)[:3]), "rate gain": lambda: listed(gain("rl-lr-0.16", file=WITH_TWO)),
-    "fresh ahead": lambda: spread(gain(before="rl-level2", file=WITH_TWO)), "two sft": lambda: f"{100 * means('heraldry', 'sft', file=WITH_TWO).mean():.1f}", "two rl": lambda: f"{100 * means('heraldry', 'rl', file=WITH_TWO).mean():.1f}",
+    "fresh ahead": lambda: spread(gain(before="rl-level2", file=WITH_TWO)), **{f"two {row}": lambda row=row: f"{100 * means('heraldry', row, file=WITH_TWO).mean():.1f}" for row in ("sft", "rl")},
     **{f"{when}countries {row}": lambda row=row, file=file: f"{100 * means('countries', row, file=file).mean():.1f}" for row in ("sft", "rl") for when, file in (("", "results.csv"), ("two ", WITH_TWO))},
     "countries found": lambda: f"{100 * values('countries', 'rl', 'facts', 'target_found').mean():.0f}", "two zero": lambda: f"{100 * means('countries-zero-shot', 'rl', file=WITH_TWO).mean():.1f}",
     "zero rl": lambda: f"{100 * means('countries-zero-shot', 'rl').mean():.1f}",

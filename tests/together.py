@@ -23,9 +23,7 @@ import train  # noqa: E402
 
 def updates():
     """{name: tensor}: what one step of the vision encoder, two supervised steps (demonstrations, lessons) and one of
-    GRPO log, the weights after them, and greedy answers to five questions (in float32, as the sum of two shares is
-    rounded differently)."""
-    torch.cpu.get_capabilities = dict  # see model.autocast
+    GRPO log, the weights after them, and greedy answers to five questions."""
     world, v = data.heraldry(0, 60), model.Vocabulary.learn(model.corpus())
     torch.manual_seed(0)
     policy = model.Policy(model.ModelConfig(**{**model.PRESETS["tiny"], "vocab": v.size}))
@@ -57,6 +55,7 @@ if __name__ == "__main__":
     atexit.register(all_threads_ended)
     path, sys.argv[1:] = sys.argv[1], sys.argv[2:]
     train.main()
+    torch.cpu.get_capabilities = dict  # from here on float32 (model.autocast), as the test computes, too
     made = updates()
     tools.atomic(path, lambda p: save_file(made, p))
     model.summed(0)  # no process leaves before the file is written
