@@ -598,7 +598,7 @@ def _tincture(rgb):
 def look_of(art):
     """Look, detail and blazon of an RGBA picture, in words: the tinctures that cover at least an eighth of it, largest
     first, and whether it is wide: "red banner", "white and gold", "red banner, white and gold"."""
-    count = Counter(_tincture(rgba[:3]) for rgba in art.resize((24, 24), Image.BOX).get_flattened_data() if rgba[3] > 127)
+    count = sum((Counter({_tincture(rgba[:3]): n}) for n, rgba in art.resize((24, 24), Image.BOX).getcolors(24 * 24) if rgba[3] > 127), Counter())
     first, *others = [t for t in sorted(TINCTURES, key=lambda t: -count[t]) if count[t] >= max(1, count.total() / 8)] or ["white"]
     look, detail = f"{first} {'banner' if art.width > 1.2 * art.height else 'square'}", " and ".join(others) or "plain"
     return dict(look=look, detail=detail, blazon=f"{look}, {detail}")

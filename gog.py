@@ -542,11 +542,12 @@ def curve_values(rows, columns):
 
 
 def curve_sheet(title, curves, across=3, w=330, h=190):
-    """A picture with one panel per curve ({name: values}, see `curve_values`): values in grey, running mean in red."""
-    sheet = Image.new("RGB", (across * w, -(-len(curves) // across) * h), "white")
-    pen = ImageDraw.Draw(sheet)
+    """A picture with one panel per curve ({name: value of every row}, see `curve_values`), over the number of the row,
+    which is the step: values in grey, running mean in red."""
+    pen = ImageDraw.Draw(sheet := Image.new("RGB", (across * w, -(-len(curves) // across) * h), "white"))
     for i, (name, values) in enumerate(curves.items()):
-        left, top, values = i % across * w + 46, i // across * h + 26, np.array([x for x in values if x is not None])
+        left, top, steps = i % across * w + 46, i // across * h + 26, [k for k, x in enumerate(values) if x is not None]
+        last, values = len(values) - 1, np.array(values, float)[steps]
         pen.text((left, top - 20), f"{title}: {name}", fill="black", font_size=13)
         pen.rectangle((left, top, left + w - 60, top + h - 50), outline=(200, 200, 200))
         if len(values) < 2:
@@ -554,32 +555,32 @@ def curve_sheet(title, curves, across=3, w=330, h=190):
         low, high = values.min(), max(values.max(), values.min() + 1e-9)
         kernel = np.ones(max(1, min(5, len(values) // 8), len(values) // 25))
         smooth = np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
-        points = lambda y: list(zip(left + np.linspace(0, w - 60, len(y)), top + (h - 50) * (1 - (y - low) / (high - low))))
+        points = lambda y: list(zip(left + (w - 60) * np.array(steps) / last, top + (h - 50) * (1 - (y - low) / (high - low))))
         pen.line(points(values), fill=(205, 205, 210))
         pen.line(points(smooth), fill=(200, 30, 50), width=2)
-        for value, y in ((high, top - 4), (low, top + h - 62)):
-            pen.text((left - 44, y), f"{value:.3g}", fill=(90, 90, 90), font_size=11)
-        pen.text((left + w - 100, top + h - 48), f"{len(values)} values", fill=(90, 90, 90), font_size=11)
+        for number, x, y, anchor in ((high, left - 4, top, "rt"), (low, left - 4, top + h - 50, "rb"), (0, left, top + h - 47, "lt"), (last, left + w - 60, top + h - 47, "rt")):
+            pen.text((x, y), f"{number:.3g}" if number < 1000 else f"{number:,.0f}", fill=(90, 90, 90), font_size=11, anchor=anchor)
     return sheet
 
 
 # ----------------------------------------------------------------------------------------- reports and the command line
 
-def poster(t, width=760, line=19):
+def poster(t, line=19):
     """A trajectory as one image: the picture with every gaze framed and numbered, beside the turns in words."""
-    picture = t.question.scene.picture().copy()
+    picture, numbers = t.question.scene.picture().copy(), {}  # numbers: of the gazes at each box
+    for n, box in enumerate((turn.argument for turn in t.turns if turn.kind == "gaze"), 1):
+        numbers[box] = f"{numbers[box]}, {n}" if box in numbers else str(n)
     pen, thick = ImageDraw.Draw(picture), max(2, picture.width // 150)
-    for n, gaze_box in enumerate((turn.argument for turn in t.turns if turn.kind == "gaze"), 1):
-        x0, y0, x1, y1 = box = to_pixels(gaze_box, picture.size)
-        if x1 > x0 and y1 > y0:
-            pen.rectangle(box, outline=(230, 40, 60), width=thick)
-            pen.rectangle((x0, y0, x0 + 9 * thick, y0 + 9 * thick), fill=(230, 40, 60))
-            pen.text((x0 + 2 * thick, y0), str(n), fill=(255, 255, 255), font_size=8 * thick)
+    for box, number in ((to_pixels(box, picture.size), number) for box, number in numbers.items() if box[0] < box[2] and box[1] < box[3]):
+        pen.rectangle(box, outline=(230, 40, 60), width=thick)
+        pen.rectangle((*box[:2], box[0] + 4 * thick + pen.textlength(number, font_size=8 * thick), box[1] + 9 * thick), fill=(230, 40, 60))
+        pen.text((box[0] + 2 * thick, box[1]), number, fill=(255, 255, 255), font_size=8 * thick)
     picture.thumbnail((420, 420))
     # Pillow's default font has no accents. Grey: observations, which `tell` indents by 12
     lines = [(part, (120, 120, 125) if text.startswith(" " * 12) else (20, 20, 25)) for text in unaccented(tell(t)).split("\n")
              for part in textwrap.wrap(text, 96, subsequent_indent=" " * 14, drop_whitespace=False)]
-    sheet = Image.new("RGB", (picture.width + width, max(picture.height, line * len(lines) + 20)), "white")
+    width = picture.width + 20 + round(max(pen.textlength(text, font_size=14) for text, _ in lines))
+    sheet = Image.new("RGB", (width, max(picture.height, line * len(lines) + 20)), "white")
     sheet.paste(picture, (0, 0))
     for i, (text, colour) in enumerate(lines):
         ImageDraw.Draw(sheet).text((picture.width + 8, 10 + line * i), text, fill=colour, font_size=14)
@@ -628,9 +629,9 @@ def write_report(path, title, about, entries, pictures, table=None, curves=None)
 
 def tell(t):
     """A trajectory in words: the question, then each turn with its observations below it."""
-    lines = [f"  {t.question.text}" + (f"   (gold: {t.question.answers[0]})" if t.question.answers else "")]
+    lines = [f"  {t.question.text}" + (f"   (right answer: {t.question.answers[0]})" if t.question.answers else "")]
     for turn in t.turns:
-        argument = " ".join(map(str, turn.argument)) if isinstance(turn.argument, tuple) else turn.argument
+        argument = ", ".join(map(str, turn.argument)) if isinstance(turn.argument, tuple) else turn.argument
         lines.append(f"    {turn.kind:<10}{argument}" + (f"      ({turn.thought})" if turn.thought else ""))
         lines += [f"            {line}" for line in turn.observation.split(" | ") if line]
     lines += [f"    not reliable: {why}" for why in [doubts(t)] if why and not t.question.answers]

@@ -1,13 +1,16 @@
 """Shared fixtures: one world, one vocabulary, one tiny policy. No test may connect to the network."""
 import functools
+import os
 import socket
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import far  # noqa: F401 (registers its device, which must happen before the first backward pass)
-import pytest
-import torch
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: tiny models are faster so, in processes that tests start, too
+
+import far  # noqa: E402, F401 (registers its device, which must happen before the first backward pass)
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import model  # noqa: E402

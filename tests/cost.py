@@ -131,7 +131,7 @@ def growth(shipped, v):
     for n in (16, 32, 64, 128, 256, 512):
         note("batch: decode step", n, *step(policy, n, 256))
     for n in (64, 128, 256, 512, 1000):
-        note("slots: decode step", n, *step(policy, 128, n))
+        note("tokens in the cache: decode step", n, *step(policy, 128, n))
     for n in (4, 16, 64, 144):
         note("image tokens: read", n, read(policy, 64, 40 + n))
     for n in (1, 4, 16, 64):
@@ -197,6 +197,11 @@ def feeding(env, world, steps=60, warm=20):
     return rows
 
 
+def short(x):
+    """A number as an axis shows it: 7.94, 42.3, 512, 1,590, 36.7 M."""
+    return f"{x / 1e6:.3g} M" if x >= 1e6 else f"{x:,.0f}" if x >= 1000 else f"{x:.3g}"
+
+
 def plot(rows, across=3, w=330, h=230):
     """Every sweep as a panel with logarithmic axes, each scaled to its own range. A straight line is growth by a power;
     its exponent is printed (1: proportional)."""
@@ -215,10 +220,9 @@ def plot(rows, across=3, w=330, h=230):
         pen.line(at, fill=(200, 30, 50), width=2)
         for (px, py), (size, ms) in zip(at, points):
             pen.ellipse((px - 3, py - 3, px + 3, py + 3), fill=(200, 30, 50))
-            pen.text((px, bottom + 4), f"{size:.3g}", fill=(90, 90, 90), font_size=11, anchor="ma")
-        for ms in (points[0][1], points[-1][1]):
-            py = bottom - 8 - (bottom - top - 16) * (np.log(ms) - y.min()) / max(1e-9, y.max() - y.min())
-            pen.text((left - 4, py), f"{ms:.3g}", fill=(90, 90, 90), font_size=11, anchor="rm")
+            pen.text((px, bottom + 4), short(size), fill=(90, 90, 90), font_size=11, anchor="ma")
+        for ms, py in ((np.exp(y.max()), top + 8), (np.exp(y.min()), bottom - 8)):
+            pen.text((left - 4, py), short(ms), fill=(90, 90, 90), font_size=11, anchor="rm")
         pen.text((right - 6, bottom - 18), f"grows as size^{slope:.2f}", fill=(90, 90, 90), font_size=11, anchor="ra")
     return sheet
 

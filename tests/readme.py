@@ -227,6 +227,11 @@ def gain(after="rl", before="sft", suites=tuple(gog.SUITES), file="results.csv")
     return 100 * (a[:len(b)] - b[:len(a)])
 
 
+def curve(world, seed, column):
+    """A column of the rl.csv of a published run: array, without the rows that lack it."""
+    return np.array([float(r[column]) for r in published(f"runs/{world}-nano-{seed}-rl.csv") if r[column]])
+
+
 ON_FLAGS = ("base", "direct", "full-search", "sft", "rl", "oracle")  # rows of the two tables about countries
 TABLES = {
     "main table": lambda: accuracy("heraldry"), "countries": lambda: accuracy("countries", ON_FLAGS), "zero-shot": lambda: accuracy("countries-zero-shot", ON_FLAGS),
@@ -241,31 +246,36 @@ OLD = {  # points or percent by the recipe of 2026-11-23
 ROBUST = {  # number: (row of seed 0, suites)
     "rl one": ("rl",), "fail 5": ("rl-tools-fail-0.05",), "fail 20": ("rl-tools-fail-0.2",), "stale": ("rl-stale", "live"), **{f"turns {n}": (f"rl-turns-{n}",) for n in (2, 4, 6, 10)},
     **{f"strangers {n}": (f"rl-strangers-{n}000",) for n in (10, 100)}}
-OTHERS = tuple(s for s in gog.SUITES if s != "hops")
 NUMBERS = {
     **{f"old {name}": lambda of=of: f"{of():.1f}" for name, of in OLD.items()},
     **{name: lambda row=row, suites=suites: f"{100 * means('heraldry', row, suites=suites or tuple(gog.SUITES))[0]:.1f}" for name, (row, *suites) in ROBUST.items()},
-    "gains": lambda: listed(gain()), "old longer sft": lambda: f"{earlier('longer-sft', seeds=3):.1f}", "old longer rl": lambda: f"{earlier('longer-rl', seeds=3):.1f}",
-    **{f"{row} chains": lambda row=row: listed(100 * means("heraldry", row, suites=("hops",))) for row in ("sft", "rl")},
+    "gains": lambda: listed(gain()), "live gain": lambda: f"{gain(suites=('live',)).mean():.1f}", "fine loss": lambda: f"{-gain(suites=('fine',)).mean():.1f}",
     **{f"{row} gazes": lambda row=row, suites=suites: f"{100 * means('heraldry', row, 'gaze_correct', suites).mean():.0f}"
        for row, suites in (("oracle", ("fine",)), ("sft", ("facts", "crowd", "live", "hops")), ("rl", ("facts", "crowd", "live", "hops")))},
     "rl reflection": lambda: f"{100 * values('heraldry', 'rl', 'fine', 'reflection').mean():.0f}",
     "zero found": lambda: f"{100 * values('countries-zero-shot', 'rl', 'facts', 'target_found').mean():.0f}",
-    "rl gain": lambda: spread(gain()), "over full search": lambda: f"{gain(before='full-search').mean():.1f}", "other gain": lambda: spread(gain(suites=OTHERS)),
+    "rl gain": lambda: spread(gain()), "over full search": lambda: f"{gain(before='full-search').mean():.1f}",
     **{f"{row} hops": lambda row=row: f"{100 * means('heraldry', row, suites=('hops',)).mean():.1f}" for row in ("sft", "rl")},
     **{name: lambda run=run, metric=metric, first=first: f"{100 * np.mean([float(r[metric]) for r in published(f'{RUNS_WITH_TWO}/heraldry-nano-0-{run}.csv')[first:first + 10]]):.0f}"
        for name, run, metric, first in (("level2 first", "rl-level2", "accuracy", 0), ("level2 last", "rl-level2", "accuracy", 30), ("level2 dead", "rl-level2", "dead", 0), ("fresh dead", "rl", "dead", 0))},
     "level2 gain": lambda: listed(gain("rl-level2", file=WITH_TWO)), "fresh gain": lambda: listed(gain(file=WITH_TWO)[:3]), "rate gain": lambda: listed(gain("rl-lr-0.16", file=WITH_TWO)),
-    "fresh ahead": lambda: spread(gain(before="rl-level2", file=WITH_TWO)), **{f"two {row}": lambda row=row: f"{100 * means('heraldry', row, file=WITH_TWO).mean():.1f}" for row in ("sft", "rl")},
-    **{f"{when}countries {row}": lambda row=row, file=file: f"{100 * means('countries', row, file=file).mean():.1f}" for row in ("sft", "rl") for when, file in (("", "results.csv"), ("two ", WITH_TWO))},
-    "countries found": lambda: f"{100 * values('countries', 'rl', 'facts', 'target_found').mean():.0f}", "two zero": lambda: f"{100 * means('countries-zero-shot', 'rl', file=WITH_TWO).mean():.1f}",
+    "fresh ahead": lambda: spread(gain(before="rl-level2", file=WITH_TWO)),
+    **{f"countries {row}": lambda row=row: f"{100 * means('countries', row).mean():.1f}" for row in ("sft", "rl")},
+    **{f"found after {row}": lambda row=row: f"{100 * values('countries', row, 'facts', 'target_found').mean():.0f}" for row in ("sft", "rl")},
+    "flags dead": lambda: f"{100 * curve('countries', '0', 'dead').mean():.0f}", "flags signal": lambda: f"{abs(curve('countries', '0', 'signal').mean()):.2f}",
+    "rl signals": lambda: "{:.2f}, {:.2f} and {:.2f}".format(*(curve("heraldry", seed, "signal").mean() for seed in "012")),
+    **{f"{when} {metric}": lambda part=part, metric=metric: f"{np.mean([curve('heraldry', seed, metric)[part] for seed in '012']):.2f}"
+       for when, part in (("first", slice(10)), ("last", slice(-10, None))) for metric in ("accuracy", "dead")},
+    "development gains": lambda: listed([100 * (x.max() - x[0]) for x in (curve("heraldry", seed, "development") for seed in "012")]),
+    "copy second": lambda: "{:.0f} to {:.0f}".format(*(100 * f(values("lessons", "base", "held-out", "copy second")) for f in (min, max))),
+    "all lines": lambda: f"{sum(len((ROOT / f'{name}.py').read_text(encoding='utf-8').splitlines()) for name in code_lines()):,}",
     "zero rl": lambda: f"{100 * means('countries-zero-shot', 'rl').mean():.1f}",
     "seeds": lambda: len(means("heraldry", "rl")), "whole": lambda: f"{sum(float(r['minutes']) for r in main_stages().values()):.0f}",
     "nano": lambda: f"{parameters('nano'):.1f} M", "small": lambda: f"{parameters('small'):.0f} M",
     "image tokens": lambda: ModelConfig().image_tokens, "picture": lambda: f"{ModelConfig().picture} x {ModelConfig().picture}", "lines": lambda: f"{sum(code_lines().values()):,}",
     "lambda": lambda: train.Args.lam, "deep": lambda: f"{train.Args.rl_deep:.0f}", "group": lambda: train.Args.group, "dev": lambda: train.Args.rl_dev, "temperature": lambda: train.Args.temperature, "known": lambda: gog.KNOWN, "longest side": lambda: f"{data.LONGEST_SIDE:,}", "longest": lambda: f"{tools.LONGEST:,}",
     "kilobytes": lambda: f"{len(tools.FRAMINGS) * 4 * tools.WIDTH / 1000:.1f}",
-    "rl batch": lambda: train.Args.rl_batch, "eval every": lambda: train.Args.eval_every, "flags": lambda: len(data.open_world(str(ROOT / "worlds" / "countries")).entities),
+    "rl batch": lambda: train.Args.rl_batch, "updates": lambda: train.Args.rl_steps, "eval every": lambda: train.Args.eval_every, "flags": lambda: len(data.open_world(str(ROOT / "worlds" / "countries")).entities),
     "update of one": lambda: f"{update_of(1):.1f}", "update of two": lambda: f"{update_of(2):.1f}",
     "unmasked signal": lambda: f"{np.mean([float(r['signal']) for r in UNMASKED()[:10]]):.2f}",
     "masked": lambda: f"{100 * float(UNMASKED()[0]['development']):.1f}", "unmasked": lambda: f"{100 * float(UNMASKED()[20]['development']):.1f}",
