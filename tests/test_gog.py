@@ -5,6 +5,7 @@ import random
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -330,6 +331,18 @@ def test_comparing_stops_at_the_first_part_that_differs():
     assert gog.compare_aloud("red round, 1 tower", "") == "want red round, see : no"  # nothing was found
 
 
+def test_a_poster_frames_every_gaze(questions):
+    """Prevents frames that hide each other, a crash on a box that is upside down, and lines that are cut off: equal
+    gazes share a frame, and the sheet is as wide as its longest line."""
+    boxes = [(5, 5, 30, 30), (60, 60, 90, 90), (5, 5, 30, 30), (95, 35, 70, 50)]
+    t = tools.Trajectory(questions[0], turns=[tools.Turn("gaze", box, "look") for box in boxes] + [tools.Turn("answer", "x " * 40)])
+    sheet, side = gog.poster(t), questions[0].scene.picture().width
+    framed = {box for box in boxes if sheet.getpixel((round(box[2] * side / 100), round(box[3] * side / 100))) == (230, 40, 60)}
+    assert framed == {*boxes[:3]} and "gaze      5, 5, 30, 30" in gog.tell(t)
+    text = np.asarray(sheet)[:, side:].min(2)
+    assert (text[:, :-1].min(1) < 100).any() and (text[:, -8:] > 250).all() and (text[:, -60:] < 100).any()
+
+
 @pytest.mark.parametrize("question, where, says", [("What is the capital of the flag?", "gaze.png", ""), ("why " * 400, "gaze.png", "at most 300"),
                                                    ("What is the capital of the flag?", "no/../picture.png/gaze.png", "error: ")])
 def test_one_picture_one_question(tmp_path, monkeypatch, capsys, vocabulary, policy, question, where, says):
@@ -341,7 +354,7 @@ def test_one_picture_one_question(tmp_path, monkeypatch, capsys, vocabulary, pol
                                      "--save", str(tmp_path / where)])
     if not says:
         gog.main()
-        assert question in capsys.readouterr().out and Image.open(tmp_path / where).width > 700
+        assert question in capsys.readouterr().out and Image.open(tmp_path / where).width > 60 + 200  # the picture, and the text
         return
     with pytest.raises(SystemExit) as stop:
         gog.main()
