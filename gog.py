@@ -518,21 +518,21 @@ def grid_tables(tables, measured, paper):
     accuracy = {(r["row"], r["seed"], r["suite"]): (float(r["value"]), int(r["n"])) for r in measured if r["metric"] == "accuracy"}
     suites = [s for s in SUITES if any(s == suite for *_, suite in accuracy)]
     text = ("Accuracy in percent, mean of the seeds +- half of the 95 % interval: over seeds (Student), or, where there is one seed, over questions (binomial). Over SFT: the mean less that of the SFT policy of the same seed. "
-            "Small, medium, large: questions that need a tool and whose target fills up to 4 %, up to 9 %, or more of the picture, all suites together. Empty: not measured yet.\n")
+            "Small, medium, large: questions that need a tool and whose target fills up to 4 %, up to 9 %, or more of the picture, all suites together.\n")
     # accuracies and numbers of questions, two arrays (seeds, suites)
     cells = lambda row, seeds: np.array([[accuracy[row, s, suite] for suite in suites] for s in seeds]).transpose(2, 0, 1)
     for name, rows in tables.items():
         text += f"\n## {name}\n\n| row | paper, mean | {' | '.join(suites)} | mean | over SFT | {' | '.join(SIZES)} | seeds |\n" + "|---" * (len(suites) + 8) + "|\n"
-        for row in rows:
-            seeds = [s for s in sorted({s for r, s, _ in accuracy if r == row}) if all((x, s, suite) in accuracy for x in (row, "sft") for suite in suites)]
-            shown = [""] * (len(suites) + 2)
-            if seeds:
-                (p, n), (sft, _) = cells(row, seeds), cells("sft", seeds)
-                columns = np.column_stack([p, p.mean(1), (p - sft).mean(1)])  # (seeds, suites + 2)
-                v, w = ((x * (1 - x) / n)[0] for x in (p, sft))  # binomial variances of a single seed, each (suites,)
-                half = STUDENT.get(len(seeds), 2.26) * columns.std(0, ddof=1) / len(seeds) ** 0.5 if seeds[1:] else 1.96 * np.array([*v, v.mean() / len(v), (v + w).mean() / len(v)]) ** 0.5
-                shown = [f"{100 * m:.1f} +- {100 * h:.1f}" if row != "sft" or k <= len(suites) else "" for k, (m, h) in enumerate(zip(columns.mean(0), half))]
+        # the seeds that have measured a row, and SFT beside it
+        seeds_of = {row: [s for s in sorted({s for r, s, _ in accuracy if r == row}) if all((x, s, suite) in accuracy for x in (row, "sft") for suite in suites)] for row in rows}
+        for row, seeds in ((row, seeds) for row, seeds in seeds_of.items() if seeds):
+            (p, n), (sft, _) = cells(row, seeds), cells("sft", seeds)
+            columns = np.column_stack([p, p.mean(1), (p - sft).mean(1)])  # (seeds, suites + 2)
+            v, w = ((x * (1 - x) / n)[0] for x in (p, sft))  # binomial variances of a single seed, each (suites,)
+            half = STUDENT.get(len(seeds), 2.26) * columns.std(0, ddof=1) / len(seeds) ** 0.5 if seeds[1:] else 1.96 * np.array([*v, v.mean() / len(v), (v + w).mean() / len(v)]) ** 0.5
+            shown = [f"{100 * m:.1f} +- {100 * h:.1f}" if row != "sft" or k <= len(suites) else "" for k, (m, h) in enumerate(zip(columns.mean(0), half))]
             text += f"| {row} | {paper.get(row, '')} | {' | '.join(shown)} | {' | '.join(pooled(measured, row, size) for size in SIZES)} | {len(seeds)} |\n"
+        text += "".join(f"\nNot measured yet: {missing}.\n" for missing in [", ".join(row for row in rows if not seeds_of[row])] if missing)
     return text
 
 
