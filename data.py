@@ -21,7 +21,7 @@ Glossary
 
 Reading order: names -> arms -> entities and worlds -> scenes -> referring expressions -> questions -> folder worlds
 (skip at first). The helpers imported from tools.py, the next file, need not be read first. Files: `lines`, `as_row`,
-`image_path`, `atomic`. Pictures: `describe` (one vector per picture; dot product = similarity), `on_grey` (transparent
+`image_path`, `folder_name`, `atomic`. Pictures: `describe` (one vector per picture; dot product = similarity), `on_grey` (transparent
 parts become grey), `to_pixels`. Text: `normalise`, `unaccented`.
 
 Boxes are (x0, y0, x1, y1), integers 0..99, in percent of the picture's width and height. Policy, expert and scenes use
@@ -32,6 +32,7 @@ import argparse
 import colorsys
 import math
 import random
+import sys
 import textwrap
 from collections import Counter
 from dataclasses import dataclass, field, replace
@@ -42,7 +43,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 
-from tools import WorldError, as_row, atomic, describe, on_grey, image_path, lines, normalise, to_pixels, unaccented
+from tools import WorldError, as_row, atomic, describe, folder_name, image_path, lines, normalise, on_grey, to_pixels, unaccented
 
 ALIKE = 0.98  # from this cosine of their descriptors on, an image search cannot tell two pictures apart
 LONGEST_SIDE = 1024  # pixels; a larger user picture is shrunk when it is read
@@ -93,8 +94,7 @@ METALS = ("gold", "white")  # the rule of tincture: metal on colour or colour on
 def arc(x, y, rx, ry, start=0, end=360, n=36):
     """n + 1 points on an ellipse around (x, y), from angle `start` to `end` (degrees, clockwise because y points
     down)."""
-    angles = [math.radians(start + (end - start) * i / n) for i in range(n + 1)]
-    return [(x + rx * math.cos(a), y + ry * math.sin(a)) for a in angles]
+    return [(x + rx * math.cos(a), y + ry * math.sin(a)) for a in (math.radians(start + (end - start) * i / n) for i in range(n + 1))]
 
 
 # polygons in the unit square
@@ -222,9 +222,8 @@ def heraldry(seed=0, towns=3000):
     splits = split_names(names, rng)
     # Links stay within a split. A region's capital may be in any split but `late`: in training, a passage may show the
     # name and facts of a test town, but no question is about its arms
-    for group in splits.values():
-        for n in group:
-            entities[n].facts.update({link: rng.choice([t for t in group if t != n] or [n]) for link in rng.sample(TOWN_LINKS, 2)})
+    for n, group in ((n, group) for group in splits.values() for n in group):
+        entities[n].facts.update({link: rng.choice([t for t in group if t != n] or [n]) for link in rng.sample(TOWN_LINKS, 2)})
     capitals = splits["train"] + splits["dev"] + splits["test"]
     entities |= {r: Entity(r, draw_facts((), 4) | {link: rng.choice(capitals) for link in REGION_LINKS}) for r in regions}
     return World("heraldry", "shield", entities, splits, seed)
@@ -515,7 +514,7 @@ def folder_world(path, seed=0):
     A value that is another entity's name can be followed (a hop). The look (main colour and shape) is computed from the
     picture. An optional `questions.jsonl` holds the user's own questions. WorldError if a line is invalid, or for fewer
     than 8 entities."""
-    root, name, entities = Path(path), Path(path).resolve().name, {}
+    root, name, entities = Path(path), folder_name(path), {}
     for where, line in lines(root / "entities.jsonl"):
         folder_entity(entities, root, where, line)
     if len(entities) < 8:
@@ -531,16 +530,16 @@ def folder_entity(known, root, where, line):
     name, facts = row.get("name"), row.get("facts", {})
     if not plain(name) or name in known or ": " in name:
         raise WorldError(f"{where}: 'name' is missing, given twice, over 200 characters, holds ': ', ' | ', <, > or a line break, or has no letters or digits ({str(name)[:80]!r}). Give every entity a unique name")
-    if not isinstance(facts, dict) or not all(plain(x) for fact in facts.items() for x in fact):
-        raise WorldError(f"{where}: a fact of {name!r} is not a text of 1 to 200 characters, holds ' | ', <, > or a line break, or has no letters or digits. Write facts as {{\"relation\": \"value\"}}")
+    if not isinstance(facts, dict) or not all(plain(x) for fact in facts.items() for x in fact) or {*map(normalise, facts)} & {"name", *VISUAL}:
+        raise WorldError(f"{where}: a fact of {name!r} is not a text of 1 to 200 characters, holds ' | ', <, > or a line break, has no letters or digits, or is called name, {', '.join(VISUAL)} (which are asked of the picture). Write facts as {{\"relation\": \"value\"}}")
     art = check_image(image := image_path(root, row.get("image"), where), where)
     known[name] = Entity(name, {k.replace("_", " "): v for k, v in facts.items()}, None, image, **look_of(art), aspect=min(20, max(0.05, art.width / art.height)))
 
 
 def plain(text):
-    """Can this text be shown, copied and compared? A string of 1 to 200 characters without tags, line breaks and " | ",
-    of which something is left after `normalise`."""
-    return isinstance(text, str) and len(text) <= 200 and normalise(text) and not any(mark in text for mark in ("<", ">", "\n", "\r", " | "))
+    """Can this text be shown, copied and compared? A string of 1 to 200 characters without tags, line breaks and " | "
+    (not even with the text beside it, or a blank for "_"), of which something is left after `normalise`."""
+    return isinstance(text, str) and len(text) <= 200 and normalise(text) and not any(mark in f" {text} ".replace("_", " ") for mark in ("<", ">", "\n", "\r", " | "))
 
 
 def own_question(root, where, line):
@@ -559,7 +558,7 @@ def own_question(root, where, line):
 @lru_cache(maxsize=4)
 def open_world(where, seed=0, towns=3000):
     """The built-in world ("heraldry", with this many towns), or the folder world at the path `where`."""
-    if where != "heraldry" and Path(where).resolve().name.casefold() == "heraldry":
+    if where != "heraldry" and folder_name(where).casefold() == "heraldry":
         raise WorldError(f"{where}: a folder of this name would share its results with the built-in world. Rename it")
     return heraldry(seed, towns) if where == "heraldry" else folder_world(where, seed)
 
@@ -642,6 +641,7 @@ def preview(world, n=9, side=384):
 
 def main():
     parser = argparse.ArgumentParser(description="Check or preview a folder world before training.")
+    sys.stdout.reconfigure(errors="replace")  # a terminal or a file may lack the letters of a name
     parser.add_argument("what", choices=("check", "preview"), help="check: what is wrong with it, line by line; preview: sample questions as one picture"), parser.add_argument("path", help="the folder")
     parser.add_argument("--save", default="preview.png", help="output file of the preview (default: %(default)s)")
     a = parser.parse_args()

@@ -366,13 +366,14 @@ def play_scripts(env, questions, scripts, rows=256, progress=None):
     out = []
     for start in tqdm(range(0, len(questions), rows), desc=progress, leave=False, disable=progress is None):
         pictures = [q.scene.picture() for q in questions[start:start + rows]]
-        batch = [env.prompt(q, to_array(picture, env.side)) for q, picture in zip(questions[start:start + rows], pictures)]
-        out += batch
+        out += (batch := [env.prompt(q, to_array(picture, env.side)) for q, picture in zip(questions[start:start + rows], pictures)])
         live = [(t, script, picture, next(script)) for t, script, picture in zip(batch, scripts[start:start + rows], pictures)]
         for _ in range(MAX_TURNS):
-            for t, _, _, text in live:
-                (t.observe if isinstance(text, Slip) else t.act)(env.v.encode_turn(text) + [env.v.id["<stop>"]])
-            env.step([t for t, *_ in live], [parse(text) for *_, text in live], [picture for *_, picture, _ in live])
+            turns = [env.v.encode_turn(text) + [env.v.id["<stop>"]] for *_, text in live]
+            for (t, *_, text), ids in zip(live, turns):
+                (t.observe if isinstance(text, Slip) else t.act)(ids)
+            # read as if a policy had said it, so not beyond TURN_TOKENS
+            env.step([t for t, *_ in live], [_read_turn(env.v, ids[:TURN_TOKENS]) for ids in turns], [picture for *_, picture, _ in live])
             live = [(t, script, picture, text) for t, script, picture, _ in live if t.answer is None and (text := next_turn(script, t.turns[-1].observation))]
     return out
 
@@ -506,7 +507,7 @@ def pooled(measured, row, size):
     """Accuracy in percent for targets of one of SIZES, all suites together: mean over the seeds in `measured` (rows
     of results.csv), as text; "" if there are none."""
     seeds = {}
-    for r in (r for r in measured if (r["row"], r["metric"]) == (row, f"accuracy_{size}")):
+    for r in (r for r in measured if (r["row"], r["metric"]) == (row, f"accuracy_{size}") and r["suite"] in SUITES):
         seeds.setdefault(r["seed"], []).append((float(r["value"]), int(r["n"])))
     return f"{100 * np.mean([np.average(values, weights=n) for values, n in (zip(*pairs) for pairs in seeds.values())]):.1f}" if seeds else ""
 
@@ -525,7 +526,7 @@ def grid_tables(tables, measured, paper):
         text += f"\n## {name}\n\n| row | paper, mean | {' | '.join(suites)} | mean | over SFT | {' | '.join(SIZES)} | seeds |\n" + "|---" * (len(suites) + 8) + "|\n"
         # the seeds that have measured a row, and SFT beside it
         seeds_of = {row: [s for s in sorted({s for r, s, _ in accuracy if r == row}) if all((x, s, suite) in accuracy for x in (row, "sft") for suite in suites)] for row in rows}
-        for row, seeds in ((row, seeds) for row, seeds in seeds_of.items() if seeds):
+        for row, seeds in ((row, seeds) for row, seeds in seeds_of.items() if seeds and suites):
             (p, n), (sft, _) = cells(row, seeds), cells("sft", seeds)
             columns = np.column_stack([p, p.mean(1), (p - sft).mean(1)])  # (seeds, suites + 2)
             v, w = ((x * (1 - x) / n)[0] for x in (p, sft))  # binomial variances of a single seed, each (suites,)
@@ -654,6 +655,7 @@ def doubts(t):
 
 def main():
     parser = argparse.ArgumentParser(description="Ask a trained policy about one picture.")
+    sys.stdout.reconfigure(errors="replace")  # a terminal or a file may lack the letters of a name
     parser.add_argument("image", help="picture file"), parser.add_argument("question", nargs="?", type=lambda text: text.encode(errors="replace").decode(), help="without it, questions are read from the terminal")
     parser.add_argument("--checkpoint", help="policy (default: out/WORLD-nano-0/rl.safetensors, or, until you have trained it, the shipped one)")
     parser.add_argument("--world", default="heraldry", help="world to search: heraldry or a folder (default: %(default)s)")

@@ -221,7 +221,7 @@ def instruct(policy, env, world, n=5750, seed=0, wrong_gaze=0.2):
                 chosen[t.question.search_free].append(t)
         bar.update(sum(min(len(chosen[free]), quota[free]) for free in quota) - bar.n)
         if batch > 80 + n // 100:
-            raise data.WorldError("the base model answers nearly all questions of one kind without tools, so the uncertainty filter leaves too few demonstrations. Lower --demos")
+            raise data.WorldError(f"too few demonstrations are left: the base model answers nearly all questions of one kind without tools, or names and facts are too long for a turn of {gog.TURN_TOKENS} tokens. Lower --demos, or shorten them")
     bar.close()
     demos = chosen[True][:quota[True]] + chosen[False][:quota[False]]
     random.Random(f"shuffle/{seed}").shuffle(demos)
@@ -740,7 +740,7 @@ def exam(policy, env, n, seed="exam"):
     for done in tqdm(range(0, n, 256), desc="exam", leave=False):
         drawn = (make(env, rng, 1) for make in rng.choices((wall_lesson, count_lesson, crop_lesson, text_lesson), (5, 1, 2, 3), k=min(n - done, 256)))
         examined = [t for t in drawn if t.lesson and t.lesson[0][0]]
-        for t, turn in zip(examined, gog.respond(policy, env, [t.ids[:t.trained.index(True)] for t in examined], [p for t in examined for p in t.pictures])):
+        for t, turn in zip(examined, examined and gog.respond(policy, env, [t.ids[:t.trained.index(True)] for t in examined], [p for t in examined for p in t.pictures])):
             topic, wanted = t.lesson[0][0], parse(t.lesson[0][1])
             scores.setdefault(topic, []).append(data.iou(turn.argument, wanted.argument) if topic[:3] == "iou" and turn.kind == "gaze" else float((turn.kind, turn.argument) == (wanted.kind, wanted.argument)))
     return {k: (sum(v) / len(v), len(v)) for k, v in sorted(scores.items())}

@@ -435,13 +435,14 @@ def parse(text):
 
 def normalise(text):
     """Reduce a text to what counts in an answer: not case, accents, punctuation, articles and extra blanks."""
-    text = "".join(c if c.isalnum() else " " for c in unaccented(text.casefold()))
+    # category M: vowel signs, as of Hindi, are no accents
+    text = "".join(c if c.isalnum() or unicodedata.category(c)[0] == "M" else " " for c in unaccented(text.casefold()))
     return " ".join(w for w in text.split() if w not in ("the", "a", "an"))
 
 
 def exact_match(answer, gold):
     """True if the normalised answer equals a normalised gold answer. Never a substring: an empty answer or 'A or B or
-    C' is wrong."""
+    C' is wrong. (Signs do not count: "5" matches "-5".)"""
     answer = normalise(answer)
     return bool(answer) and answer in map(normalise, gold)
 
@@ -581,8 +582,14 @@ def image_path(root, image, where):
     return path
 
 
-# Rank of this process, and number of processes, if torchrun has started them (model.share); else the first and only one
-RANK, PROCESSES = (int(os.environ[k]) for k in ("RANK", "WORLD_SIZE")) if "TORCHELASTIC_RUN_ID" in os.environ else (0, 1)
+def folder_name(path):
+    """The name of a folder, also of "." and of a link (then of what it leads to)."""
+    return os.path.basename(os.path.realpath(path))  # Path.resolve would raise on a link to itself
+
+
+# Rank of this process, number of processes, and of those on this machine, if torchrun has started them (model.share);
+# else the first and only one
+RANK, PROCESSES, PROCESSES_HERE = (int(os.environ[k]) for k in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")) if "TORCHELASTIC_RUN_ID" in os.environ else (0, 1, 1)
 
 
 def atomic(path, write):
@@ -590,7 +597,7 @@ def atomic(path, write):
     one, never half. Only rank 0 writes."""
     if RANK:
         return
-    temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.tmp")
+    temporary = Path(path).parent / f".{Path(path).name}.{os.getpid()}.tmp"
     temporary.parent.mkdir(parents=True, exist_ok=True)
     try:
         write(temporary)
@@ -613,8 +620,7 @@ def locked(path, wait=0.0):
         lock.execute("BEGIN EXCLUSIVE")
         return lock
     except sqlite3.Error as e:
-        raise BlockingIOError(f"{path}: {e}. Another run of this stage is at work in this folder, or it cannot be written to: wait, or give "
-                              "this run folders of its own with --out and --results") from None
+        raise BlockingIOError(f"{path}: {e}. Another run of this stage is at work in this folder, or it cannot be written to: wait, or give this run folders of its own with --out and --results") from None
 
 
 def read_rows(path, columns=()):
@@ -626,8 +632,8 @@ def read_rows(path, columns=()):
         rows = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig"))))
     except (UnicodeDecodeError, csv.Error) as e:
         raise WorldError(f"{path}: cannot be read ({e}). Correct it, or move it away") from None
-    if bad := next((n for n, r in enumerate(rows, 2) if None in r or None in r.values()), 0):
-        raise WorldError(f"{path}:{bad}: more or fewer values than the first line has names. Correct it, or move the file away")
+    if bad := next((n for n, r in enumerate(rows, 2) if None in r or None in r.values() or any(re.fullmatch(r"-?\d+,\d+", x) for x in r.values())), 0):
+        raise WorldError(f"{path}:{bad}: more or fewer values than the first line has names, or a number with a decimal comma. Correct it, or move the file away")
     if rows and columns and [*rows[0]] != [*columns]:
         raise WorldError(f"{path}: its columns are {','.join(rows[0])}, not {','.join(columns)}. Correct it, or move it away")
     return rows

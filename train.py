@@ -16,6 +16,7 @@ import time
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from zlib import crc32
 
 import torch
 from tqdm import tqdm
@@ -25,7 +26,7 @@ import gog
 import grpo
 from model import (PRESETS, CheckpointError, ModelConfig, NotFinite, Policy, Vocabulary, autocast, corpus, load, load_state, lr_factor, number_line,
                    optimisers, save, save_state, set_lr, share, stream, summed, torch_rng, work_together)
-from tools import PROCESSES, RANK, Environment, Toolbox, atomic, flags, locked, make_toolbox, peak_memory, read_rows, write_rows
+from tools import PROCESSES, PROCESSES_HERE, RANK, Environment, Toolbox, atomic, flags, folder_name, locked, make_toolbox, peak_memory, read_rows, write_rows
 
 # ---------------------------------------------------------------------------------------------------------------- flags
 
@@ -96,7 +97,7 @@ class Args:
 
     def label(self, world):
         """Name of a world (heraldry or a path) in run folders and results; differs for worlds made with other flags."""
-        return Path(world).resolve().name + self.suffix("seed_world", "towns")
+        return folder_name(world) + self.suffix("seed_world", "towns")
 
     def variant(self, stage):
         """Suffix for --word-steps and, for all stages after pretrain, four flags of SFT. (With other flags of these
@@ -252,9 +253,8 @@ def rl(a):
 
 def group_report(a, run, entries, pictures):
     """Write rl-report.html: groups of rollouts side by side, and the curves so far."""
-    title = f"{a.label(a.world)}: groups of rollouts while RL trains"
     about = f"Preset {a.preset}, seed {a.seed}, on {a.hardware()}; three questions of every {a.show_every}th step since training was last started."
-    gog.write_report(run.folder / f"{a.name}-report.html", title, about, entries, pictures, curves=gog.curve_values(run.rows, CURVES))
+    gog.write_report(run.folder / f"{a.name}-report.html", f"{a.label(a.world)}: groups of rollouts while RL trains", about, entries, pictures, curves=gog.curve_values(run.rows, CURVES))
 
 
 def alarms(first, now):
@@ -329,14 +329,12 @@ GRID = {
     "main": [{}],
     # the second row is trained as MMSearch-R1 is
     "Selective Gaze": [dict(name="no-gaze-sft", gaze=False, rl_steps=0), dict(name="no-gaze-rl", gaze=False, search_penalty=0.1)],
-    "robustness": [dict(tools_fail=0.05), dict(tools_fail=0.2), dict(stale=True), *(dict(turns=n) for n in (2, 4, 6, 10)),
-                   *(dict(strangers=n) for n in (10_000, 100_000))],
+    "robustness": [dict(tools_fail=0.05), dict(tools_fail=0.2), dict(stale=True), *(dict(turns=n) for n in (2, 4, 6, 10)), *(dict(strangers=n) for n in (10_000, 100_000))],
     "curriculum": [dict(name=f"rl-{mode}", curriculum=mode) for mode in ("level1", "level2", "all", "learnable", "adaptive")],
     "GRPO": [dict(name="rl-group-4", group=4, rl_batch=64), dict(name="rl-group-16", group=16, rl_batch=16), dict(name="rl-mean-only", advantage="mean"),
              dict(name="rl-lambda-0", lam=0.0), dict(name="rl-lambda-0.2", lam=0.2), dict(name="rl-kl-0.001", beta=0.001), dict(name="rl-no-mask", mask=False),
              *(dict(name=f"rl-lr-{lr}", rl_lr=lr) for lr in (0.02, 0.04, 0.16)), dict(name="rl-deep-1", rl_deep=1.0)],
-    "scale": [*(dict(name=f"sft-demos-{n}", demos=n, rl_steps=0) for n in (500, 2000, 20000)), *(dict(name=f"sft-words-{n}", word_steps=n, rl_steps=0) for n in (2500, 10000)),
-              dict(name="rl-updates-120", rl_steps=120)]}
+    "scale": [*(dict(name=f"sft-demos-{n}", demos=n, rl_steps=0) for n in (500, 2000, 20000)), *(dict(name=f"sft-words-{n}", word_steps=n, rl_steps=0) for n in (2500, 10000)), dict(name="rl-updates-120", rl_steps=120)]}
 # reference rows at the top of a table (default: rl)
 BESIDE = {"main": ROWS, "Selective Gaze": ["sft", "rl"], "scale": ["sft", "rl"]}
 # The paper's mean accuracies of Qwen2.5-VL-7B, in percent. no-gaze-rl: MMSearch-R1. no-gaze-sft: SFT without Selective
@@ -352,8 +350,8 @@ def reproduce(a):
     goes on where it was. Rows that are impossible (e.g. there is no question of level 1) are left out and listed at the
     end in a CheckpointError.
     """
-    if a.row() != "rl" or a.out or a.trained_on or PROCESSES > 1:
-        raise CheckpointError("--stage reproduce sets --name, --no-gaze, --out, --trained-on and the flags of eval itself, row by row, in one process. Omit these flags, and do not use torchrun")
+    if a.row() != "rl" or a.seed or a.out or a.trained_on or PROCESSES > 1:
+        raise CheckpointError("--stage reproduce sets --seed, --name, --no-gaze, --out, --trained-on and the flags of eval itself, row by row, in one process. Omit these flags, and do not use torchrun")
     path, failed = Path(a.results) / "results.csv", []
     jobs = [replace(a, stage="eval", seed=seed, **overrides) for seed in range(a.seeds) for rows in GRID.values() for overrides in rows]
     tables = {name: [*BESIDE.get(name, ["rl"]), *(replace(a, **overrides).row() for overrides in rows if overrides)] for name, rows in GRID.items()}
@@ -378,7 +376,7 @@ def reproduce(a):
 # Flags that must not change on --resume, or the second half of a stage would belong to another experiment. Learning
 # rates and RL steps may change; word steps, too, but they name the folder (`variant`), unless --out does
 MATTERS = {
-    "pretrain": "seed see_steps see_batch word_batch", "sft": "seed world seed_world towns gaze demos wrong_gaze failure_rate sft_batch replay",
+    "pretrain": "seed see_steps see_batch word_batch", "sft": "seed world seed_world towns gaze device demos wrong_gaze failure_rate sft_batch replay",
     "rl": "seed world seed_world towns gaze device failure_rate rl_questions rl_dev rl_batch group lam search_penalty beta clip_low clip_high advantage mask curriculum temperature"}
 
 
@@ -388,7 +386,9 @@ class Run:
 
     def __init__(self, a, stage):
         self.folder, self.stage = a.folder(stage), stage
-        self.flags = {"nproc_per_node": PROCESSES} | {k: getattr(a, k) for k in MATTERS.get(stage, MATTERS["rl"]).split()}
+        # what --resume compares: also the weights that the stage begins with, which may have been replaced
+        inputs = {f.name: crc32(f.read_bytes()) for f in [a.weights("pretrain" if stage == "sft" else "sft")] if stage != "pretrain" and f.is_file()}
+        self.flags = {"nproc_per_node": PROCESSES} | {k: getattr(a, k) for k in MATTERS.get(stage, MATTERS["rl"]).split()} | inputs
         self.weights, self.state, self.csv, self.lock_file = (self.folder / f"{stage}.{end}" for end in ("safetensors", "state.safetensors", "csv", "lock"))
         self.rows, self.stopping, self.resume = [], False, a.resume
         self.lock = locked(self.lock_file)
@@ -428,8 +428,8 @@ class Run:
         meta = load_state(self.state, modules, opts) if self.resume and self.state.is_file() else dict(rows="[]", extra='{"step": 0}')
         self.rows, extra = json.loads(meta["rows"]), json.loads(meta["extra"])
         self.bar = tqdm(total=steps, initial=extra["step"], desc=self.stage, unit="step")
-        if changed := [f"--{k.replace('_', '-')} {was}" for k, was in extra.get("flags", {}).items() if was != self.flags.get(k)]:
-            raise CheckpointError(f"{self.state}: this run was started with {', '.join(changed)}. Resume with the same flags, or delete the file to restart this stage")
+        if changed := [f"another {k}" if "." in k else f"--{k.replace('_', '-')} {was}" for k, was in extra.get("flags", {}).items() if was != self.flags.get(k)]:
+            raise CheckpointError(f"{self.state}: this run was started with {', '.join(changed)}. Resume with the same, or delete the file to restart this stage")
         return extra
 
     def close(self, columns, *leftovers):
@@ -496,10 +496,15 @@ def expected(a, stages):
     return f": about {minutes:.0f} minutes (from {a.results}/stages.csv)" if all(runs) else ": duration not measured yet"
 
 
+def unfinished(a, stage):
+    """Is there a training state to resume from?"""
+    return a.weights(stage).with_suffix(".state.safetensors").is_file()
+
+
 def timed(a, stage):
     """Run a stage. Its minutes, and the peak memory of the process so far, are added to results/stages.csv, for the
     estimates of later runs. CheckpointError if a loss, a gradient or a weight is not finite."""
-    path, began = Path(a.results) / "stages.csv", time.time()
+    path, began, resumed = Path(a.results) / "stages.csv", time.time(), a.resume and unfinished(a, stage)
     read_rows(path.with_name("results.csv"), COLUMNS)
     write_rows(path, [], STAGE_COLUMNS, STAGE_COLUMNS)  # fails now, not after the stage, if the tables cannot be read or written
     print(f"{stage}: preset {a.preset}, world {a.world}, seed {a.seed}, on {a.hardware()}{expected(a, [stage])}", file=sys.stderr)
@@ -514,18 +519,17 @@ def timed(a, stage):
         signal.signal(signal.SIGINT, signal.default_int_handler)
     row = dict(stage=stage, preset=a.preset, world=timed_as(a, stage), device=a.hardware(), seed=a.seed)
     row |= dict(minutes=f"{(time.time() - began) / 60:.1f}", peak_memory_mb=peak_memory())
-    write_rows(path, [row], STAGE_COLUMNS, ("stage", "preset", "world", "device", "seed"))
+    resumed or write_rows(path, [row], STAGE_COLUMNS, ("stage", "preset", "world", "device", "seed"))  # else a part would pass for the whole
     print(f"{stage}: {row['minutes']} minutes, peak memory {row['peak_memory_mb']} MB", file=sys.stderr)
 
 
 def run_stages(a):
     """Run the requested stage, and before it every earlier stage that is not done."""
     # the requested stage runs again even if it is done, unless --resume finds it finished
-    finished = lambda stage: not a.weights(stage).with_suffix(".state.safetensors").is_file()
-    is_done = lambda stage: a.weights(stage).is_file() and (stage != a.stage or a.resume and finished(stage))
+    is_done = lambda stage: a.weights(stage).is_file() and (stage != a.stage or a.resume and not unfinished(a, stage))
     todo = [stage for stage in list(STAGES)[:list(STAGES).index(a.stage) + 1] if not is_done(stage)]
     if a.trained_on and todo not in ([], ["eval"]):
-        raise CheckpointError(f"{a.weights(todo[0])} is missing. Run python train.py --stage rl --world {a.trained_on} first, then --stage eval --trained-on")
+        raise CheckpointError(f"--trained-on evaluates only, and needs trained policies. Run python train.py --stage rl --world {a.trained_on} first, then --stage eval --trained-on {a.trained_on}")
     if todo != [a.stage]:
         print(f"{', then '.join(todo)} will run, as {a.weights(todo[0])} is missing{expected(a, todo)}" if todo else f"{a.stage} is already done: {a.weights(a.stage)}", file=sys.stderr)
     for stage in todo:
@@ -534,12 +538,12 @@ def run_stages(a):
 
 def main():
     a = arguments()
-    available = [d for d, found in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available() and PROCESSES == 1), ("cpu", True)) if found]
+    available = [d for d, found in (("cuda", torch.cuda.device_count() >= PROCESSES_HERE), ("mps", torch.backends.mps.is_available() and PROCESSES == 1), ("cpu", True)) if found]
     a.device = available[0] if a.device == "auto" else a.device
     torch.set_flush_denormal(True)  # denormal numbers, e.g. of a decayed momentum, would slow a CPU down tenfold
     try:
-        if a.name != "rl" and a.name in (*STAGES, *ROWS) or not a.name.replace("-", "").replace(".", "").isalnum():
-            raise CheckpointError(f"--name {a.name}: must not be the name of a stage or of a row of the results, and may contain letters, digits, - and . only")
+        if a.name != "rl" and a.name.casefold() in (*STAGES, *ROWS) or a.name.endswith((".best", ".state")) or not a.name.replace("-", "").replace(".", "").isalnum():
+            raise CheckpointError(f"--name {a.name}: must not be the name of a stage or of a row of the results nor end in .best or .state, and may contain letters, digits, - and . only")
         if a.device not in available:
             raise CheckpointError(f"--device {a.device}: this machine only has {' and '.join(available)}. Omit the flag")
         data.open_world(a.world, a.seed_world, a.towns)  # refuse a bad world before anything is trained
@@ -549,7 +553,7 @@ def main():
     except (data.WorldError, CheckpointError, OSError) as e:
         message, code = f"error: {e}", 2
     except KeyboardInterrupt as e:
-        message, code = f"stopped. {str(e) or 'Finished stages, finished suites of eval and the last checkpoint are kept'}. The same command with --resume continues.", 130
+        message, code = f"stopped. {str(e) or 'Finished stages, finished suites of eval and the last checkpoint are kept'}. The same command with --resume continues{' (eval measures all suites anew)' * (a.stage == 'eval')}.", 130
     print(f"\n{message}", file=sys.__stderr__ if RANK else sys.stderr)  # printed last, as a progress bar ends with the error that stopped it
     sys.exit(code)
 

@@ -176,6 +176,7 @@ def good(n):
     ({"name": "x", "image": "entities.jsonl"}, "cannot be read"), ({"name": "x", "image": "a.png", "facts": {"r": None}}, "fact"),
     ({"name": "x", "image": "a.png", "facts": {"r": float("nan")}}, "fact"), ({"name": "x: y", "image": "a.png"}, "holds"),
     ({"name": "x", "image": "a.png", "facts": {"r": "a | b"}}, "holds"), ({"name": "x", "image": "a.png", "facts": {"r": "<5 %"}}, "holds"), ({"name": "x", "image": "a.png", "facts": {"r": "€"}}, "no letters or digits"),
+    ({"name": "x", "image": "a.png", "facts": {"Colour": "brown"}}, "asked of the picture"), *(({"name": name, "image": "a.png"}, "holds") for name in ("| x", "x |", "x_|_y")),
     ({"name": "x" * 201, "image": "a.png"}, "over 200"), ({"name": "x\ud800", "image": "a.png"}, ":9: not valid JSON"), ("[" * 20000, ":9: not valid JSON"), ({"name": "x", "image": "a\0.png"}, "is not a valid path|does not exist"),
     ({"name": "x", "image": "a" * 5000}, "is not a valid path|does not exist"), ({"name": "x", "image": "loop.png"}, "is not a valid path|does not exist")])
 def test_bad_folder_worlds_are_refused(tmp_path, bad, says):
@@ -186,6 +187,15 @@ def test_bad_folder_worlds_are_refused(tmp_path, bad, says):
         if "loop.png" in str(bad):
             (folder / "loop.png").symlink_to("loop.png")
         data.folder_world(folder)
+
+
+def test_a_world_that_links_to_itself_is_refused(tmp_path):
+    """Prevents a traceback for a link that leads nowhere."""
+    (tmp_path / "loop").symlink_to("loop")
+    for path in (tmp_path / "loop", tmp_path / "loop" / "x"):
+        with pytest.raises(data.WorldError, match="entities.jsonl: cannot be read"):
+            data.open_world(str(path))
+    assert data.folder_name(".") == Path.cwd().name
 
 
 @pytest.mark.parametrize("bad, says", [

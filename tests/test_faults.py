@@ -257,7 +257,7 @@ def test_a_giant_file_is_read_line_by_line(tmp_path, line):
 
 
 @pytest.mark.parametrize("text, says", [
-    (b"step,value\n1,2,3\n", ":2: more or fewer"), (b"step,value\n1,2\n3\n", ":3: more or fewer"), ("step,value\n1,\u00e9".encode("latin-1"), "cannot be read"), (b"step;value\n1;2\n", "its columns are step;value")])
+    (b"step,value\n1,2,3\n", ":2: more or fewer"), (b"step,value\n1,2\n3\n", ":3: more or fewer"), (b'step,value\n1,"2,5"\n', ":2: .*decimal comma"), ("step,value\n1,\u00e9".encode("latin-1"), "cannot be read"), (b"step;value\n1;2\n", "its columns are step;value")])
 def test_tables_mended_by_hand_are_read_or_refused(tmp_path, text, says):
     """Prevents a traceback after an hour's stage, or further damage to a table, because a spreadsheet has saved it in
     its own format: it is refused with a clear message and left as it is."""
@@ -265,6 +265,17 @@ def test_tables_mended_by_hand_are_read_or_refused(tmp_path, text, says):
     with pytest.raises(data.WorldError, match=says):
         tools.write_rows(tmp_path / "results.csv", [{"step": 1, "value": 5}], ["step", "value"], ["step"])
     assert (tmp_path / "results.csv").read_bytes() == text
+
+
+@pytest.mark.parametrize("path", [".", "", "/", "taken"])
+def test_a_file_that_is_a_folder_is_refused(tmp_path, monkeypatch, path):
+    """Prevents a traceback after the work is done, for --save . and the like: OSError, which every program tells in one
+    line."""
+    monkeypatch.chdir(tmp_path)
+    Path("taken").mkdir()
+    with pytest.raises(OSError, match="could not be written"):
+        tools.atomic(path, lambda p: p.write_text("x"))
+    assert [p.name for p in tmp_path.iterdir()] == ["taken"]
 
 
 def test_results_that_cannot_be_written_are_told_first(tmp_path):

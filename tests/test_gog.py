@@ -3,6 +3,7 @@ import itertools
 import json
 import random
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -329,6 +330,15 @@ def test_comparing_stops_at_the_first_part_that_differs():
             assert all((w == s) == (said == "yes") for w, s, said in told) and [said for *_, said in told[:-1]] == ["yes"] * (len(told) - 1)
             assert (told[-1][-1] == "yes") == (wanted == seen)
     assert gog.compare_aloud("red round, 1 tower", "") == "want red round, see : no"  # nothing was found
+
+
+def test_a_script_says_no_more_than_a_policy_can(env, questions):
+    """Prevents demonstrations that no policy can follow: a turn of a script that has more tokens than a policy may
+    sample is malformed, as a policy's would be, so `instruct` drops it."""
+    q = replace(questions[0], answers=("word " * 60,))
+    script = (text for text in [f"<answer> {q.answers[0]}</answer>"])
+    (t,) = gog.play_scripts(env, [q], [script])
+    assert t.turns[0].kind == "malformed" and "too long" in t.turns[0].argument and not t.correct
 
 
 def test_a_poster_frames_every_gaze(questions):

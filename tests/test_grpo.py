@@ -39,6 +39,7 @@ def test_exact_match_is_no_substring(answer, right):
     """Prevents reward hacking: an empty answer, a part of the answer, or several candidates joined are wrong; case,
     accents, articles, blanks and punctuation do not matter."""
     assert tools.exact_match(answer, ["Ilda Voss"]) is right
+    assert not tools.exact_match("की", ["को"])  # vowel signs are no accents
 
 
 def test_group_advantages():

@@ -55,7 +55,7 @@ def test_both_stages_from_nothing(tmp_path):
     (["--sead", "1"], "did you mean --seed"), (["--stage", "rl", "--world", "nowhere"], "nowhere"), (["--preset", "huge"], "huge"),
     (["--stage", "dance"], "dance"), (["--device", "abacus"], "abacus"), (["--device", "mps" if torch.cuda.is_available() else "cuda"], "this machine only has"),
     (["--towns", "5"], "--towns 5"), (["--group", "0"], "--group 0"), (["--suite-size", "-1"], "--suite-size -1"), (["--rl-lr", "nan"], "--rl-lr nan"), (["--temperature", "0"], "--temperature 0.0"),
-    (["--name", "sft"], "--name sft"), (["--stage", "reproduce", "--out", "x"], "--stage reproduce sets")])
+    (["--name", "SFT"], "--name SFT"), (["--name", "rl.best"], "--name rl.best"), (["--stage", "rl", "--trained-on", "heraldry"], "evaluates only"), (["--stage", "reproduce", "--out", "x"], "--stage reproduce sets")])
 def test_mistakes_are_answered_in_one_line(tmp_path, monkeypatch, capsys, flags, says):
     """Prevents a traceback for a user's mistake, or a message that is buried under a list of flags: exit code 2, one
     line that says what is wrong, and no file is written."""
@@ -96,7 +96,8 @@ def test_ctrl_c_saves_and_resume_is_exact(tmp_path, monkeypatch, capsys):
     """Prevents a resume that loads weights only: for every stage, two steps + Ctrl-C + resume + the remaining steps
     give the unbroken run, bit for bit, and the same training state at its end. (In RL the policy acts, tools fail, and
     everything random is included.) Also prevents lost work: the step during which Ctrl-C is pressed is finished and
-    saved, in SFT even though no checkpoint is due. And a resume with another --group is refused."""
+    saved, in SFT even though no checkpoint is due. And a resume with another --group is refused, and
+    one whose SFT policy has been replaced."""
     monkeypatch.chdir(tmp_path)
     args = lambda *more: train.arguments([*TINY, "--sft-batch", "3", "--rl-steps", "3", "--failure-rate", "0.3", "--group", "4", "--rl-lr", "0.1", "--show-every", "9", "--rl-batch", "3", "--demos", "12", *more])
     whole, broken = args("--out", "whole"), args("--out", "broken")
@@ -139,6 +140,11 @@ def test_ctrl_c_saves_and_resume_is_exact(tmp_path, monkeypatch, capsys):
         train.save_state(run.state, [], [], extra=json.dumps({"step": 1, "flags": run.flags}), rows="[]")
         run.lock.close()
         train.Run(replace(whole, out="other", group=8, resume=True), "rl").begin(1, [], [])
+    (tmp_path / "broken" / "sft.safetensors").write_bytes(b"replaced")
+    state = train.Run(replace(whole, out="whole"), "rl")
+    train.save_state(tmp_path / "broken" / "rl.state.safetensors", [], [], extra=json.dumps({"step": 1, "flags": state.flags}), rows="[]")
+    with pytest.raises(train.CheckpointError, match="started with another sft.safetensors"):
+        train.Run(replace(broken, resume=True), "rl").begin(1, [], [])
 
 
 def test_the_best_policy_is_kept_and_alarms_are_told_once(tmp_path, monkeypatch, capsys, begun):
