@@ -1,5 +1,5 @@
 """What a rollout costs, how the cost grows, and how much training waits for its data. Run by hand: python tests/cost.py
-[PART ...] -> results/cost.csv, growth.csv, growth.png, feeding.csv
+[PART ...] -> results/cost.csv, growth.csv, growth.png, feeding.csv, processes.csv
 
 - cost: a batch of RL rollouts by the policy that comes with the code: FLOPs of each part (counted by PyTorch), and its
   seconds.
@@ -7,9 +7,14 @@
   pictures, entities and passages in the index, preset).
 - feeding: the share of a training step spent waiting for its batch, and the share of the computed tokens that are not
   padding.
+- processes: seconds of an update of RL by one process with two threads and by two with one each.
 """
 import contextlib
+import os
+import shutil
+import subprocess
 import sys
+import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -197,6 +202,22 @@ def feeding(env, world, steps=60, warm=20):
     return rows
 
 
+def processes(rounds=2, updates=3):
+    """Rows {processes, round, step, rollout_seconds, seconds} of the first updates of RL, from the SFT policy that comes
+    with the code: by one process and by two, which share two threads, in turns."""
+    rows = []
+    for turn, n in ((turn, n) for turn in range(rounds) for n in (1, 2)):
+        with tempfile.TemporaryDirectory() as folder:
+            for stage, policy in (("pretrain", "base"), ("sft", "sft")):
+                shutil.copy(ROOT / "policies" / f"{policy}.safetensors", f"{folder}/{stage}.safetensors")
+            launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"] if n > 1 else [sys.executable]
+            flags = ["--stage", "rl", "--out", folder, "--results", folder, "--rl-steps", str(updates), "--rl-dev", "1", "--show-every", "1000"]
+            subprocess.run([*launcher, str(ROOT / "train.py"), *flags], env={**os.environ, "OMP_NUM_THREADS": str(2 // n)}, check=True)
+            told = [r for r in tools.read_rows(Path(folder) / "rl.csv") if r["seconds"]]
+        rows += [dict(processes=n, round=turn, step=r["step"], rollout_seconds=r["rollout_seconds"], seconds=r["seconds"]) for r in told]
+    return rows
+
+
 def short(x):
     """A number as an axis shows it: 7.94, 42.3, 512, 1,590, 36.7 M."""
     return f"{x / 1e6:.3g} M" if x >= 1e6 else f"{x:,.0f}" if x >= 1000 else f"{x:.3g}"
@@ -228,7 +249,7 @@ def plot(rows, across=3, w=330, h=230):
 
 
 def main():
-    wanted = sys.argv[1:] or ["cost", "growth", "feeding"]
+    wanted = sys.argv[1:] or ["cost", "growth", "feeding", "processes"]
     torch.set_flush_denormal(True)
     policy, v = load(ROOT / "policies" / "rl.safetensors")
     world = data.open_world("heraldry")
@@ -245,6 +266,9 @@ def main():
     if "feeding" in wanted:
         fed = feeding(env, world)
         tools.write_rows(ROOT / "results" / "feeding.csv", fed, [*fed[0]], ("stage",))
+    if "processes" in wanted:
+        rows = processes()
+        tools.write_rows(ROOT / "results" / "processes.csv", rows, [*rows[0]])
 
 
 if __name__ == "__main__":
