@@ -6,20 +6,20 @@ curriculum chooses what is asked next.
 
 From the paper: GRPO with r = (1 - lambda) r_acc + lambda r_fmt. Questions are sorted by the SFT model's pass rate
     (share of its rollouts that are right): Level 1 is about 50 %, Level 2 below 50 %. The final model trains on Level 2
-    only.
+    only; so does ours.
 Here instead, and why:
   1. r_acc is an exact match (the paper: an LLM judge). lambda = 0.1, as in related work; the paper prints no value.
   2. A group is dead if all its rollouts have the same r_acc (all right, or all wrong). It has no advantage, and counts
      neither in the loss nor in its denominator. The test uses r_acc, not the reward: with division by the standard
      deviation, differences in format alone would get advantages of about +-1, in spite of lambda = 0.1.
   3. One update per batch of rollouts. So the ratio is close to 1, and the clip hardly ever binds (the code is the
-     general loss). In bfloat16 the worst token of a step is typically off by 0.15 in log-probability (at most by 0.54
+     general loss). In bfloat16 the worst token of a step is typically off by 0.15 in log-probability (at most by 0.56
      in the published runs), because a rollout and a training step round differently.
   4. The value of the loss is no measure of progress. The advantages of a group sum to 0, so it stays between about 0
      and 0.15 (mostly above 0, as wrong trajectories have more tokens than right ones). Watch accuracy and entropy
      instead.
-  5. By default the curriculum follows pass rates of kinds of questions and asks new questions only (class Curriculum).
-  6. data.RL_MIX, what RL asks, was chosen by how well the gradients of its questions agree (class Curriculum).
+  5. data.RL_MIX, from which the questions are drawn, was chosen by how well their gradients agree (class Curriculum).
+  6. Other curricula to compare with, one of which asks new questions only (class Curriculum).
   7. The base model is our own (the paper takes Qwen-VL): dense labels for the vision encoder ("the eyes"), lessons in
      words, an exam.
 
@@ -187,7 +187,9 @@ def pass_rates(policy, env, pool, n=4, temperature=1.0, seed=0):
     questions each level has."""
     trajectories = gog.rollout(policy, env, pool, n, temperature, generator=torch_rng(policy.device, "pass rates", seed), progress=f"pass rates, {n} tries")
     rates = [sum(t.correct for t in trajectories[n * i:n * i + n]) / n for i in range(len(pool))]
-    print("levels: {} easy, {} of level 1, {} of level 2 ({} never solved)".format(*(sum(level(p) == k for p in rates) for k in range(3)), rates.count(0)), file=sys.stderr)
+    easy, about_half, hard = (sum(level(p) == k for p in rates) for k in range(3))
+    hint = ". Hardly any of level 2 was ever solved, so that most groups will be dead: --curriculum fresh may do better" * (rates.count(0) > 0.9 * hard)
+    print(f"levels: {easy} easy, {about_half} of level 1, {hard} of level 2 ({rates.count(0)} never solved){hint}", file=sys.stderr)
     return rates
 
 
@@ -253,25 +255,25 @@ class Curriculum:
     """Chooses what is asked next, by pass rate. Its entries are questions that have been scored once beforehand, or
     kinds of questions:
 
-        level1, level2 (the paper's), learnable (0 < p < 1/2), all: questions with such a first pass rate p, equally
-            often.
+        level2 (default, the paper's), level1, learnable (0 < p < 1/2), all: questions with such a first pass rate p,
+            equally often.
         adaptive: all questions, with weights that follow their pass rates (`draw`).
-        fresh (default): as adaptive, for kinds of questions (four hops, counting ...); each draw asks a new question.
+        fresh: as adaptive, for kinds of questions (four hops, counting ...); each draw asks a new question.
 
     `pass_rates`: one per entry; `draw` returns indices into it. `worth`: weight of each entry, default 1 (fresh:
     data.RL_MIX). `pool`: the indices that may be drawn, default: what the mode allows.
 
-    Why new questions: in an early trial (AdamW, another mix: results/trials.md) 800 questions that came again and again
-    gained 9.5 points on themselves and 3.9 on others. `fresh` gained 4.1 on others, and needs no scoring beforehand.
+    `fresh` needs no scoring beforehand, and no question can be learnt by heart; with three seeds it cannot be told from
+    level2, whose 360 to 500 questions come some four times each (README).
 
     What a pass rate cannot tell: whether a kind is half learnt or half luck. Look-alikes and comparisons succeed half
     of the time, too, but their gradients have nothing in common (`signal`, grpo_step). So data.RL_MIX has few
     look-alikes (two parts of 23, against forgetting) and no comparisons: two batches of 256 rollouts of chains and
     counting had a cosine of 0.16, with many look-alikes 0.03. (`signal` compares the halves of one batch, of a policy
-    that has begun to learn: 0.04 to 0.06 on average in the published runs.)
+    that has begun to learn: 0.06 to 0.14 on average in the published runs.)
     """
 
-    def __init__(self, pass_rates, mode="fresh", seed=0, pool=None, worth=None):
+    def __init__(self, pass_rates, mode="level2", seed=0, pool=None, worth=None):
         self.pass_rates, self.mode, self.seed, self.worth = pass_rates, mode, seed, worth or [1] * len(pass_rates)
         wanted = {"level1": lambda p: level(p) == 1, "level2": lambda p: level(p) == 2, "learnable": lambda p: 0 < p < 0.5}
         self.pool = pool or [i for i, p in enumerate(pass_rates) if wanted.get(mode, lambda p: True)(p)]

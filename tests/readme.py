@@ -26,7 +26,7 @@ from model import PRESETS, ModelConfig, Policy, load  # noqa: E402
 
 LABELS = {  # rows of results.csv, as README calls them
     "random": "random actions", "base": "base model, before SFT", "direct": "direct answer, no tools", "full-search": "full search (always whole picture, then text)",
-    "no-gaze": "no gaze (glance and text only)", "sft": "**SFT**", "rl": "**SFT + RL**", "withheld": "observations withheld", "oracle": "oracle (the expert)"}
+    "no-gaze": "no gaze (glance and text only)", "sft": "**SFT**", "rl": "**SFT + RL**", "rl-fresh": "SFT + RL, `--curriculum fresh`", "withheld": "observations withheld", "oracle": "oracle (the expert)"}
 PAPER = {  # metric: what the paper reports
     "no_search": "after RL below 3 %", "mixed_search": "28.7 -> 76.7", "gaze_correct": "46.7 -> 51.3 (read by hand: 59 -> 75)", "reflection": "30 -> 70 (read by hand)"}
 BEHAVIOUR = ("no_search", "single_search", "mixed_search", "answer_share", "search_share", "glance_share", "gaze_share", "malformed_share", "gaze_correct", "target_found",
@@ -227,14 +227,14 @@ def gain(after="rl", before="sft", suites=tuple(gog.SUITES), file="results.csv")
     return 100 * (a[:len(b)] - b[:len(a)])
 
 
-def curve(world, seed, column):
-    """A column of the rl.csv of a published run: array, without the rows that lack it."""
-    return np.array([float(r[column]) for r in published(f"runs/{world}-nano-{seed}-rl.csv") if r[column]])
+def curve(world, seed, column, run="rl"):
+    """A column of the csv of a published run of RL: array, without the rows that lack it."""
+    return np.array([float(r[column]) for r in published(f"runs/{world}-nano-{seed}-{run}.csv") if r[column]])
 
 
-ON_FLAGS = ("base", "direct", "full-search", "sft", "rl", "oracle")  # rows of the two tables about countries
+ON_FLAGS = ("base", "direct", "full-search", "sft", "rl")  # rows of the two tables about countries
 TABLES = {
-    "main table": lambda: accuracy("heraldry"), "countries": lambda: accuracy("countries", ON_FLAGS), "zero-shot": lambda: accuracy("countries-zero-shot", ON_FLAGS),
+    "main table": lambda: accuracy("heraldry"), "countries": lambda: accuracy("countries", (*ON_FLAGS, "rl-fresh", "oracle")), "zero-shot": lambda: accuracy("countries-zero-shot", (*ON_FLAGS, "oracle")),
     "behaviour": behaviour, "plans": plans, "exam": exam, "stages": stages, "presets": presets, "cost": cost, "bench": bench, "feeding": feeding,
     "sample colour": lambda: sample(0), "sample alike": lambda: sample(1, lambda t: any(gog.looked_elsewhere(t)))}  # after a wrong gaze
 DETAILS = ("group-4", "group-16", "lambda-0", "lambda-0.2", "kl-0.001", "mean-only", "lr-0.01", "lr-0.1")  # of GRPO
@@ -249,21 +249,21 @@ ROBUST = {  # number: (row of seed 0, suites)
 NUMBERS = {
     **{f"old {name}": lambda of=of: f"{of():.1f}" for name, of in OLD.items()},
     **{name: lambda row=row, suites=suites: f"{100 * means('heraldry', row, suites=suites or tuple(gog.SUITES))[0]:.1f}" for name, (row, *suites) in ROBUST.items()},
-    "gains": lambda: listed(gain()), "live gain": lambda: f"{gain(suites=('live',)).mean():.1f}", "fine loss": lambda: f"{-gain(suites=('fine',)).mean():.1f}",
+    "gains": lambda: listed(gain()), "live gain": lambda: f"{gain(suites=('live',)).mean():.1f}",
     **{f"{row} gazes": lambda row=row, suites=suites: f"{100 * means('heraldry', row, 'gaze_correct', suites).mean():.0f}"
        for row, suites in (("oracle", ("fine",)), ("sft", ("facts", "crowd", "live", "hops")), ("rl", ("facts", "crowd", "live", "hops")))},
     "rl reflection": lambda: f"{100 * values('heraldry', 'rl', 'fine', 'reflection').mean():.0f}",
     "zero found": lambda: f"{100 * values('countries-zero-shot', 'rl', 'facts', 'target_found').mean():.0f}",
     "rl gain": lambda: spread(gain()), "over full search": lambda: f"{gain(before='full-search').mean():.1f}",
     **{f"{row} hops": lambda row=row: f"{100 * means('heraldry', row, suites=('hops',)).mean():.1f}" for row in ("sft", "rl")},
-    **{name: lambda run=run, metric=metric, first=first: f"{100 * np.mean([float(r[metric]) for r in published(f'{RUNS_WITH_TWO}/heraldry-nano-0-{run}.csv')[first:first + 10]]):.0f}"
-       for name, run, metric, first in (("level2 first", "rl-level2", "accuracy", 0), ("level2 last", "rl-level2", "accuracy", 30), ("level2 dead", "rl-level2", "dead", 0), ("fresh dead", "rl", "dead", 0))},
-    "level2 gain": lambda: listed(gain("rl-level2", file=WITH_TWO)), "fresh gain": lambda: listed(gain(file=WITH_TWO)[:3]), "rate gain": lambda: listed(gain("rl-lr-0.16", file=WITH_TWO)),
-    "fresh ahead": lambda: spread(gain(before="rl-level2", file=WITH_TWO)),
-    **{f"countries {row}": lambda row=row: f"{100 * means('countries', row).mean():.1f}" for row in ("sft", "rl")},
-    **{f"found after {row}": lambda row=row: f"{100 * values('countries', row, 'facts', 'target_found').mean():.0f}" for row in ("sft", "rl")},
-    "flags dead": lambda: f"{100 * curve('countries', '0', 'dead').mean():.0f}", "flags signal": lambda: f"{abs(curve('countries', '0', 'signal').mean()):.2f}",
-    "rl signals": lambda: "{:.2f}, {:.2f} and {:.2f}".format(*(curve("heraldry", seed, "signal").mean() for seed in "012")),
+    "fresh gain": lambda: listed(gain("rl-fresh")), "level2 ahead": lambda: spread(gain(before="rl-fresh")), "two level2 gain": lambda: listed(gain("rl-level2", file=WITH_TWO)),
+    "two fresh gain": lambda: listed(gain(file=WITH_TWO)[:3]), "rate gain": lambda: listed(gain("rl-lr-0.16", file=WITH_TWO)),
+    **{f"{name}development": lambda run=run: f"{100 * np.mean([curve('heraldry', seed, 'development', run).max() for seed in '012']):.1f}" for name, run in (("", "rl"), ("fresh ", "rl-fresh"))},
+    **{f"countries {row}": lambda row=row: f"{100 * means('countries', row).mean():.1f}" for row in ("sft", "rl-fresh")},
+    "found after sft": lambda: f"{100 * values('countries', 'sft', 'facts', 'target_found').mean():.0f}", "flags dead": lambda: f"{100 * curve('countries', '0', 'dead').mean():.0f}",
+    **{f"flags gazes {when}": lambda part=part: f"{100 * curve('countries', '0', 'gaze_correct')[part].mean():.0f}" for when, part in (("first", slice(10)), ("last", slice(-10, None)))},
+    **{f"flags {name}": lambda run=run, of=of: f"{100 * of(curve('countries', '0', 'development', run)):.1f}" for name, run, of in
+       (("first", "rl", lambda x: x[0]), ("last", "rl", lambda x: x[-1]), ("fresh first", "rl-fresh", lambda x: x[0]), ("fresh best", "rl-fresh", np.max))},
     **{f"{when} {metric}": lambda part=part, metric=metric: f"{np.mean([curve('heraldry', seed, metric)[part] for seed in '012']):.2f}"
        for when, part in (("first", slice(10)), ("last", slice(-10, None))) for metric in ("accuracy", "dead")},
     "development gains": lambda: listed([100 * (x.max() - x[0]) for x in (curve("heraldry", seed, "development") for seed in "012")]),

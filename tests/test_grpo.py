@@ -184,6 +184,16 @@ def test_levels_and_curriculum():
         grpo.Curriculum([1.0, 1.0], "level2")
 
 
+@pytest.mark.parametrize("right, hint", [((), True), ((0, 4, 8), False)])
+def test_questions_that_are_never_solved_are_told(policy, env, questions, monkeypatch, capsys, right, hint):
+    """Prevents an hour of RL on questions that nobody can answer, and a pass rate that belongs to another question: of
+    four tries each, the tries `right` are right; if none is, the user is told of another curriculum."""
+    tries = [tools.Trajectory(q, turns=[tools.Turn("answer", q.answers[0] if 4 * i + k in right else "?")]) for i, q in enumerate(questions[:3]) for k in range(4)]
+    monkeypatch.setattr(gog, "rollout", lambda *_, **__: tries)
+    assert grpo.pass_rates(policy, env, questions[:3]) == ([0.25] * 3 if right else [0.0] * 3)
+    assert ("--curriculum fresh" in capsys.readouterr().err) == hint
+
+
 def test_fresh_questions_are_never_asked_twice(world):
     """Prevents learning questions by heart (when 800 came again and again, the policy gained 9.5 points on them and 3.9
     on others), and a resumed run that asks other questions than an unbroken one."""
