@@ -187,9 +187,8 @@ def pass_rates(policy, env, pool, n=4, temperature=1.0, seed=0):
     questions each level has."""
     trajectories = gog.rollout(policy, env, pool, n, temperature, generator=torch_rng(policy.device, "pass rates", seed), progress=f"pass rates, {n} tries")
     rates = [sum(t.correct for t in trajectories[n * i:n * i + n]) / n for i in range(len(pool))]
-    easy, about_half, hard = (sum(level(p) == k for p in rates) for k in range(3))
-    hint = ". Hardly any of level 2 was ever solved, so that most groups will be dead: --curriculum fresh may do better" * (rates.count(0) > 0.9 * hard)
-    print(f"levels: {easy} easy, {about_half} of level 1, {hard} of level 2 ({rates.count(0)} never solved){hint}", file=sys.stderr)
+    counts, hint = [sum(level(p) == k for p in rates) for k in range(3)], ". Hardly any of level 2 was ever solved, so that most groups will be dead: --curriculum fresh may do better"
+    print("levels: {} easy, {} of level 1, {} of level 2 ({} never solved)".format(*counts, rates.count(0)) + hint * (rates.count(0) > 0.9 * counts[2]), file=sys.stderr)
     return rates
 
 
