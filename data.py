@@ -21,8 +21,8 @@ Glossary
 
 Reading order: names -> arms -> entities and worlds -> scenes -> referring expressions -> questions -> folder worlds
 (skip at first). The helpers imported from tools.py, the next file, need not be read first. Files: `lines`, `as_row`,
-`image_path`, `folder_name`, `atomic`. Pictures: `describe` (one vector per picture; dot product = similarity), `on_grey` (transparent
-parts become grey), `to_pixels`. Text: `normalise`, `unaccented`.
+`image_path`, `folder_name`, `atomic`. Pictures: `describe` (one vector per picture; dot product = similarity),
+`on_grey` (transparent parts become grey), `to_pixels`. Text: `normalise`, `unaccented`.
 
 Boxes are (x0, y0, x1, y1), integers 0..99, in percent of the picture's width and height. Policy, expert and scenes use
 no other format. (Pixels appear only in crops, the image index and drawing; fractions 0..1 only in the labels that train
@@ -538,7 +538,7 @@ def folder_entity(known, root, where, line):
 
 def plain(text):
     """Can this text be shown, copied and compared? A string of 1 to 200 characters without tags, line breaks and " | "
-    (not even with the text beside it, or a blank for "_"), of which something is left after `normalise`."""
+    (nor one that arises from a "|" at its edge, or from "_", which relations show as a blank), of which something is left after `normalise`."""
     return isinstance(text, str) and len(text) <= 200 and normalise(text) and not any(mark in f" {text} ".replace("_", " ") for mark in ("<", ">", "\n", "\r", " | "))
 
 

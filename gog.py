@@ -525,8 +525,8 @@ def grid_tables(tables, measured, paper):
     for name, rows in tables.items():
         text += f"\n## {name}\n\n| row | paper, mean | {' | '.join(suites)} | mean | over SFT | {' | '.join(SIZES)} | seeds |\n" + "|---" * (len(suites) + 8) + "|\n"
         # the seeds that have measured a row, and SFT beside it
-        seeds_of = {row: [s for s in sorted({s for r, s, _ in accuracy if r == row}) if all((x, s, suite) in accuracy for x in (row, "sft") for suite in suites)] for row in rows}
-        for row, seeds in ((row, seeds) for row, seeds in seeds_of.items() if seeds and suites):
+        seeds_of = {row: [s for s in sorted({s for r, s, _ in accuracy if r == row}) if suites and all((x, s, suite) in accuracy for x in (row, "sft") for suite in suites)] for row in rows}
+        for row, seeds in ((row, seeds) for row, seeds in seeds_of.items() if seeds):
             (p, n), (sft, _) = cells(row, seeds), cells("sft", seeds)
             columns = np.column_stack([p, p.mean(1), (p - sft).mean(1)])  # (seeds, suites + 2)
             v, w = ((x * (1 - x) / n)[0] for x in (p, sft))  # binomial variances of a single seed, each (suites,)

@@ -15,8 +15,8 @@ Here instead, and why:
   3. One update per batch of rollouts. So the ratio is close to 1, and the clip hardly ever binds (the code is the
      general loss). In bfloat16 the worst token of a step is typically off by 0.15 in log-probability (at most by 0.56
      in the published runs), because a rollout and a training step round differently.
-  4. The value of the loss is no measure of progress. The advantages of a group sum to 0, so it stays between about 0
-     and 0.15 (mostly above 0, as wrong trajectories have more tokens than right ones). Watch accuracy and entropy
+  4. The value of the loss is no measure of progress. The advantages of a group sum to 0, so it stays between about
+     -0.05 and 0.15 (mostly above 0, as wrong trajectories have more tokens than right ones). Watch accuracy and entropy
      instead.
   5. data.RL_MIX, from which the questions are drawn, was chosen by how well their gradients agree (class Curriculum).
   6. Other curricula to compare with, one of which asks new questions only (class Curriculum).
@@ -184,10 +184,10 @@ def level(p):
 
 def pass_rates(policy, env, pool, n=4, temperature=1.0, seed=0):
     """The pass rate of every question in `pool`: the share of n sampled trajectories that are right. Prints how many
-    questions each level has."""
+    questions each level has, and a hint if level 2 is hopeless."""
     trajectories = gog.rollout(policy, env, pool, n, temperature, generator=torch_rng(policy.device, "pass rates", seed), progress=f"pass rates, {n} tries")
     rates = [sum(t.correct for t in trajectories[n * i:n * i + n]) / n for i in range(len(pool))]
-    counts, hint = [sum(level(p) == k for p in rates) for k in range(3)], ". Hardly any of level 2 was ever solved, so that most groups will be dead: --curriculum fresh may do better"
+    counts, hint = [sum(level(p) == k for p in rates) for k in range(3)], ". Hardly any of level 2 was ever solved, so that most of its groups will be dead: --curriculum fresh may do better than level2"
     print("levels: {} easy, {} of level 1, {} of level 2 ({} never solved)".format(*counts, rates.count(0)) + hint * (rates.count(0) > 0.9 * counts[2]), file=sys.stderr)
     return rates
 
@@ -205,8 +205,8 @@ def uncertain(policy, env, pool, n=4, seed=0):
 
 def instruct(policy, env, world, n=5750, seed=0, wrong_gaze=0.2):
     """GoG-Instruct: `n` expert trajectories about questions that pass the uncertainty filter, 43.5 % of them
-    search-free (the paper's share). Each is checked: the answer is right, and the last gaze, if any, has IoU > 0.9 with
-    a target. WorldError if too few questions pass."""
+    search-free (the paper's share). Each is checked: the answer is right, no turn is malformed, and the last gaze, if
+    any, has IoU > 0.9 with a target. WorldError if too few questions pass."""
     quota = {True: round(0.435 * n), False: n - round(0.435 * n)}  # is a question search-free? -> how many
     # with --no-gaze: only questions that can be answered without one
     mix = [(kind, setting, w) for kind, setting, w in data.SFT_MIX if env.may_gaze or setting == "single" or kind in data.VISUAL]
@@ -218,11 +218,11 @@ def instruct(policy, env, world, n=5750, seed=0, wrong_gaze=0.2):
         asked, dropped, batch = asked + len(pool), dropped + len(pool) - len(kept), batch + 1
         scripts = [gog.expert(q, rng, wrong_gaze, missed) for q, missed in zip(kept, gathered(misses(policy, env, share(kept))))]
         for t in gog.play_scripts(env, kept, scripts, progress="expert"):
-            if t.correct and (not gog.gazes(t) or gog.gazes(t)[-1][1] > 0.9):
+            if t.correct and t.well_formed and (not gog.gazes(t) or gog.gazes(t)[-1][1] > 0.9):
                 chosen[t.question.search_free].append(t)
         bar.update(sum(min(len(chosen[free]), quota[free]) for free in quota) - bar.n)
         if batch > 80 + n // 100:
-            raise data.WorldError(f"too few demonstrations are left: the base model answers nearly all questions of one kind without tools, or names and facts are too long for a turn of {gog.TURN_TOKENS} tokens. Lower --demos, or shorten them")
+            raise data.WorldError(f"too few demonstrations are left: the base model answers nearly all questions of one kind without tools, or names and facts are too long for a turn of {gog.TURN_TOKENS} tokens. Lower --demos, or shorten the texts")
     bar.close()
     demos = chosen[True][:quota[True]] + chosen[False][:quota[False]]
     random.Random(f"shuffle/{seed}").shuffle(demos)
@@ -263,13 +263,14 @@ class Curriculum:
     data.RL_MIX). `pool`: the indices that may be drawn, default: what the mode allows.
 
     `fresh` needs no scoring beforehand, and no question can be learnt by heart; with three seeds it cannot be told from
-    level2, whose 360 to 500 questions come some four times each (README).
+    level2, whose 360 to 500 questions come three or four times each (README).
 
     What a pass rate cannot tell: whether a kind is half learnt or half luck. Look-alikes and comparisons succeed half
     of the time, too, but their gradients have nothing in common (`signal`, grpo_step). So data.RL_MIX has few
     look-alikes (two parts of 23, against forgetting) and no comparisons: two batches of 256 rollouts of chains and
     counting had a cosine of 0.16, with many look-alikes 0.03. (`signal` compares the halves of one batch, of a policy
-    that has begun to learn: 0.06 to 0.14 on average in the published runs.)
+    that has begun to learn: 0.06 to 0.14 on average in the published runs of level2, 0.04 to 0.06 in those of fresh;
+    below 0.02 on flags.)
     """
 
     def __init__(self, pass_rates, mode="level2", seed=0, pool=None, worth=None):

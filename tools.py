@@ -435,8 +435,8 @@ def parse(text):
 
 def normalise(text):
     """Reduce a text to what counts in an answer: not case, accents, punctuation, articles and extra blanks."""
-    # category M: vowel signs, as of Hindi, are no accents
-    text = "".join(c if c.isalnum() or unicodedata.category(c)[0] == "M" else " " for c in unaccented(text.casefold()))
+    # Mc, Mn: vowel signs, as of Hindi, are no accents; but the selectors behind an emoji are nothing
+    text = "".join(c if c.isalnum() or unicodedata.category(c) in ("Mc", "Mn") else " " for c in re.sub("[\ufe00-\ufe0f]", "", unaccented(text.casefold())))
     return " ".join(w for w in text.split() if w not in ("the", "a", "an"))
 
 
@@ -624,15 +624,15 @@ def locked(path, wait=0.0):
 
 
 def read_rows(path, columns=()):
-    """Rows of a csv file as dicts; [] if there is no such file. WorldError if it cannot be read, or has other
-    `columns`."""
+    """Rows of a csv file as dicts; [] if there is no such file. WorldError if it cannot be read, has other `columns`, a
+    row of another length, or a decimal comma."""
     if not path.is_file():
         return []
     try:
         rows = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig"))))
     except (UnicodeDecodeError, csv.Error) as e:
         raise WorldError(f"{path}: cannot be read ({e}). Correct it, or move it away") from None
-    if bad := next((n for n, r in enumerate(rows, 2) if None in r or None in r.values() or any(re.fullmatch(r"-?\d+,\d+", x) for x in r.values())), 0):
+    if bad := next((n for n, r in enumerate(rows, 2) if None in r or None in r.values() or any(re.fullmatch(r"-?\d+,\d+([eE]-?\d+)?", x) for k, x in r.items() if k != "world")), 0):
         raise WorldError(f"{path}:{bad}: more or fewer values than the first line has names, or a number with a decimal comma. Correct it, or move the file away")
     if rows and columns and [*rows[0]] != [*columns]:
         raise WorldError(f"{path}: its columns are {','.join(rows[0])}, not {','.join(columns)}. Correct it, or move it away")

@@ -424,7 +424,8 @@ class Run:
 
     def begin(self, steps, modules, opts):
         """With --resume, load the state saved by `checkpoint` into modules and optimisers. Returns its step and `extra`
-        values, or {"step": 0} if there is no state. CheckpointError if a flag of MATTERS has changed."""
+        values, or {"step": 0} if there is no state. CheckpointError if a flag of MATTERS, or the
+        policy that the stage began with, has changed."""
         meta = load_state(self.state, modules, opts) if self.resume and self.state.is_file() else dict(rows="[]", extra='{"step": 0}')
         self.rows, extra = json.loads(meta["rows"]), json.loads(meta["extra"])
         self.bar = tqdm(total=steps, initial=extra["step"], desc=self.stage, unit="step")
@@ -503,7 +504,7 @@ def unfinished(a, stage):
 
 def timed(a, stage):
     """Run a stage. Its minutes, and the peak memory of the process so far, are added to results/stages.csv, for the
-    estimates of later runs. CheckpointError if a loss, a gradient or a weight is not finite."""
+    estimates of later runs, unless it was resumed. CheckpointError if a loss, a gradient or a weight is not finite."""
     path, began, resumed = Path(a.results) / "stages.csv", time.time(), a.resume and unfinished(a, stage)
     read_rows(path.with_name("results.csv"), COLUMNS)
     write_rows(path, [], STAGE_COLUMNS, STAGE_COLUMNS)  # fails now, not after the stage, if the tables cannot be read or written
@@ -519,7 +520,8 @@ def timed(a, stage):
         signal.signal(signal.SIGINT, signal.default_int_handler)
     row = dict(stage=stage, preset=a.preset, world=timed_as(a, stage), device=a.hardware(), seed=a.seed)
     row |= dict(minutes=f"{(time.time() - began) / 60:.1f}", peak_memory_mb=peak_memory())
-    resumed or write_rows(path, [row], STAGE_COLUMNS, ("stage", "preset", "world", "device", "seed"))  # else a part would pass for the whole
+    # the minutes of a resumed stage are those of a part only
+    resumed or write_rows(path, [row], STAGE_COLUMNS, ("stage", "preset", "world", "device", "seed"))
     print(f"{stage}: {row['minutes']} minutes, peak memory {row['peak_memory_mb']} MB", file=sys.stderr)
 
 
@@ -542,10 +544,10 @@ def main():
     a.device = available[0] if a.device == "auto" else a.device
     torch.set_flush_denormal(True)  # denormal numbers, e.g. of a decayed momentum, would slow a CPU down tenfold
     try:
-        if a.name != "rl" and a.name.casefold() in (*STAGES, *ROWS) or a.name.endswith((".best", ".state")) or not a.name.replace("-", "").replace(".", "").isalnum():
+        if a.name != "rl" and a.name.casefold() in (*STAGES, *ROWS) or a.name.casefold().endswith((".best", ".state")) or not a.name.replace("-", "").replace(".", "").isalnum():
             raise CheckpointError(f"--name {a.name}: must not be the name of a stage or of a row of the results nor end in .best or .state, and may contain letters, digits, - and . only")
         if a.device not in available:
-            raise CheckpointError(f"--device {a.device}: this machine only has {' and '.join(available)}. Omit the flag")
+            raise CheckpointError(f"--device {a.device}: this machine only has {' and '.join(available)}{f' for {PROCESSES_HERE} processes' if PROCESSES > 1 else ''}. Omit the flag")
         data.open_world(a.world, a.seed_world, a.towns)  # refuse a bad world before anything is trained
         if PROCESSES > 1:
             work_together(a.device)
@@ -553,7 +555,7 @@ def main():
     except (data.WorldError, CheckpointError, OSError) as e:
         message, code = f"error: {e}", 2
     except KeyboardInterrupt as e:
-        message, code = f"stopped. {str(e) or 'Finished stages, finished suites of eval and the last checkpoint are kept'}. The same command with --resume continues{' (eval measures all suites anew)' * (a.stage == 'eval')}.", 130
+        message, code = f"stopped. {str(e) or 'Finished stages, finished suites of eval and the last checkpoint are kept'}. The same command with --resume continues{' (eval, once begun, starts over)' * (a.stage == 'eval')}.", 130
     print(f"\n{message}", file=sys.__stderr__ if RANK else sys.stderr)  # printed last, as a progress bar ends with the error that stopped it
     sys.exit(code)
 

@@ -203,15 +203,15 @@ def feeding(env, world, steps=60, warm=20):
 
 
 def processes(rounds=2, updates=3):
-    """Rows {processes, round, step, rollout_seconds, seconds} of the first updates of RL, from the SFT policy that comes
-    with the code: by one process and by two, which share two threads, in turns."""
+    """Rows {processes, round, step, rollout_seconds, seconds} of the first updates of RL (--curriculum fresh, which
+    needs no scoring), from the SFT policy that comes with the code: by one process and by two, which share two threads, in turns."""
     rows = []
     for turn, n in ((turn, n) for turn in range(rounds) for n in (1, 2)):
         with tempfile.TemporaryDirectory() as folder:
             for stage, policy in (("pretrain", "base"), ("sft", "sft")):
                 shutil.copy(ROOT / "policies" / f"{policy}.safetensors", f"{folder}/{stage}.safetensors")
             launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"] if n > 1 else [sys.executable]
-            flags = ["--stage", "rl", "--out", folder, "--results", folder, "--rl-steps", str(updates), "--rl-dev", "1", "--show-every", "1000"]
+            flags = ["--stage", "rl", "--curriculum", "fresh", "--out", folder, "--results", folder, "--rl-steps", str(updates), "--rl-dev", "1", "--show-every", "1000"]
             subprocess.run([*launcher, str(ROOT / "train.py"), *flags], env={**os.environ, "OMP_NUM_THREADS": str(2 // n)}, check=True)
             told = [r for r in tools.read_rows(Path(folder) / "rl.csv") if r["seconds"]]
         rows += [dict(processes=n, round=turn, step=r["step"], rollout_seconds=r["rollout_seconds"], seconds=r["seconds"]) for r in told]

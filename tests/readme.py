@@ -94,9 +94,9 @@ def table(head, rows):
     return "\n".join("| " + " | ".join(map(str, cells)) + " |" for cells in (head, ["---"] * len(head), *rows))
 
 
-def accuracy(world, rows=tuple(LABELS), file="results.csv"):
+def accuracy(world, rows=tuple(LABELS)):
     """Accuracy in percent, suite by suite."""
-    shown = [[LABELS[row], *(f"{100 * values(world, row, s, 'accuracy', file).mean():.1f}" for s in gog.SUITES), spread(100 * means(world, row, file=file))] for row in rows]
+    shown = [[LABELS[row], *(f"{100 * values(world, row, s, 'accuracy').mean():.1f}" for s in gog.SUITES), spread(100 * means(world, row))] for row in rows]
     return table(["", *gog.SUITES, "mean"], shown)
 
 

@@ -175,7 +175,7 @@ def good(n):
     ({"name": "x", "image": "../../etc/passwd"}, "lies outside"), ({"name": "x", "image": "b.png"}, "does not exist"),
     ({"name": "x", "image": "entities.jsonl"}, "cannot be read"), ({"name": "x", "image": "a.png", "facts": {"r": None}}, "fact"),
     ({"name": "x", "image": "a.png", "facts": {"r": float("nan")}}, "fact"), ({"name": "x: y", "image": "a.png"}, "holds"),
-    ({"name": "x", "image": "a.png", "facts": {"r": "a | b"}}, "holds"), ({"name": "x", "image": "a.png", "facts": {"r": "<5 %"}}, "holds"), ({"name": "x", "image": "a.png", "facts": {"r": "€"}}, "no letters or digits"),
+    ({"name": "x", "image": "a.png", "facts": {"r": "a | b"}}, "holds"), ({"name": "x", "image": "a.png", "facts": {"r": "<5 %"}}, "holds"), ({"name": "x", "image": "a.png", "facts": {"r": "€"}}, "no letters or digits"), ({"name": "❤\ufe0f", "image": "a.png"}, "no letters or digits"),
     ({"name": "x", "image": "a.png", "facts": {"Colour": "brown"}}, "asked of the picture"), *(({"name": name, "image": "a.png"}, "holds") for name in ("| x", "x |", "x_|_y")),
     ({"name": "x" * 201, "image": "a.png"}, "over 200"), ({"name": "x\ud800", "image": "a.png"}, ":9: not valid JSON"), ("[" * 20000, ":9: not valid JSON"), ({"name": "x", "image": "a\0.png"}, "is not a valid path|does not exist"),
     ({"name": "x", "image": "a" * 5000}, "is not a valid path|does not exist"), ({"name": "x", "image": "loop.png"}, "is not a valid path|does not exist")])

@@ -334,7 +334,7 @@ def test_comparing_stops_at_the_first_part_that_differs():
 
 def test_a_script_says_no_more_than_a_policy_can(env, questions):
     """Prevents demonstrations that no policy can follow: a turn of a script that has more tokens than a policy may
-    sample is malformed, as a policy's would be, so `instruct` drops it."""
+    sample is malformed, as a policy's would be; `instruct` drops it."""
     q = replace(questions[0], answers=("word " * 60,))
     script = (text for text in [f"<answer> {q.answers[0]}</answer>"])
     (t,) = gog.play_scripts(env, [q], [script])

@@ -39,7 +39,8 @@ def test_exact_match_is_no_substring(answer, right):
     """Prevents reward hacking: an empty answer, a part of the answer, or several candidates joined are wrong; case,
     accents, articles, blanks and punctuation do not matter."""
     assert tools.exact_match(answer, ["Ilda Voss"]) is right
-    assert not tools.exact_match("की", ["को"])  # vowel signs are no accents
+    # vowel signs are no accents, and the selector behind an emoji is nothing
+    assert not tools.exact_match("की", ["को"]) and not tools.exact_match("❤\ufe0f", ["☀\ufe0f"])
 
 
 def test_group_advantages():

@@ -96,8 +96,8 @@ def test_ctrl_c_saves_and_resume_is_exact(tmp_path, monkeypatch, capsys):
     """Prevents a resume that loads weights only: for every stage, two steps + Ctrl-C + resume + the remaining steps
     give the unbroken run, bit for bit, and the same training state at its end. (In RL the policy acts, tools fail, and
     everything random is included.) Also prevents lost work: the step during which Ctrl-C is pressed is finished and
-    saved, in SFT even though no checkpoint is due. And a resume with another --group is refused, and
-    one whose SFT policy has been replaced."""
+    saved, in SFT even though no checkpoint is due. And a resume with another --group, or from another SFT
+    policy, is refused."""
     monkeypatch.chdir(tmp_path)
     args = lambda *more: train.arguments([*TINY, "--sft-batch", "3", "--rl-steps", "3", "--failure-rate", "0.3", "--group", "4", "--rl-lr", "0.1", "--show-every", "9", "--rl-batch", "3", "--demos", "12", *more])
     whole, broken = args("--out", "whole"), args("--out", "broken")
