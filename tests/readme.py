@@ -87,7 +87,7 @@ def spread(x, digits=1):
 def listed(numbers):
     """Numbers as text: "5.1, 9.7 and 4.7"."""
     *most, last = [f"{x:.1f}" for x in numbers]
-    return f"{', '.join(most)} and {last}"
+    return f"{', '.join(most)} and {last}" if most else last
 
 
 def table(head, rows):
@@ -256,7 +256,7 @@ NUMBERS = {
     "zero found": lambda: f"{100 * values('countries-zero-shot', 'rl', 'facts', 'target_found').mean():.0f}",
     "rl gain": lambda: spread(gain()), "over full search": lambda: f"{gain(before='full-search').mean():.1f}",
     **{f"{row} hops": lambda row=row: f"{100 * means('heraldry', row, suites=('hops',)).mean():.1f}" for row in ("sft", "rl")},
-    "fresh gain": lambda: listed(gain("rl-fresh")), "level2 ahead": lambda: spread(gain(before="rl-fresh")), "two level2 gain": lambda: listed(gain("rl-level2", file=WITH_TWO)),
+    "fresh gain": lambda: listed(gain("rl-fresh")), "all gain": lambda: listed(gain("rl-all")), "level2 ahead": lambda: spread(gain(before="rl-fresh")), "two level2 gain": lambda: listed(gain("rl-level2", file=WITH_TWO)),
     "two fresh gain": lambda: listed(gain(file=WITH_TWO)[:3]), "rate gain": lambda: listed(gain("rl-lr-0.16", file=WITH_TWO)),
     **{f"{name}development": lambda run=run: f"{100 * np.mean([curve('heraldry', seed, 'development', run).max() for seed in '012']):.1f}" for name, run in (("", "rl"), ("fresh ", "rl-fresh"))},
     **{f"countries {row}": lambda row=row: f"{100 * means('countries', row).mean():.1f}" for row in ("sft", "rl-fresh")},
