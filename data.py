@@ -538,7 +538,8 @@ def folder_entity(known, root, where, line):
 
 def plain(text):
     """Can this text be shown, copied and compared? A string of 1 to 200 characters without tags, line breaks and " | "
-    (nor one that arises from a "|" at its edge, or from "_", which relations show as a blank), of which something is left after `normalise`."""
+    (nor one that arises from a "|" at its edge, or from "_", which relations show as a blank), of which something is
+    left after `normalise`."""
     return isinstance(text, str) and len(text) <= 200 and normalise(text) and not any(mark in f" {text} ".replace("_", " ") for mark in ("<", ">", "\n", "\r", " | "))
 
 

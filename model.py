@@ -50,7 +50,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import data
-from tools import PROCESSES, RANK, atomic, checksum, passages
+from tools import PROCESSES, PROCESSES_HERE, RANK, atomic, checksum, passages
 
 
 @dataclass
@@ -496,7 +496,7 @@ def pick(logits, temperature, allowed, generator=None):
 
 def work_together(device):
     """Join the process group that torchrun has started. Each process has its own GPU or its share of the cores."""
-    torch.set_num_threads(max(1, os.cpu_count() // int(os.environ["LOCAL_WORLD_SIZE"])))
+    torch.set_num_threads(max(1, os.cpu_count() // PROCESSES_HERE))
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     # imported before there is a group: it would keep a reference to it, and the threads of the group would outlive the

@@ -424,8 +424,8 @@ class Run:
 
     def begin(self, steps, modules, opts):
         """With --resume, load the state saved by `checkpoint` into modules and optimisers. Returns its step and `extra`
-        values, or {"step": 0} if there is no state. CheckpointError if a flag of MATTERS, or the
-        policy that the stage began with, has changed."""
+        values, or {"step": 0} if there is no state. CheckpointError if a flag of MATTERS, or the policy that the stage
+        began with, has changed."""
         meta = load_state(self.state, modules, opts) if self.resume and self.state.is_file() else dict(rows="[]", extra='{"step": 0}')
         self.rows, extra = json.loads(meta["rows"]), json.loads(meta["extra"])
         self.bar = tqdm(total=steps, initial=extra["step"], desc=self.stage, unit="step")

@@ -229,7 +229,7 @@ def gain(after="rl", before="sft", suites=tuple(gog.SUITES), file="results.csv")
 
 def curve(world, seed, column, run="rl"):
     """A column of the csv of a published run of RL: array, without the rows that lack it."""
-    return np.array([float(r[column]) for r in published(f"runs/{world}-nano-{seed}-{run}.csv") if r[column]])
+    return np.array([x for x in gog.curve_values(published(f"runs/{world}-nano-{seed}-{run}.csv"), [column])[column] if x is not None])
 
 
 ON_FLAGS = ("base", "direct", "full-search", "sft", "rl")  # rows of the two tables about countries
