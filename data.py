@@ -18,6 +18,10 @@ Glossary
     setting   the kind of wall: how many objects, how large, with look-alikes or not (SETTINGS)
     mix       a list of (kind, setting, weight) from which questions are drawn
     slip      a deliberate mistake of the expert: shown to the policy, but not trained
+    trajectory, rollout   all turns about one question; the same, sampled from a policy
+    hit       one result of an image search: "score name: blazon"
+    lesson    a text, mostly with a picture, that the base model learns from (grpo.py, second half); an errand is one
+              that follows a chain, without a picture
 
 Reading order: names -> arms -> entities and worlds -> scenes -> referring expressions -> questions -> folder worlds
 (skip at first). The helpers imported from tools.py, the next file, need not be read first. Files: `lines`, `as_row`,
@@ -80,7 +84,7 @@ VALUES = {**dict.fromkeys("ruler patron governor mayor bishop founder poet paint
           **dict.fromkeys(("towers", "number of wells", "number of mills"), lambda r: str(r.randint(2, 98))),
           **dict.fromkeys(("anthem", "dance"), lambda r: f"{r.choice(['Song', 'March', 'Hymn'])} of {word(r)}")}
 # Facts of every town. It also has a region, four more of VALUES and two of TOWN_LINKS, drawn at random
-ALL_TOWNS = ("ruler", "towers")
+EVERY_TOWN_HAS = ("ruler", "towers")
 # Relations that lead to another town, and from a region back to a town. One word each: thoughts copy "river of the
 # twin" from the question word by word, and a longer name would make it harder to see which relation comes next
 TOWN_LINKS, REGION_LINKS = ("twin", "rival", "ally", "neighbour"), ("capital", "stronghold")
@@ -218,7 +222,7 @@ def heraldry(seed=0, towns=3000):
     names, shields = distinct(town_name, towns), distinct(Arms.draw, towns)
     regions = [r for r in distinct(lambda g: f"{word(g)} {g.choice(['Vale', 'March', 'Coast', 'Heath'])}", max(2, towns // 25)) if r not in names]
     draw_facts = lambda keys, more: {k: VALUES[k](rng) for k in (*keys, *rng.sample([k for k in VALUES if k not in keys], more))}
-    entities = {n: Entity.with_arms(n, {**draw_facts(ALL_TOWNS, 4), "region": rng.choice(regions)}, a) for n, a in zip(names, shields)}
+    entities = {n: Entity.with_arms(n, {**draw_facts(EVERY_TOWN_HAS, 4), "region": rng.choice(regions)}, a) for n, a in zip(names, shields)}
     splits = split_names(names, rng)
     # Links stay within a split. A region's capital may be in any split but `late`: in training, a passage may show the
     # name and facts of a test town, but no question is about its arms
@@ -401,11 +405,12 @@ class Question:
 
 VISUAL = ("colour", "shape", "count")  # kinds that need no search
 # The training mixes are below; the evaluation mixes are in gog.py (SUITES, DEV_MIX)
-# name: (least, most objects, cells per side of the grid, sizes as in `hang`, look-alikes of the target)
+# SETTINGS, setting: (least, most objects, cells per side of the grid, sizes as in `hang`, look-alikes of the target)
 SETTINGS = {"single": (1, 1, 1, (0.45, 0.8), 0), "normal": (2, 6, 3, (0.66, 0.98), 0), "alike": (3, 6, 3, (0.66, 0.98), 2),
             "small": (4, 6, 3, (0.52, 0.72), 2), "crowd": (7, 10, 4, (0.7, 0.98), 0)}
-# Weights of the settings in the base model's lessons: freely hanging shields (one alone, small ones) take more practice
-# than a full wall
+# Weights of the settings in the base model's lessons, and in the labelled pictures of its eyes. Small shields, and one
+# alone (which is the only one to point at), come more often: the more freely a shield hangs, the worse its box was
+# (results/trials.md)
 LESSON_WALLS = {"single": 2, "normal": 4, "alike": 3, "small": 4, "crowd": 2}
 # For SFT: one relation at most; errands among the lessons replayed beside them (grpo.replay) show RL where to begin
 SFT_MIX = [("colour", "normal", 3), ("shape", "normal", 2), ("count", "normal", 2), ("count", "crowd", 4), ("colour", "single", 1), ("shape", "single", 1), ("name", "single", 1), ("hop1", "single", 1),
@@ -473,7 +478,7 @@ def ask(world, kind, setting, split, rng):
     if kind == "compare":
         a, b = (int(e.facts[relation]) for e in found)
         text = f"Which has more {relation}, the {texts[0]} or the {texts[1]}?"
-        return question(text, (found[a < b].name,), (relation,)) if a != b else None
+        return question(text, (found[0 if a > b else 1].name,), (relation,)) if a != b else None
 
     # name, hop1 .. hop5: follow a chain. All relations but the last must lead to another entity, which the index
     # has (one that is added after training: only in the suite `live`)

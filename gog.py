@@ -10,9 +10,9 @@ A whole trajectory (indented: observations; the format of turns is defined in to
     <think> twin is Karvel Ost, for the river of the one</think><search> Karvel Ost river</search>
         As for Karvel Ost, its river is Ilm. | In Karvel Ost the ruler is Te Gal IV.
     <think> river is Ilm</think><answer> Ilm</answer>
-The thought before a look names the look of the target, even if the question only says where it hangs; then only the
-colour of the hit is compared with it (why: `must_match`). If the crop had shown a blue square, the next turn would look
-elsewhere:
+The thought before a glance or gaze names the look of the target, even if the question only says where it hangs; then
+only the colour of the hit is compared with it (why: `must_match`). If the crop had shown a blue square, the next turn
+would look elsewhere:
     <think> want red, see blue: no, look at red round</think><gaze> ...
 
 From the paper: Selective Gaze (in every turn the policy chooses between the whole picture and a part of it); reflection
@@ -134,10 +134,10 @@ def _sample_turn(policy, v, cache, hidden, temperature, allowed, generator):
             break
         hidden = policy(token[:, None], cache=active, valid=live.long())[:, 0]
         if 2 * live.sum() < len(live):  # go on in a smaller cache, which is written back at the end
-            active is cache or cache.put(rows, active)
+            if active is not cache: cache.put(rows, active)
             rows, hidden, live = rows[live], hidden[live], live[live]
             active = cache.take(rows)
-    active is cache or cache.put(rows, active)  # write the smaller cache back, if there is one
+    if active is not cache: cache.put(rows, active)  # write the smaller cache back
     return out
 
 
@@ -164,8 +164,9 @@ class Slip(str):
 def expert(q, rng, wrong_gaze=0.0, missed=None):
     """The demonstrator, a generator: it yields the text of a turn and is sent the observation. It knows boxes, looks
     and the chain of relations, but reads every name and fact from the tools. Its thoughts serve as memory: they hold
-    the plan (`plan`: the relations still to be looked up) and, in comparisons, what was found of the first target. After
-    each look it states what it wants and what it sees, and looks elsewhere if they differ.
+    the plan (`plan`: the relations still to be looked up) and, in comparisons, what was found of the first target.
+    Parts of a thought, below: `look_thought` (before a glance or gaze), `spots` (places left), `compare_aloud` (after
+    it). After each glance or gaze it states what it wants and what it sees, and looks elsewhere if they differ.
 
     Three kinds of mistakes are shown as slips:
     - missed: {target: (look that the base model named, box that it chose)} where the base model's own gaze missed
@@ -178,8 +179,8 @@ def expert(q, rng, wrong_gaze=0.0, missed=None):
                f"<think> {look_thought(q.scene, q.targets[0], q.pointed_by[0], q.phrases[0])}</think><answer> {q.answers[0]}</answer>")
         return
     names, values, thought, memory = [], [], "", ""
-    for target, phrase, kind in zip(q.targets, q.phrases, q.pointed_by):
-        name, thought = yield from _find(q, target, phrase, kind, rng, (missed or {}).get(target), wrong_gaze, thought, memory)
+    for target, phrase, pointed_by in zip(q.targets, q.phrases, q.pointed_by):
+        name, thought = yield from _find(q, target, phrase, pointed_by, rng, (missed or {}).get(target), wrong_gaze, thought, memory)
         if not name:
             return  # nothing found, or a hit for the base model's wrong look: grpo.instruct drops this demonstration
         value = name
@@ -194,32 +195,32 @@ def expert(q, rng, wrong_gaze=0.0, missed=None):
         names.append(name), values.append(value)
         memory = f"{names[0]} {values[0]}"
     if q.kind == "compare":
-        first = int(values[0]) > int(values[1])
-        thought = with_commas(thought, f"{values[0]} more than {values[1]}: {'yes' if first else 'no'}")
-        values = [names[not first]]
+        first_has_more = int(values[0]) > int(values[1])
+        thought = with_commas(thought, f"{values[0]} more than {values[1]}: {'yes' if first_has_more else 'no'}")
+        values = names[:1] if first_has_more else names[1:]
     yield f"<think> {thought}</think><answer> {values[-1]}</answer>"
 
 
-def _find(q, target, phrase, kind, rng, base_miss, wrong_gaze, thought, memory):
+def _find(q, target, phrase, pointed_by, rng, base_miss, wrong_gaze, thought, memory):
     """Look for one target until a hit matches. Returns (its name or None, the next thought). If the target has
-    look-alikes (kind "detail"), their boxes are tried in turn; those misses are trained, unless the target is overlooked
-    at first: then they are slips.
+    look-alikes (pointed_by "detail"), their boxes are tried in turn; those misses are trained, unless the target is
+    overlooked at first: then they are slips.
 
-    phrase: the true look of the target, with its detail if it has look-alikes. kind: the kind of referring expression.
-    base_miss: (look, box) of the base model's own mistake, or None. thought: the end of the last thought. memory: what
-    was found of the first of two targets."""
+    phrase: the true look of the target, with its detail if it has look-alikes. pointed_by: the kind of referring
+    expression. base_miss: (look, box) of the base model's own mistake, or None. thought: how the next thought begins
+    (what the last search showed; at first ""). memory: what was found of the first of two targets."""
     looks, boxes = [e.look for e in q.scene.entities], q.scene.boxes
-    if kind not in ("look", "colour", "detail") and (also := also_looks(q.scene.entities[target])):
+    if pointed_by not in ("look", "colour", "detail") and (also := also_looks(q.scene.entities[target])):
         phrase = rng.choice([phrase, *also])  # the question names no colour, so any of a flag's colours will do
     alike, other_boxes = ([b for b, look in zip(boxes, looks) if (look == looks[target]) == same] for same in (True, False))
-    places = ["glance"] if len(looks) == 1 else left_to_right(alike) if kind == "detail" else [boxes[target]]
+    places = ["glance"] if len(looks) == 1 else left_to_right(alike) if pointed_by == "detail" else [boxes[target]]
     # attempts: (look named in the thought, where to look, is it a slip?). The named look is wrong only when an attempt
     # repeats the base model's own mistake
     attempts, slips = [(phrase, place, False) for place in places], rng.random() < wrong_gaze
     wrong_places = [b for b in (rng.choice(other_boxes or [None]), _bare_wall(boxes, rng)) if b]
     if base_miss:
         attempts = [(*base_miss, True), *attempts]
-    elif slips and kind == "detail":  # the target is overlooked at first
+    elif slips and pointed_by == "detail":  # the target is overlooked at first
         attempts = [(phrase, place, True) for place in places if place != boxes[target]] + [(phrase, boxes[target], False)]
     elif slips and wrong_places:
         attempts = [(phrase, rng.choice(wrong_places), True), *attempts]
@@ -227,11 +228,12 @@ def _find(q, target, phrase, kind, rng, base_miss, wrong_gaze, thought, memory):
         attempts = [(phrase, "glance", True), *attempts]
     for k, (named, place, is_slip) in enumerate(attempts):
         action = "<glance></glance>" if place == "glance" else gaze(place)
-        untried = [p for _, p, slip in attempts[k:] if slip == is_slip] if kind == "detail" and place != "glance" else []
-        turn = f"<think> {with_commas(thought, memory, look_thought(q.scene, target, kind, named))}{spots(untried)}</think>{action}"
+        # of look-alikes, the thought lists the places that are left; while the target is overlooked (slips), without it
+        untried = [p for _, p, slip in attempts[k:] if slip == is_slip] if pointed_by == "detail" and place != "glance" else []
+        turn = f"<think> {with_commas(thought, memory, look_thought(q.scene, target, pointed_by, named))}{spots(untried)}</think>{action}"
         obs = yield from _try(Slip(turn) if is_slip else turn, action)
-        wanted = must_match(kind, phrase if kind in ("colour", "shape") else named)  # what the question says, or the thought
-        name, seen = best_hit(obs, wanted, kind)
+        wanted = must_match(pointed_by, phrase if pointed_by in ("colour", "shape") else named)  # what the question says, or the thought
+        name, seen = best_hit(obs, wanted, pointed_by)
         thought = compare_aloud(wanted, seen)
         if name:
             break
@@ -299,10 +301,10 @@ def also_looks(e):
 
 
 def look_thought(scene, i, kind, phrase):
-    """The thought before a look at object i. The look comes last, right before the gaze: gazes missed when even a plan
-    stood between the two (results/trials.md). If the question points by shape, the shape comes first; otherwise the
-    colour would be named before the shape has been read. If it points by a neighbour, the thought has two steps: where
-    the neighbour is, and what is beside it."""
+    """The thought before a glance or gaze at object i. Its look comes last, right before the gaze: gazes missed when
+    even a plan stood between the two (results/trials.md). If the question points by shape, the shape comes first;
+    otherwise the colour would be named before the shape has been read. If it points by a neighbour, the thought has two
+    steps: where the neighbour is, and what is beside it."""
     look, _, detail = phrase.partition(", ")
     if kind != "neighbour":
         return with_commas(detail, look.split()[-1] if kind == "shape" else "", f"look at {look}")
@@ -312,9 +314,9 @@ def look_thought(scene, i, kind, phrase):
 
 
 def compare_aloud(wanted, seen):
-    """The thought after a look: compares wanted and seen part by part (look, then detail), up to the first difference.
-    Comparing five words at once is too hard for a small model: differences in some kind of word, a different kind in
-    every run, went unnoticed nearly always (results/trials.md)."""
+    """The thought after a glance or gaze: compares wanted and seen part by part (look, then detail), up to the first
+    difference. Comparing five words at once is too hard for a small model: differences in some kind of word, a
+    different kind in every run, went unnoticed nearly always (results/trials.md)."""
     pairs = list(zip(wanted.split(", "), seen.split(", ")))
     differ = next((i for i, (w, s) in enumerate(pairs) if w != s), len(pairs) - 1)
     return ", ".join(f"want {w}, see {s}: {'yes' if w == s else 'no'}" for w, s in pairs[:differ + 1])
@@ -331,7 +333,7 @@ def _try(turn, action, patience=3):
     """Take a turn and return its observation. If the tool fails, repeat the action, up to `patience` tries in all."""
     obs = yield turn
     while obs == "search failed" and (patience := patience - 1):
-        obs = yield type(turn)(f"<think> failed, again</think>{action}")
+        obs = yield type(turn)(f"<think> failed, again</think>{action}")  # a slip is repeated as a slip
     return obs
 
 

@@ -83,7 +83,7 @@ def policy_loss(logp, old_logp, advantage, low=0.2, high=0.2, reference=None, be
     loss = -torch.minimum(ratio * advantage, clipped * advantage).sum()
     d = reference - logp if reference is not None else torch.zeros_like(logp)
     kl = (d.exp() - d - 1).sum()
-    return loss + beta * kl, ((ratio - clipped).abs() > 0).sum().item(), kl.item()
+    return loss + beta * kl, (ratio != clipped).sum().item(), kl.item()
 
 
 # ----------------------------------------------------------------------------------------------- one step of each stage
@@ -122,19 +122,21 @@ def supervised_step(policy, env, batch, opts, budget=4000):
 def grpo_step(policy, reference, env, batch, advantages, opts, a):
     """One GRPO update from rollouts (list of Q*G) and their advantages (Q*G,). Returns the metrics of the step.
 
-    Rollouts with advantage 0 are left out (`alive`: indices of the others); the loss is divided by the number of
-    trained tokens of the others. The gradient is computed in two halves, of the questions with even and with odd index.
-    The metric `signal` is the cosine of these two gradients, -1 to 1: 1 if both halves ask for the same change, about 0
-    if they have nothing in common (noise).
+    Rollouts with advantage 0 are left out, of the KL penalty, too (`used`: indices of the others); the loss is divided
+    by the number of trained tokens of the others. The gradient is computed in two halves, of the questions with even
+    and with odd index. The metric `signal` is the cosine of these two gradients, -1 to 1: 1 if both halves ask for the
+    same change, about 0 if they have nothing in common (noise).
     """
-    alive = advantages.nonzero()[:, 0].tolist()
-    if not a.mask:  # ablation: tool results are trained, too. They have no old_logp, so the ratio is set to 1
+    used = advantages.nonzero()[:, 0].tolist()
+    # ablation: every token but <bos> is trained, also questions, image placeholders and tool results. These have no
+    # old_logp, so the ratio of all tokens is set to 1
+    if not a.mask:
         env, batch = copy(env), [replace(t, trained=[False] + [True] * (len(t.ids) - 1)) for t in batch]
         env.sampleable = [True] * env.v.size
-    token_count = max(1, sum(sum(batch[i].trained) for i in alive))
+    token_count = max(1, sum(sum(batch[i].trained) for i in used))
     totals, gradients, ratio_gap = dict(loss=0.0, kl=0.0, clipped=0.0, entropy=0.0), [], 0.0
     for half in (0, 1):
-        mine = share([i for i in alive if i // a.group % 2 == half])  # rollout i answers question i // group
+        mine = share([i for i in used if i // a.group % 2 == half])  # rollout i answers question i // group
         for part in micro_batches(mine, [len(batch[i].ids) for i in mine], a.token_budget):
             trajectories = [batch[i] for i in part]
             logp, all_logp = token_logprobs(policy, env, trajectories, a.temperature)
@@ -150,7 +152,7 @@ def grpo_step(policy, reference, env, batch, advantages, opts, a):
                 totals[name] += value / token_count
         gradients.append(flat_gradient(opts))  # gradients accumulate: the second is the sum of both halves
     totals, signal = {name: summed(x).item() for name, x in totals.items()}, F.cosine_similarity(gradients[0], gradients[1] - gradients[0], 0).item()
-    norm = update(policy, opts, share([batch[i] for i in alive]), totals["loss"])  # all groups dead: no gradient, nothing moves
+    norm = update(policy, opts, share([batch[i] for i in used]), totals["loss"])  # all groups dead: no gradient, nothing moves
     return totals | dict(ratio_gap=max(gathered([ratio_gap])), signal=signal, grad_norm=norm)
 
 
@@ -251,15 +253,15 @@ def misses(policy, env, questions, rows=256):
 
 
 class Curriculum:
-    """Chooses what is asked next, by pass rate. Its entries are questions that have been scored once beforehand, or
-    kinds of questions:
+    """Chooses what is asked next, by pass rate, among entries (a list that the caller keeps): questions that have been
+    scored once beforehand, or kinds of questions:
 
         level2 (default, the paper's), level1, learnable (0 < p < 1/2), all: questions with such a first pass rate p,
             equally often.
         adaptive: all questions, with weights that follow their pass rates (`draw`).
         fresh: as adaptive, for kinds of questions (four hops, counting ...); each draw asks a new question.
 
-    `pass_rates`: one per entry; `draw` returns indices into it. `worth`: weight of each entry, default 1 (fresh:
+    `pass_rates`: one per entry; `draw` returns indices of entries. `worth`: weight of each entry, default 1 (fresh:
     data.RL_MIX). `pool`: the indices that may be drawn, default: what the mode allows.
 
     `fresh` needs no scoring beforehand, and no question can be learnt by heart; with three seeds it cannot be told from
@@ -483,8 +485,8 @@ RARE = {"shape": 2, "order": 2, "neighbour": 3, "size": 12}
 
 def wall_lesson(env, rng, questions=9):
     """Questions about objects on a wall, each object once. (If it were asked for twice, its box could be copied from
-    the first answer without looking.) A tenth of the walls is blurred, so that the first look can only be a guess:
-    there, a question is asked after such a look, if some object is similar. In brackets: trained.
+    the first answer without looking.) A tenth of the walls is blurred, so that the first gaze can only be a guess:
+    there, if some object is similar, a question comes after one or two wrong gazes (`ask_about`). In brackets: trained.
 
         <bos> <image> x 16 point to the leftmost shield<sep>
         [<think> look at red round</think><gaze> 3 36 30 63</gaze><stop>] What is the colour ...
@@ -518,13 +520,13 @@ def ask_about(env, rng, t, scene, i, kind, expressions, remaining, blurred):
     65 %: point to the object. 20 %: ask for its colour or shape, unless the expression gives it away.
     `remaining`: the objects still to be asked for; the wrong ones are removed, as their boxes are now visible.
     """
-    e, u, part = scene.entities[i], rng.random(), rng.randrange(2)  # part of the look: 0 colour, 1 shape
+    e, u, coin = scene.entities[i], rng.random(), rng.randrange(2)  # coin: 0 colour, 1 shape; or one wrong gaze, or two
     look = rng.choice([e.look, *gog.also_looks(e)]) if kind not in ("look", "colour") and u < 0.8 else e.look  # as gog.expert names it
     thought, wanted = gog.look_thought(scene, i, kind, look), gog.must_match(kind, look)
     found = [gog.best_hit(f"{x.name}: {x.blazon}", wanted, kind) for x in scene.entities]  # (name if it fits, what it shows)
     similar = [j for j, x in enumerate(scene.entities) if not found[j][0] and {*x.look.split()} & {*look.split()}]
     if similar and (blurred or u < 0.15):
-        said, missed = thought, rng.sample(similar, min(len(similar), 1 + (blurred and part)))  # (`part` is as good as a coin)
+        said, missed = thought, rng.sample(similar, min(len(similar), 1 + (blurred and coin)))
         remaining[:] = [x for x in remaining if x not in missed]
         t.observe([*env.v.encode(f"point to the {expressions[kind]}"), env.v.id["<sep>"]])
         for j in missed:
@@ -532,10 +534,10 @@ def ask_about(env, rng, t, scene, i, kind, expressions, remaining, blurred):
             show(env, t, "", hit_list(rng, (scene.entities[j], fresh_town(rng, noun=scene.noun))), crop(scene.picture(), scene.boxes[j]))
             said = f"{gog.compare_aloud(wanted, found[j][1])}, {thought}"
         teach(env, t, "", f"<think> {said}</think>{gog.gaze(scene.boxes[i])}", "iou after a miss")
-    elif u < 0.8 or kind in ("look", ("colour", "shape")[part]):
+    elif u < 0.8 or kind in ("look", ("colour", "shape")[coin]):
         teach(env, t, f"point to the {expressions[kind]}", f"<think> {thought}</think>{gog.gaze(scene.boxes[i])}", f"iou {kind}")
     else:
-        teach(env, t, f"What is the {('colour', 'shape')[part]} of the {expressions[kind]}?", f"<think> {thought}</think><answer> {look.split()[part]}</answer>", "visual")
+        teach(env, t, f"What is the {('colour', 'shape')[coin]} of the {expressions[kind]}?", f"<think> {thought}</think><answer> {look.split()[coin]}</answer>", "visual")
 
 
 def crop_lesson(env, rng, crops=3):
@@ -670,9 +672,11 @@ def errand_lesson(env, rng, hops=5, sighted=False):
     text = next(script := gog.expert(q, rng, wrong_gaze=0.2))
     while text:
         turn, (thought, _, action) = parse(text), text.partition("</think>")
-        looks, slip = turn.kind in ("glance", "gaze"), isinstance(text, gog.Slip)
-        (t.observe if slip or looks and not sighted and {*q.pointed_by} != {"look"} else t.act)(env.v.encode_turn(f"{thought}</think>"))
-        (t.observe if slip or looks and not sighted else t.act)(env.v.encode_turn(action) + [env.v.id["<stop>"]])
+        looking, slip = turn.kind in ("glance", "gaze"), isinstance(text, gog.Slip)
+        # not trained: slips; and without a picture, glances and gazes, and thoughts before them that name a look which
+        # the question does not say
+        (t.observe if slip or (looking and not sighted and {*q.pointed_by} != {"look"}) else t.act)(env.v.encode_turn(f"{thought}</think>"))
+        (t.observe if slip or (looking and not sighted) else t.act)(env.v.encode_turn(action) + [env.v.id["<stop>"]])
         if observation := tools_answer(world, q.scene, turn, rng):
             show(env, t, "", observation, crop(q.scene.picture(), turn.argument) if sighted and turn.kind == "gaze" else None)
         text = gog.next_turn(script, observation)
@@ -735,7 +739,7 @@ LATER = {wall_lesson: 0.55, find_lesson: 0.07, count_lesson: 0.3, crop_lesson: 0
 
 
 def exam(policy, env, n, seed="exam"):
-    """Examine the base model on about n held-out lessons, one greedy answer each (lessons without a question are left
+    """Examine the base model on about n held-out lessons, one greedy answer each (lessons that have no topic are left
     out): {topic: (score, count)}. `iou KIND`: mean IoU of pointing by that kind of expression. Every other topic: share
     of exact answers."""
     rng, scores = random.Random(seed), {}

@@ -476,7 +476,7 @@ def pick(logits, temperature, allowed, generator=None):
     sampled distribution.
 
     temperature: 0 is greedy (the log-probability is then that at temperature 1). There is no top-k or top-p: GRPO
-    must score exactly the distribution that was sampled from, so that its ratio is 1 before the first update.
+    must score exactly the distribution that was sampled from, so that its ratio begins at 1 (but for rounding).
     allowed: bool (B or 1, vocab), the ids that may be sampled."""
     logits = logits.masked_fill(~allowed, float("-inf"))
     logp = F.log_softmax(logits.float() / (temperature or 1.0), -1)
@@ -610,10 +610,10 @@ def flat_gradient(opts):
 
 
 def update(module, opts, batch=(), loss=0.0, clip=1.0):
-    """One optimiser step on the gradients that `batch` has left in the parameters. The gradient of `module` is
-    clipped to norm `clip`; returns its norm before clipping. Raises NotFinite if this norm or `loss` is not finite.
-    With several processes, each holds the gradient of its share of the batch; they are summed, and all processes take
-    the same step."""
+    """One optimiser step on the gradients that `batch` (only for the report if this fails) has left in the parameters.
+    The gradient of `module` is clipped to norm `clip`; returns its norm before clipping. Raises NotFinite if this norm
+    or `loss` is not finite. With several processes, each holds the gradient of its share of the batch; they are summed,
+    and all processes take the same step."""
     if PROCESSES > 1:
         for p, g in zip(parameters(opts), flat_gradient(opts).split([p.numel() for p in parameters(opts)])):
             p.grad = g.view_as(p) if g.any() else None  # None: no loss depends on p, so momentum must not move it

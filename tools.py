@@ -21,9 +21,12 @@ Why: the same call gives the same result, without an account, a network, or a le
 
 Each token's provenance is recorded when it is appended: `Trajectory.act` adds what the policy sampled or should learn
 (trained); `Trajectory.observe` adds what the environment wrote, and the expert's slips (never trained). Token ids are
-never decoded and re-encoded, so training sees exactly what was sampled.
+never decoded and re-encoded, so training sees exactly what was sampled. (Text within tags begins with a blank, so that
+a word has the same tokens everywhere.)
 
-Reading order: crop -> descriptor -> the two indices -> toolbox -> turns -> trajectory and environment -> files.
+Reading order: crop -> descriptor -> the two indices -> toolbox -> turns -> trajectory and environment -> files. At
+first, skip descriptor and indices: all that matters is that an image search compares colours and edges, place by place,
+and a text search shared words.
 Boxes are (x0, y0, x1, y1), integers 0..99, in percent of the picture's width and height.
 """
 import argparse
@@ -491,24 +494,24 @@ def to_array(picture, side):
 
 
 class Environment:
-    """Builds prompts, runs tools and appends observations. withhold: tool results are hidden (a control). gaze=False:
-    <gaze> cannot be sampled."""
+    """Builds prompts, runs tools and appends observations. vocabulary: model.Vocabulary. config: model.ModelConfig, for
+    the size of pictures. withhold: tool results are hidden (a control). gaze=False: <gaze> cannot be sampled."""
 
     def __init__(self, vocabulary, toolbox, config, withhold=False, gaze=True):
         self.v, self.toolbox, self.side, self.withhold, self.may_gaze = vocabulary, toolbox, config.picture, withhold, gaze
         self.image_ids = [vocabulary.id["<image>"]] * config.image_tokens
-        # per token id: may the policy sample it?
+        # per token id: may the policy sample it? Those before <stop> are written by the environment only (model.TAGS)
         self.sampleable = [i >= vocabulary.id["<stop>"] and (gaze or i != vocabulary.id["<gaze>"]) for i in range(vocabulary.size)]
 
     def prompt(self, question, picture=None):
         """A new trajectory: <bos> picture (if there is one) question <sep>."""
-        t, (image, pictures) = Trajectory(question), ([], []) if picture is None else (self.image_ids, [picture])
+        t, (image, pictures) = Trajectory(question), (self.image_ids, [picture]) if picture is not None else ([], [])
         t.observe([self.v.id["<bos>"], *image, *self.v.encode(question.text), self.v.id["<sep>"]], *pictures)
         return t
 
     def step(self, trajectories, turns, pictures):
-        """Append each parsed turn and, unless it is an answer, its observation. Tools are called in one batch.
-        `pictures`: the whole pictures, at full size."""
+        """Append each parsed turn to `turns` (its tokens are in `ids` already) and, unless it is an answer, its
+        observation. Tools are called in one batch. `pictures`: the whole pictures, at full size."""
         calls = {i: (turn.kind, turn.argument, pictures[i]) for i, turn in enumerate(turns) if turn.kind in ("search", "glance", "gaze")}
         results = dict(zip(calls, self.toolbox.run([*calls.values()])))
         for i, (t, turn) in enumerate(zip(trajectories, turns)):

@@ -4,10 +4,11 @@ loop, read from top to bottom (eval: over suites and rows of the table); reprodu
 From the paper: SFT on reflective trajectories, then GRPO on the questions that the SFT model mostly fails.
 Here instead: one more stage at the beginning. `pretrain` makes the base model, where the paper takes Qwen-VL: first the
     vision encoder alone ("the eyes"), with labels for every patch and image token; then, with the vision encoder
-    frozen, lessons in words. A stage whose input is missing runs the stages before it first.
+    frozen, lessons in words. A stage whose input is missing runs the stage that makes it first.
 
 Reading order: flags -> the four stages -> the grid -> run folder -> tables -> command line.
-`a`: the flags (Args); `v`: the vocabulary; `run`: the run folder of a stage (Run).
+`a`: the flags (Args); `v`: the vocabulary; `run`: the run folder of a stage (Run): `begin` loads a checkpoint if it
+should resume, `log` adds a row to the csv, `checkpoint` saves now and then, `close` finishes.
 """
 import json
 import signal
@@ -33,7 +34,7 @@ from tools import PROCESSES, PROCESSES_HERE, RANK, Environment, Toolbox, atomic,
 @dataclass
 class Args:
     """Every field is a flag, and its comment is the flag's help text."""
-    stage: str = "rl"  # pretrain, sft, rl or eval (if an input is missing, the stages before run first), or reproduce: every row of GRID, about 8 hours per seed
+    stage: str = "rl"  # pretrain, sft, rl or eval (stages that make a missing input run first), or reproduce: every row of GRID, about 8 hours per seed
     preset: str = "nano"  # size of the model: tiny (for tests), nano or small
     device: str = "auto"  # auto, cuda, mps or cpu
     world: str = "heraldry"  # heraldry, or the path of a folder world
@@ -73,7 +74,7 @@ class Args:
     clip_low: float = 0.2  # the ratio is clipped to at least 1 - clip_low
     clip_high: float = 0.28  # the ratio is clipped to at most 1 + clip_high
     advantage: str = "std"  # std (divide by the standard deviation of the group) or mean (do not)
-    mask: bool = True  # train on the policy's own tokens only. --no-mask: also on the tokens of tool results (shows why the mask is needed)
+    mask: bool = True  # train on the policy's own tokens only. --no-mask: on every token, also of questions and tool results (shows why the mask is needed)
     curriculum: str = "level2"  # level2 (the paper's: questions that the SFT policy mostly fails), level1, all, learnable, adaptive (of questions scored beforehand) or fresh (new questions; their kinds are drawn by running pass rates)
     temperature: float = 0.8  # sampling temperature of rollouts
     eval_every: int = 20  # RL steps between validations on the development split, and between checkpoints
@@ -102,7 +103,7 @@ class Args:
     def variant(self, stage):
         """Suffix for --word-steps and, for all stages after pretrain, four flags of SFT. (With other flags of these
         stages, --see-steps or --sft-lr, choose a folder of its own: --out.)"""
-        return self.suffix("word_steps", *["demos", "gaze", "replay", "wrong_gaze"] * (stage != "pretrain"))
+        return self.suffix("word_steps", *(["demos", "gaze", "replay", "wrong_gaze"] if stage != "pretrain" else []))
 
     def folder(self, stage=""):
         """Run folder of a stage. The base model is trained on no world, so all worlds share its folder."""
@@ -115,7 +116,7 @@ class Args:
 
     def row(self):
         """Row name in the results: the policy's name, and the flags that make this evaluation differ from the usual."""
-        return self.name + self.suffix(*["gaze"] * (self.name == "rl"), *EVAL_FLAGS)
+        return self.name + self.suffix(*(["gaze"] if self.name == "rl" else []), *EVAL_FLAGS)
 
     def weights(self, stage):
         """The file of weights that a stage writes."""
@@ -187,8 +188,8 @@ def sft(a):
 
 
 def development(policy, env, world, a):
-    """Greedy accuracy on the development split, with questions as in the suites; and the trajectories. All tuning uses
-    this split."""
+    """Greedy accuracy on the development split, with questions as in the suites; and the trajectories. Within a run,
+    nothing else selects."""
     questions = data.questions(world, gog.DEV_MIX, a.rl_dev, f"dev/{a.seed}", ("dev",))
     reliable = Toolbox(env.toolbox.image_index, env.toolbox.text_index)  # tools that do not fail
     trajectories = gog.evaluate(policy, Environment(env.v, reliable, policy.config, gaze=a.gaze), questions, progress="development")
@@ -200,8 +201,8 @@ def rl(a):
     (policy, v), run = load(a.weights("sft"), a.device), Run(a, a.name)
     world = data.open_world(a.world, a.seed_world, a.towns)
     env = Environment(v, make_toolbox(world, a.failure_rate, a.seed), policy.config, gaze=a.gaze)
-    fresh = a.curriculum == "fresh"  # the pool holds kinds of questions; else single questions, scored beforehand
-    askable = grpo.askable(world) if fresh else [*data.questions(world, data.RL_MIX, a.rl_questions, f"rl/{a.seed}"), *world.own[::2]]
+    fresh = a.curriculum == "fresh"  # entries are kinds of questions; else single questions, scored beforehand
+    entries = grpo.askable(world) if fresh else [*data.questions(world, data.RL_MIX, a.rl_questions, f"rl/{a.seed}"), *world.own[::2]]
     reference = load(a.weights("sft"), a.device)[0].requires_grad_(False) if a.beta else None
     # Why SGD: the gradients of two batches had a cosine of 0.16; the steps that AdamW would have made of them 0.06,
     # Muon's 0.02. Why the deeper half learns faster: its gradients agree best (where to attend, so what to copy next:
@@ -209,11 +210,12 @@ def rl(a):
     deep = {*map(id, policy.layers[len(policy.layers) // 2:].parameters())}
     opts = [torch.optim.SGD([dict(params=[p], lr=a.rl_lr * (a.rl_deep if id(p) in deep else 1)) for p in policy.parameters() if p.requires_grad], momentum=0.9)]
     saved = run.begin(a.rl_steps, [policy], opts)
-    rates = saved.get("pass_rates") or ([0.5] * len(askable) if fresh else grpo.pass_rates(policy, env, askable, 4, a.temperature, a.seed))
-    worth = [entry[2] if isinstance(entry, tuple) else 1 for entry in askable]
+    rates = saved.get("pass_rates") or ([0.5] * len(entries) if fresh else grpo.pass_rates(policy, env, entries, 4, a.temperature, a.seed))
+    worth = [entry[2] if isinstance(entry, tuple) else 1 for entry in entries]
     curriculum = grpo.Curriculum(rates, a.curriculum, a.seed, pool=saved.get("pool"), worth=worth)
-    # Entries and pictures of the report, and the step at which each alarm was printed. Not saved: empty after --resume
-    entries, pictures, alarmed = [], {}, {}
+    # Trajectories and pictures of the report, and the step at which each alarm was printed. Not saved: empty after
+    # --resume
+    shown, pictures, alarmed = [], {}, {}
     # [development accuracy, step] of the best policy so far, and its file, which becomes the result at the end
     best, best_file = saved.get("best", [-1.0, 0]), run.weights.with_suffix(".best.safetensors")
     for step in range(saved["step"], a.rl_steps + 1):  # one pass more than updates: the last one only validates
@@ -226,14 +228,15 @@ def rl(a):
                 save(policy, best_file, tokenizer=v.text)
         if step == a.rl_steps:
             run.log(step=step, development=score)
-            group_report(a, run, entries, pictures)
+            group_report(a, run, shown, pictures)
             break
+        # one update: draw questions, roll out, step (grpo.iteration). What follows it: log, alarms, report, checkpoint
         lr = set_lr(opts, lr_factor(step, a.rl_steps, warmup=3, decay=0.5))
         chosen = curriculum.draw(a.rl_batch, step)
-        env.toolbox.rng.seed(f"tools/{a.seed}/{step}/{RANK}")  # all randomness depends on seed and step only, so --resume is exact
-        questions = grpo.ask_each(world, [askable[i] for i in chosen], f"rl/{a.seed}/{step}")
-        batch, advantages, pass_rates, stats = grpo.iteration(policy, reference, env, questions, opts, a, torch_rng(policy.device, "rl", a.seed, step))
-        curriculum.seen(chosen, pass_rates)
+        env.toolbox.rng.seed(f"tools/{a.seed}/{step}/{RANK}")  # all randomness depends on seed and step only: exact --resume
+        questions = grpo.ask_each(world, [entries[i] for i in chosen], f"rl/{a.seed}/{step}")
+        batch, advantages, batch_rates, stats = grpo.iteration(policy, reference, env, questions, opts, a, torch_rng(policy.device, "rl", a.seed, step))
+        curriculum.seen(chosen, batch_rates)
         run.log(step=step, **stats, lr=lr, development=score)  # development: of the policy before this update
         first = next((r for r in run.rows if float(r["dead"]) < 1), run.rows[0])  # with live groups: entropy is theirs
         for metric, alarm in alarms({k: float(v) for k, v in first.items() if v}, stats).items():
@@ -241,10 +244,10 @@ def rl(a):
                 tqdm.write(f"step {step}: {alarm}", file=sys.stderr)
         if step % a.show_every == 0:
             print("\n" + gog.tell(batch[int(advantages.argmax())]), file=sys.stderr)
-            entries, pictures = ([], {}) if len(entries) > 200 else (entries, pictures)  # limits the size of the report
+            shown, pictures = ([], {}) if len(shown) > 200 else (shown, pictures)  # limits the size of the report
             for i, (t, advantage) in enumerate(zip(batch[:3 * a.group], advantages.tolist())):
-                entries.append(report_entry(a, t, world, v, pictures, f"{step} {i // a.group}", f"step {step}", f"rollout {i % a.group + 1}", advantage))
-            group_report(a, run, entries, pictures)
+                shown.append(report_entry(a, t, world, v, pictures, f"{step} {i // a.group}", f"step {step}", f"rollout {i % a.group + 1}", advantage))
+            group_report(a, run, shown, pictures)
         run.checkpoint([policy], opts, a.eval_every, step=step + 1, pass_rates=curriculum.pass_rates, pool=curriculum.pool, best=best)
     atomic(run.weights, lambda p: p.write_bytes(best_file.read_bytes()))
     run.close(CURVES, best_file)
@@ -526,9 +529,10 @@ def timed(a, stage):
 
 
 def run_stages(a):
-    """Run the requested stage, and before it every earlier stage that is not done."""
+    """Run the requested stage, and before it the stages that make its missing inputs (rl needs no base model, if there
+    is an SFT policy)."""
     # the requested stage runs again even if it is done, unless --resume finds it finished
-    is_done = lambda stage: a.weights(stage).is_file() and (stage != a.stage or a.resume and not unfinished(a, stage))
+    is_done = lambda stage: a.weights(stage).is_file() and (stage != a.stage or a.resume and not unfinished(a, stage)) or (stage, a.stage) == ("pretrain", "rl") and a.weights("sft").is_file()
     todo = [stage for stage in list(STAGES)[:list(STAGES).index(a.stage) + 1] if not is_done(stage)]
     if a.trained_on and todo not in ([], ["eval"]):
         raise CheckpointError(f"--trained-on evaluates only, and needs trained policies. Run python train.py --stage rl --world {a.trained_on} first, then --stage eval --trained-on {a.trained_on}")

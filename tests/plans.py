@@ -1,6 +1,6 @@
 """Where do chains break? How many of its first and second plans a policy says right. Run by hand:
 
-    python tests/plans.py [SEED ...]    -> results/plans.csv, of out/heraldry-nano-SEED/{sft,rl}.safetensors
+    python tests/plans.py [SEED ...]    -> results/plans.csv, of base model, SFT and RL policy of every SEED in out/
 
 Every question is about one of several shields of the development split, and follows one to five relations. The expert
 gazes at the right shield, the tools answer, and the policy goes on (greedy): it should say whether the hit is what it
@@ -40,8 +40,8 @@ def main(*seeds, each=60):
     world, told = data.open_world("heraldry"), []
     box, demos = tools.make_toolbox(world), []
     for seed in tqdm(seeds or ("0", "1", "2")):
-        for stage in ("sft", "rl"):
-            policy, v = load(f"out/heraldry-nano-{seed}/{stage}.safetensors")
+        for stage, weights in (("base", f"base-nano-{seed}/pretrain"), ("sft", f"heraldry-nano-{seed}/sft"), ("rl", f"heraldry-nano-{seed}/rl")):
+            policy, v = load(f"out/{weights}.safetensors")
             env = tools.Environment(v, box, policy.config)
             demos = demos or demonstrations(env, world, each)  # the same for all: there is one vocabulary
             for k, name in enumerate(("first", "second")):  # behind the first or second observation: the look, the first search

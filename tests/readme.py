@@ -113,7 +113,7 @@ def plans():
     def share(policy, plan, relations):
         mine = [[int(r[k]) for k in ("right", "short", "other")] for r in published("plans.csv") if (r["policy"], r["plan"], r["relations"]) == (policy, plan, relations)]
         return f"{100 * sum(right for right, *_ in mine) / total:.0f}" if (total := sum(map(sum, mine))) else ""
-    return table(["relations of the question", *"12345"], [[f"{LABELS[policy]}, {plan} plan", *(share(policy, plan, n) for n in "12345")] for policy in ("sft", "rl") for plan in ("first", "second")])
+    return table(["relations of the question", *"12345"], [[f"{LABELS[policy]}, {plan} plan", *(share(policy, plan, n) for n in "12345")] for policy in ("base", "sft", "rl") for plan in ("first", "second")])
 
 
 def exam():
@@ -249,7 +249,7 @@ ROBUST = {  # number: (row of seed 0, suites)
 NUMBERS = {
     **{f"old {name}": lambda of=of: f"{of():.1f}" for name, of in OLD.items()},
     **{name: lambda row=row, suites=suites: f"{100 * means('heraldry', row, suites=suites or tuple(gog.SUITES))[0]:.1f}" for name, (row, *suites) in ROBUST.items()},
-    "gains": lambda: listed(gain()), "live gain": lambda: f"{gain(suites=('live',)).mean():.1f}",
+    "gains": lambda: listed(gain()), **{f"{name} gain": lambda suites=suites: f"{gain(suites=suites).mean():.1f}" for name, suites in (("live", ("live",)), ("hops", ("hops",)), ("others", tuple(s for s in gog.SUITES if s != "hops")))},
     **{f"{row} gazes": lambda row=row, suites=suites: f"{100 * means('heraldry', row, 'gaze_correct', suites).mean():.0f}"
        for row, suites in (("oracle", ("fine",)), ("sft", ("facts", "crowd", "live", "hops")), ("rl", ("facts", "crowd", "live", "hops")))},
     "rl reflection": lambda: f"{100 * values('heraldry', 'rl', 'fine', 'reflection').mean():.0f}",
@@ -262,8 +262,10 @@ NUMBERS = {
     **{f"countries {row}": lambda row=row: f"{100 * means('countries', row).mean():.1f}" for row in ("sft", "rl-fresh")},
     "found after sft": lambda: f"{100 * values('countries', 'sft', 'facts', 'target_found').mean():.0f}", "flags dead": lambda: f"{100 * curve('countries', '0', 'dead').mean():.0f}",
     **{f"flags gazes {when}": lambda part=part: f"{100 * curve('countries', '0', 'gaze_correct')[part].mean():.0f}" for when, part in (("first", slice(10)), ("last", slice(-10, None)))},
-    **{f"flags {name}": lambda run=run, of=of: f"{100 * of(curve('countries', '0', 'development', run)):.1f}" for name, run, of in
-       (("first", "rl", lambda x: x[0]), ("last", "rl", lambda x: x[-1]), ("fresh first", "rl-fresh", lambda x: x[0]), ("fresh best", "rl-fresh", np.max))},
+    **{f"flags {name}": lambda at=at: f"{100 * curve('countries', '0', 'development')[at]:.1f}" for name, at in (("first", 0), ("last", -1))},
+    "flags fresh development": lambda: listed(100 * curve("countries", "0", "development", "rl-fresh")),
+    "flags gradient": lambda: f"{curve('countries', '0', 'grad_norm').mean() / curve('heraldry', '0', 'grad_norm').mean():.0f}",
+    **{name: lambda world=world: f"{curve(world, '0', 'signal').mean():.2f}" for name, world in (("flags signal", "countries"), ("signal", "heraldry"))},
     **{f"{when} {metric}": lambda part=part, metric=metric: f"{np.mean([curve('heraldry', seed, metric)[part] for seed in '012']):.2f}"
        for when, part in (("first", slice(10)), ("last", slice(-10, None))) for metric in ("accuracy", "dead")},
     "development gains": lambda: listed([100 * (x.max() - x[0]) for x in (curve("heraldry", seed, "development") for seed in "012")]),
@@ -273,7 +275,7 @@ NUMBERS = {
     "seeds": lambda: len(means("heraldry", "rl")), "whole": lambda: f"{sum(float(r['minutes']) for r in main_stages().values()):.0f}",
     "nano": lambda: f"{parameters('nano'):.1f} M", "small": lambda: f"{parameters('small'):.0f} M",
     "image tokens": lambda: ModelConfig().image_tokens, "picture": lambda: f"{ModelConfig().picture} x {ModelConfig().picture}", "lines": lambda: f"{sum(code_lines().values()):,}",
-    "lambda": lambda: train.Args.lam, "deep": lambda: f"{train.Args.rl_deep:.0f}", "group": lambda: train.Args.group, "dev": lambda: train.Args.rl_dev, "temperature": lambda: train.Args.temperature, "known": lambda: gog.KNOWN, "longest side": lambda: f"{data.LONGEST_SIDE:,}", "longest": lambda: f"{tools.LONGEST:,}",
+    "lambda": lambda: train.Args.lam, "replay": lambda: train.Args.replay, "deep": lambda: f"{train.Args.rl_deep:.0f}", "group": lambda: train.Args.group, "dev": lambda: train.Args.rl_dev, "temperature": lambda: train.Args.temperature, "known": lambda: gog.KNOWN, "longest side": lambda: f"{data.LONGEST_SIDE:,}", "longest": lambda: f"{tools.LONGEST:,}",
     "kilobytes": lambda: f"{len(tools.FRAMINGS) * 4 * tools.WIDTH / 1000:.1f}",
     "rl batch": lambda: train.Args.rl_batch, "updates": lambda: train.Args.rl_steps, "eval every": lambda: train.Args.eval_every, "flags": lambda: len(data.open_world(str(ROOT / "worlds" / "countries")).entities),
     "update of one": lambda: f"{update_of(1):.1f}", "update of two": lambda: f"{update_of(2):.1f}",
