@@ -136,8 +136,8 @@ class Arms:
         contrast = [t for t in TINCTURES if (t in METALS) != (tincture in METALS)]
         charge_tincture = rng.choice(contrast)
         ordinary, other = fixed.get("ordinary", rng.choice(list(ORDINARIES))), rng.choice([t for t in contrast if t != charge_tincture])
-        parts = dict(outline=rng.choice(list(OUTLINES)), tincture=tincture, ordinary=ordinary, charge=rng.choice(list(CHARGES)), count=rng.choice((1, 2, 3)))
-        return cls(**parts | dict(ordinary_tincture=other if ordinary else tincture, charge_tincture=charge_tincture) | fixed)
+        ground = dict(outline=rng.choice(list(OUTLINES)), tincture=tincture, ordinary=ordinary, ordinary_tincture=other if ordinary else tincture)
+        return cls(**ground | dict(charge=rng.choice(list(CHARGES)), charge_tincture=charge_tincture, count=rng.choice((1, 2, 3))) | fixed)
 
     def in_words(self):
         """In words: (look, ordinary or "", detail), e.g. ("red round", "white bend", "2 gold crowns")."""
@@ -221,15 +221,15 @@ def heraldry(seed=0, towns=3000):
     distinct = lambda make, n: list(dict.fromkeys(make(rng) for _ in range(4 * n)))[:n]
     names, shields = distinct(town_name, towns), distinct(Arms.draw, towns)
     regions = [r for r in distinct(lambda g: f"{word(g)} {g.choice(['Vale', 'March', 'Coast', 'Heath'])}", max(2, towns // 25)) if r not in names]
-    draw_facts = lambda keys, more: {k: VALUES[k](rng) for k in (*keys, *rng.sample([k for k in VALUES if k not in keys], more))}
-    entities = {n: Entity.with_arms(n, {**draw_facts(EVERY_TOWN_HAS, 4), "region": rng.choice(regions)}, a) for n, a in zip(names, shields)}
+    draw_facts = lambda *keys: {k: VALUES[k](rng) for k in (*keys, *rng.sample([k for k in VALUES if k not in keys], 4))}
+    entities = {n: Entity.with_arms(n, {**draw_facts(*EVERY_TOWN_HAS), "region": rng.choice(regions)}, a) for n, a in zip(names, shields)}
     splits = split_names(names, rng)
     # Links stay within a split. A region's capital may be in any split but `late`: in training, a passage may show the
     # name and facts of a test town, but no question is about its arms
     for n, group in ((n, group) for group in splits.values() for n in group):
         entities[n].facts.update({link: rng.choice([t for t in group if t != n] or [n]) for link in rng.sample(TOWN_LINKS, 2)})
     capitals = splits["train"] + splits["dev"] + splits["test"]
-    entities |= {r: Entity(r, draw_facts((), 4) | {link: rng.choice(capitals) for link in REGION_LINKS}) for r in regions}
+    entities |= {r: Entity(r, draw_facts() | {link: rng.choice(capitals) for link in REGION_LINKS}) for r in regions}
     return World("heraldry", "shield", entities, splits, seed)
 
 

@@ -29,7 +29,6 @@ import io
 import itertools
 import json
 import random
-import re
 import sys
 import textwrap
 from collections import Counter
@@ -189,7 +188,8 @@ def expert(q, rng, wrong_gaze=0.0, missed=None):
             query = f"<search> {value} {relation}</search>"
             obs = yield from _try(f"<think> {thought}</think>{query}", query)
             value = _read(obs, value, relation)
-            if not value:
+            # nothing found; or, of another entity than the target, a value that cannot be compared
+            if not value or q.kind == "compare" and not value.isdecimal():
                 return
             thought = with_commas(f"{relation} is {value}", plan(q.chain[k + 1:]), memory)
         names.append(name), values.append(value)
@@ -351,11 +351,11 @@ def best_hit(obs, phrase, kind):
 
 def _read(obs, name, relation):
     """The value that a passage gives for (name, relation), by the wordings of PASSAGES; None if there is none."""
-    patterns = [re.escape(form).replace(r"\{v\}", "(.+)").replace(r"\{n\}", re.escape(name)).replace(r"\{r\}", re.escape(relation)) for form in PASSAGES]
-    return next((match[1] for passage in (obs or "").split(" | ") for pattern in patterns if (match := re.fullmatch(pattern, passage))), None)
+    frames = [form.format(n=name, r=relation, v="\n").split("\n") for form in PASSAGES]  # before and behind the value
+    return next((p[len(a):-len(b)] for p in obs.split(" | ") for a, b in frames if p.startswith(a) and p.endswith(b) and len(p) > len(a + b)), None)
 
 
-def chance(q, rng, words):
+def chance(rng, words):
     """The random baseline: random actions with random arguments; `words` are possible answers."""
     while True:
         action, word, x0, y0 = rng.choice(ACTIONS), rng.choice(words), rng.randint(0, 80), rng.randint(0, 80)
@@ -485,7 +485,7 @@ def evaluate(policy, env, questions, row="", seed=0, turns=MAX_TURNS, progress=N
     most turns of a trajectory, for rows without a schedule. `policy` may be None for the rows oracle and random."""
     if row in ("oracle", "random"):
         rng, words = random.Random(f"{row}/{seed}"), sorted({a for q in questions for a in q.answers})  # words: the random baseline's answers
-        return play_scripts(env, questions, [expert(q, rng) if row == "oracle" else chance(q, rng, words) for q in questions], progress=progress)
+        return play_scripts(env, questions, [expert(q, rng) if row == "oracle" else chance(rng, words) for q in questions], progress=progress)
     # up to 320 questions per batch: a whole suite of the default size
     return rollout(policy, env, questions, 1, 0.0, schedule=SCHEDULES.get(row, [ACTIONS] * turns), rows=320, progress=progress)
 
@@ -668,7 +668,7 @@ def main():
         world, entries, pictures = data.open_world(a.world), [], {}
         own, ours = data.Path(f"out/{world.name}-nano-0/rl.safetensors"), data.Path(__file__).parent / "policies" / "rl.safetensors"
         a.checkpoint = a.checkpoint or (own if own.is_file() else ours)
-        print(f"policy {a.checkpoint}, world {a.world}" + (" (the policy was not trained on this world)" if a.checkpoint == ours and world.name != "heraldry" else ""), file=sys.stderr)
+        print(f"policy {a.checkpoint}, world {a.world}" + (" (the policy was not trained on this world)" if data.Path(a.checkpoint).resolve() == ours.resolve() and world.name != "heraldry" else ""), file=sys.stderr)
         policy, v = load(a.checkpoint)
         env = Environment(v, make_toolbox(world), policy.config)
         for question in [a.question] if a.question else iter(lambda: input("question (empty: quit) > ").strip(), ""):

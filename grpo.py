@@ -116,7 +116,8 @@ def supervised_step(policy, env, batch, opts, budget=4000):
         logp, _ = token_logprobs(policy, env, part)
         (-logp.sum() / total).backward()
         loss -= logp.sum().item() / total
-    return (loss := summed(loss).item()), update(policy, opts, batch, loss)
+    loss = summed(loss).item()
+    return loss, update(policy, opts, batch, loss)
 
 
 def grpo_step(policy, reference, env, batch, advantages, opts, a):
@@ -427,7 +428,8 @@ def see_step(policy, heads, batch, v, opts):
         word_scores = 4 * tokens @ policy.embed_tokens.weight[[v.word(w) for w in PARTS[part][1:]]].T / tokens.shape[-1]**0.5
         loss = loss + (1 + (part == "charge")) * cell_loss(F.pad(word_scores, (1, 0)), token_labels[:, list(PARTS).index(part)])  # label 0, none of these words: score 0
     loss.backward()
-    return (total := summed(loss.detach()).item()), update(policy.vision, opts, loss=total)
+    loss = summed(loss.detach()).item()
+    return loss, update(policy.vision, opts, loss=loss)
 
 
 def cell_loss(logits, label):
@@ -636,8 +638,8 @@ def plan_lesson(env, rng, plans=5):
     for q in (errand(world, rng) for _ in range(plans)):
         t.observe(env.v.encode(q.text) + [env.v.id["<sep>"]])
         for k in range(len(q.chain)):
-            found = rng.choice(list(world.entities))
-            t.observe(env.v.encode_turn(f"<think> {f'{q.chain[k - 1]} is {found}' if k else found},")), t.act(env.v.encode_turn(f"{gog.plan(q.chain[k:])}</think>"))
+            t.observe(env.v.encode_turn(f"<think> {f'{q.chain[k - 1]} is ' if k else ''}{rng.choice(list(world.entities))},"))
+            t.act(env.v.encode_turn(f"{gog.plan(q.chain[k:])}</think>"))
     return t
 
 
@@ -742,10 +744,9 @@ def exam(policy, env, n, seed="exam"):
     """Examine the base model on about n held-out lessons, one greedy answer each (lessons that have no topic are left
     out): {topic: (score, count)}. `iou KIND`: mean IoU of pointing by that kind of expression. Every other topic: share
     of exact answers."""
-    rng, scores = random.Random(seed), {}
+    rng, scores, makers = random.Random(seed), {}, (wall_lesson, count_lesson, crop_lesson, text_lesson)
     for done in tqdm(range(0, n, 256), desc="exam", leave=False):
-        drawn = (make(env, rng, 1) for make in rng.choices((wall_lesson, count_lesson, crop_lesson, text_lesson), (5, 1, 2, 3), k=min(n - done, 256)))
-        examined = [t for t in drawn if t.lesson and t.lesson[0][0]]
+        examined = [t for make in rng.choices(makers, (5, 1, 2, 3), k=min(n - done, 256)) if (t := make(env, rng, 1)).lesson and t.lesson[0][0]]
         for t, turn in zip(examined, examined and gog.respond(policy, env, [t.ids[:t.trained.index(True)] for t in examined], [p for t in examined for p in t.pictures])):
             topic, wanted = t.lesson[0][0], parse(t.lesson[0][1])
             scores.setdefault(topic, []).append(data.iou(turn.argument, wanted.argument) if topic[:3] == "iou" and turn.kind == "gaze" else float((turn.kind, turn.argument) == (wanted.kind, wanted.argument)))

@@ -27,7 +27,6 @@ Alphabet: B batch, T tokens, P patches, N image tokens per picture, D width of t
 of a picture in pixels, H query heads, K key/value heads, C head width.
 """
 import atexit
-import importlib
 import itertools
 import json
 import math
@@ -375,7 +374,7 @@ class Policy(nn.Module):
         x = self.embed_tokens(ids)
         if self.smear:  # before image tokens are put in, which therefore stay unmixed
             x = x + self.smear(self._previous_embeddings(x, positions, cache, valid))
-        if pictures is not None and len(pictures):
+        if pictures is not None:
             x = x.masked_scatter((ids == image_id)[..., None], self.vision(pictures)[1].to(x.dtype))
         mask = None
         if cache is not None:  # a query at position p sees slots 0..p; this alone hides all garbage slots
@@ -496,12 +495,13 @@ def pick(logits, temperature, allowed, generator=None):
 
 def work_together(device):
     """Join the process group that torchrun has started. Each process has its own GPU or its share of the cores."""
-    torch.set_num_threads(max(1, os.cpu_count() // PROCESSES_HERE))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # those that we may use
+    torch.set_num_threads(max(1, cores // PROCESSES_HERE))
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     # imported before there is a group: it would keep a reference to it, and the threads of the group would outlive the
     # interpreter and sometimes abort it
-    importlib.import_module("torch.distributed.nn")
+    import torch.distributed.nn as _
     torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
     atexit.register(torch.distributed.destroy_process_group)
     if RANK:
@@ -526,7 +526,7 @@ def gathered(mine):
     shares = [mine] * PROCESSES
     if PROCESSES > 1:
         torch.distributed.all_gather_object(shares, mine)
-    return [x for row in itertools.zip_longest(*shares, fillvalue=None) for x in row if x is not None]
+    return [x for row in itertools.zip_longest(*shares) for x in row if x is not None]
 
 
 def torch_rng(device, *seed):

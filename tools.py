@@ -505,8 +505,8 @@ class Environment:
 
     def prompt(self, question, picture=None):
         """A new trajectory: <bos> picture (if there is one) question <sep>."""
-        t, (image, pictures) = Trajectory(question), (self.image_ids, [picture]) if picture is not None else ([], [])
-        t.observe([self.v.id["<bos>"], *image, *self.v.encode(question.text), self.v.id["<sep>"]], *pictures)
+        t, pictures = Trajectory(question), [] if picture is None else [picture]
+        t.observe([self.v.id["<bos>"], *self.image_ids * len(pictures), *self.v.encode(question.text), self.v.id["<sep>"]], *pictures)
         return t
 
     def step(self, trajectories, turns, pictures):
@@ -526,8 +526,8 @@ class Environment:
 
     def reply(self, t, text, picture=None):
         """Append an observation: <obs> crop (if there is a picture) text </obs>."""
-        image, crops = (self.image_ids, [to_array(picture, self.side)]) if picture else ([], [])
-        t.observe([self.v.id["<obs>"], *image, *self.v.encode(text), self.v.id["</obs>"]], *crops)
+        crops = [to_array(picture, self.side)] if picture else []
+        t.observe([self.v.id["<obs>"], *self.image_ids * len(crops), *self.v.encode(text), self.v.id["</obs>"]], *crops)
 
 
 # --------------------------------------------------------------------------------------- files: the user's and our own
@@ -645,9 +645,9 @@ def read_rows(path, columns=()):
 def write_rows(path, rows, columns, key=()):
     """Write rows (dicts) as a csv with these columns. With key columns, existing rows whose key is not among the new
     ones are kept; without, the file is replaced. With a key, concurrent writers take turns."""
-    key_of = lambda r: [str(r[k]) for k in key]
+    key_of = lambda r: tuple(str(r[k]) for k in key)
     with closing(locked(path.with_suffix(".lock"), wait=60)) if key else nullcontext():
-        old, new_keys, text = read_rows(path, columns) if key else [], [key_of(r) for r in rows], io.StringIO()
+        old, new_keys, text = read_rows(path, columns) if key else [], {key_of(r) for r in rows}, io.StringIO()
         writer = csv.DictWriter(text, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows([r for r in old if key_of(r) not in new_keys] + rows)

@@ -139,7 +139,7 @@ def pretrain(a):
     heads = torch.nn.ModuleList(torch.nn.Linear(w, outputs) for w in (config.vit_width, config.width)).to(a.device)
     other_params = [*heads.parameters(), policy.embed_tokens.weight]  # also word embeddings: see_step aligns them with image tokens
     eye_opts = [*optimisers(policy.vision.named_parameters(), a.see_lr, a.see_adam_lr, newton_schulz=7), torch.optim.AdamW(other_params, a.see_adam_lr, weight_decay=0.0)]
-    word_opts = optimisers(((n, p) for n, p in policy.named_parameters() if "vision" not in n or "projector" in n), a.word_lr, a.word_lr)
+    word_opts = optimisers(((n, p) for n, p in policy.freeze_eyes().named_parameters() if p.requires_grad), a.word_lr, a.word_lr)
     env = Environment(v, None, config)
     parts = (("see", 0, a.see_steps, eye_opts, partial(grpo.labelled_pictures, config, a.seed, a.see_batch)),
              ("words", a.see_steps, a.word_steps, word_opts, partial(grpo.schooling, env, a.seed, a.word_batch, a.word_steps)))

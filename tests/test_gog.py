@@ -163,7 +163,7 @@ def test_withheld_observations_show_nothing(policy, vocabulary, world, questions
     """Prevents a control that leaks: with observations withheld, no observation text and no crop may reach the
     policy."""
     env = tools.Environment(vocabulary, tools.make_toolbox(world), policy.config, withhold=True)
-    for t in gog.play_scripts(env, questions, [gog.chance(q, random.Random(1), ["x"]) for q in questions]):
+    for t in gog.play_scripts(env, questions, [gog.chance(random.Random(1), ["x"]) for q in questions]):
         assert len(t.pictures) == 1 and not any(turn.observation for turn in t.turns)
 
 
