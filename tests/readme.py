@@ -69,9 +69,9 @@ def means(world, row, metric="accuracy", suites=tuple(gog.SUITES), file="results
     return np.mean([values(world, row, s, metric, file) for s in suites], 0)
 
 
-def earlier(row, *suites, seeds=1):
-    """Accuracy in percent by the recipe of 2026-11-23, mean of the first seeds."""
-    return 100 * means("heraldry", row, suites=suites or tuple(gog.SUITES), file="earlier/results.csv")[:seeds].mean()
+def earlier(row):
+    """Accuracy in percent by the recipe of 2026-11-23, seed 0."""
+    return 100 * means("heraldry", row, file="earlier/results.csv")[0]
 
 
 def half(x):
@@ -134,7 +134,7 @@ def stages():
               "sft": "questions drawn for demonstrations and questions dropped (half of the time goes into making them); loss; three trajectories; development accuracy",
               "rl": "accuracy, share of dead groups (all right or all wrong: they teach nothing) and entropy of every update, a trajectory every 8 updates, development accuracy every 20; `rl-report.html`",
               "eval": "a progress bar per suite and row; the table; `report.html`"}
-    return table(["stage", "minutes", "memory, GB", "what it prints, and leaves in `out/`"], [[s + (", two processes" if rows[s]["device"] == "2 x cpu" else ""), rows[s]["minutes"], f"{int(rows[s]['peak_memory_mb']) / 1000:.1f}", text] for s, text in leaves.items()])
+    return table(["stage", "minutes", "memory of a process, GB", "what it prints, and leaves in `out/`"], [[s + (", two processes" if rows[s]["device"] == "2 x cpu" else ""), rows[s]["minutes"], f"{int(rows[s]['peak_memory_mb']) / 1000:.1f}", text] for s, text in leaves.items()])
 
 
 def cost():
@@ -239,16 +239,13 @@ TABLES = {
     "sample colour": lambda: sample(0), "sample alike": lambda: sample(1, lambda t: any(gog.looked_elsewhere(t)))}  # after a wrong gaze
 DETAILS = ("group-4", "group-16", "lambda-0", "lambda-0.2", "kl-0.001", "mean-only", "lr-0.01", "lr-0.1")  # of GRPO
 UNMASKED = lambda: published("earlier/runs/heraldry-nano-0-rl-no-mask.csv")
-OLD = {  # points or percent by the recipe of 2026-11-23
-    "no-gaze": lambda: earlier("no-gaze-rl", seeds=2), "rl two": lambda: earlier("rl", seeds=2), "no-gaze plain": lambda: earlier("no-gaze-rl", "plain", seeds=2), "rl plain": lambda: earlier("rl", "plain", seeds=2),
-    "level2": lambda: earlier("level2", seeds=3) - earlier("sft", seeds=3), "fresh": lambda: earlier("rl", seeds=3) - earlier("sft", seeds=3),
-    "details low": lambda: min(map(earlier, DETAILS)), "details high": lambda: max(map(earlier, DETAILS))}
-ROBUST = {  # number: (row of seed 0, suites)
-    "rl one": ("rl",), "fail 5": ("rl-tools-fail-0.05",), "fail 20": ("rl-tools-fail-0.2",), "stale": ("rl-stale", "live"), **{f"turns {n}": (f"rl-turns-{n}",) for n in (2, 4, 6, 10)},
+ONE = {  # number: (row of seed 0, suites)
+    "sft one": ("sft",), "rl one": ("rl",), "plain one": ("rl", "plain"), "no-gaze sft": ("no-gaze-sft",), "no-gaze rl": ("no-gaze-rl",), "no-gaze plain": ("no-gaze-rl", "plain"),
+    "fail 5": ("rl-tools-fail-0.05",), "fail 20": ("rl-tools-fail-0.2",), "stale": ("rl-stale", "live"), **{f"turns {n}": (f"rl-turns-{n}",) for n in (2, 4, 6, 10)},
     **{f"strangers {n}": (f"rl-strangers-{n}000",) for n in (10, 100)}}
 NUMBERS = {
-    **{f"old {name}": lambda of=of: f"{of():.1f}" for name, of in OLD.items()},
-    **{name: lambda row=row, suites=suites: f"{100 * means('heraldry', row, suites=suites or tuple(gog.SUITES))[0]:.1f}" for name, (row, *suites) in ROBUST.items()},
+    **{f"details {name}": lambda of=of: f"{of(map(earlier, DETAILS)):.1f}" for name, of in (("low", min), ("high", max))},
+    **{name: lambda row=row, suites=suites: f"{100 * means('heraldry', row, suites=suites or tuple(gog.SUITES))[0]:.1f}" for name, (row, *suites) in ONE.items()},
     "gains": lambda: listed(gain()), **{f"{name} gain": lambda suites=suites: f"{gain(suites=suites).mean():.1f}" for name, suites in (("live", ("live",)), ("hops", ("hops",)), ("others", tuple(s for s in gog.SUITES if s != "hops")))},
     **{f"{row} gazes": lambda row=row, suites=suites: f"{100 * means('heraldry', row, 'gaze_correct', suites).mean():.0f}"
        for row, suites in (("oracle", ("fine",)), ("sft", ("facts", "crowd", "live", "hops")), ("rl", ("facts", "crowd", "live", "hops")))},
