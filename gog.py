@@ -520,7 +520,7 @@ def grid_tables(tables, measured, paper):
     SFT policy of the same seed, because base models differ more between seeds than most rows from each other."""
     accuracy = {(r["row"], r["seed"], r["suite"]): (float(r["value"]), int(r["n"])) for r in measured if r["metric"] == "accuracy"}
     suites = [s for s in SUITES if any(s == suite for *_, suite in accuracy)]
-    text = ("Accuracy in percent, mean of the seeds +- half of the 95 % interval: over seeds (Student), or, where there is one seed, over questions (binomial). Over SFT: the mean less that of the SFT policy of the same seed. "
+    text = ("Accuracy in percent, mean of the seeds +- half of the 95 % interval: over seeds (Student), or, where there is one seed, over questions (binomial). Over SFT: the mean less that of the usual SFT policy of the same seed. "
             "Small, medium, large: questions that need a tool and whose target fills up to 4 %, up to 9 %, or more of the picture, all suites together.\n")
     # accuracies and numbers of questions, two arrays (seeds, suites)
     cells = lambda row, seeds: np.array([[accuracy[row, s, suite] for suite in suites] for s in seeds]).transpose(2, 0, 1)

@@ -337,7 +337,7 @@ GRID = {
     "GRPO": [dict(name="rl-group-4", group=4, rl_batch=64), dict(name="rl-group-16", group=16, rl_batch=16), dict(name="rl-mean-only", advantage="mean"),
              dict(name="rl-lambda-0", lam=0.0), dict(name="rl-lambda-0.2", lam=0.2), dict(name="rl-kl-0.001", beta=0.001), dict(name="rl-no-mask", mask=False),
              *(dict(name=f"rl-lr-{lr}", rl_lr=lr) for lr in (0.02, 0.04, 0.16)), dict(name="rl-deep-1", rl_deep=1.0)],
-    "scale": [*(dict(name=f"sft-demos-{n}", demos=n, rl_steps=0) for n in (500, 2000, 20000)), *(dict(name=f"sft-words-{n}", word_steps=n, rl_steps=0) for n in (2500, 10000)), dict(name="rl-updates-120", rl_steps=120)]}
+    "scale": [*(dict(name=f"sft-demos-{n}", demos=n, rl_steps=0) for n in (500, 2000, 20000)), dict(name="rl-demos-2000", demos=2000), dict(name="rl-demos-2000-fresh", demos=2000, curriculum="fresh"), *(dict(name=f"sft-words-{n}", word_steps=n, rl_steps=0) for n in (2500, 10000)), dict(name="rl-updates-120", rl_steps=120)]}
 # reference rows at the top of a table (default: rl)
 BESIDE = {"main": ROWS, "Selective Gaze": ["sft", "rl"], "scale": ["sft", "rl"]}
 # The paper's mean accuracies of Qwen2.5-VL-7B, in percent. no-gaze-rl: MMSearch-R1. no-gaze-sft: SFT without Selective
@@ -365,7 +365,7 @@ def reproduce(a):
         finished = job.weights("rl").is_file() and measured_suites >= {*gog.SUITES}
         print(f"grid, {n} of {len(jobs)}: {job.row()}, seed {job.seed}{', already measured' if finished else ''}", file=sys.stderr)
         try:
-            finished or run_stages(job)
+            if not finished: run_stages(job)
         except (data.WorldError, CheckpointError, BlockingIOError) as e:
             failed.append(f"{job.row()}, seed {job.seed}: {e}")
         atomic(path.with_name("grid.md"), lambda p: p.write_text(gog.grid_tables(tables, measured(), PAPER), encoding="utf-8"))
@@ -448,7 +448,7 @@ class Run:
         for file in () if RANK else (self.state, *leftovers):
             file.unlink(missing_ok=True)
         self.lock.close()
-        RANK or self.lock_file.unlink(missing_ok=True)
+        if not RANK: self.lock_file.unlink(missing_ok=True)
         if stop:  # Ctrl-C after the last step: the stage is done, but the next one is not begun
             raise KeyboardInterrupt
 
@@ -524,7 +524,7 @@ def timed(a, stage):
     row = dict(stage=stage, preset=a.preset, world=timed_as(a, stage), device=a.hardware(), seed=a.seed)
     row |= dict(minutes=f"{(time.time() - began) / 60:.1f}", peak_memory_mb=peak_memory())
     # the minutes of a resumed stage are those of a part only
-    resumed or write_rows(path, [row], STAGE_COLUMNS, ("stage", "preset", "world", "device", "seed"))
+    if not resumed: write_rows(path, [row], STAGE_COLUMNS, ("stage", "preset", "world", "device", "seed"))
     print(f"{stage}: {row['minutes']} minutes, peak memory {row['peak_memory_mb']} MB", file=sys.stderr)
 
 

@@ -239,6 +239,7 @@ TABLES = {
     "sample colour": lambda: sample(0), "sample alike": lambda: sample(1, lambda t: any(gog.looked_elsewhere(t)))}  # after a wrong gaze
 DETAILS = ("group-4", "group-16", "lambda-0", "lambda-0.2", "kl-0.001", "mean-only", "lr-0.01", "lr-0.1")  # of GRPO
 UNMASKED = lambda: published("earlier/runs/heraldry-nano-0-rl-no-mask.csv")
+LESS = {"sft": "sft-demos-2000", "level2": "rl-demos-2000", "fresh": "rl-demos-2000-fresh"}  # after fewer demonstrations
 ONE = {  # number: (row of seed 0, suites)
     "sft one": ("sft",), "rl one": ("rl",), "plain one": ("rl", "plain"), "no-gaze sft": ("no-gaze-sft",), "no-gaze rl": ("no-gaze-rl",), "no-gaze plain": ("no-gaze-rl", "plain"),
     "fail 5": ("rl-tools-fail-0.05",), "fail 20": ("rl-tools-fail-0.2",), "stale": ("rl-stale", "live"), **{f"turns {n}": (f"rl-turns-{n}",) for n in (2, 4, 6, 10)},
@@ -254,6 +255,9 @@ NUMBERS = {
     "rl gain": lambda: spread(gain()), "over full search": lambda: f"{gain(before='full-search').mean():.1f}",
     **{f"{row} hops": lambda row=row: f"{100 * means('heraldry', row, suites=('hops',)).mean():.1f}" for row in ("sft", "rl")},
     "fresh gain": lambda: listed(gain("rl-fresh")), "all gain": lambda: listed(gain("rl-all")), "level2 ahead": lambda: spread(gain(before="rl-fresh")), "two level2 gain": lambda: listed(gain("rl-level2", file=WITH_TWO)),
+    **{f"less {name} gain": lambda row=row: listed(gain(row, LESS["sft"])) for name, row in LESS.items() if name != "sft"}, "less fresh ahead": lambda: spread(gain(LESS["fresh"], LESS["level2"])),
+    "less sft": lambda: spread(100 * means("heraldry", LESS["sft"])),
+    **{f"less {name} {suite}": lambda row=row, suite=suite: f"{100 * values('heraldry', row, suite, 'accuracy').mean():.1f}" for name, row in LESS.items() for suite in ("fine", "plain", "crowd", "hops") if (name, suite) != ("level2", "crowd")},
     "two fresh gain": lambda: listed(gain(file=WITH_TWO)[:3]), "rate gain": lambda: listed(gain("rl-lr-0.16", file=WITH_TWO)),
     **{f"{name}development": lambda run=run: f"{100 * np.mean([curve('heraldry', seed, 'development', run).max() for seed in '012']):.1f}" for name, run in (("", "rl"), ("fresh ", "rl-fresh"))},
     **{f"countries {row}": lambda row=row: f"{100 * means('countries', row).mean():.1f}" for row in ("sft", "rl-fresh")},
