@@ -546,15 +546,14 @@ def curve_values(rows, columns):
 
 def curve_sheet(title, curves, across=3, w=330, h=190):
     """A picture with one panel per curve ({name: value of every row}, see `curve_values`), over the number of the row,
-    which is the step: values in grey, running mean in red."""
-    pen = ImageDraw.Draw(sheet := Image.new("RGB", (across * w, -(-len(curves) // across) * h), "white"))
+    which is the step: values in grey, running mean in red. Without curves that have fewer than two values."""
+    curves = {name: values for name, values in curves.items() if len(values) - values.count(None) > 1}
+    pen = ImageDraw.Draw(sheet := Image.new("RGB", (across * w, max(1, -(-len(curves) // across)) * h), "white"))
     for i, (name, values) in enumerate(curves.items()):
         left, top, steps = i % across * w + 46, i // across * h + 26, [k for k, x in enumerate(values) if x is not None]
         last, values = len(values) - 1, np.array(values, float)[steps]
         pen.text((left, top - 20), f"{title}: {name}", fill="black", font_size=13)
         pen.rectangle((left, top, left + w - 60, top + h - 50), outline=(200, 200, 200))
-        if len(values) < 2:
-            continue
         low, high = values.min(), max(values.max(), values.min() + 1e-9)
         kernel = np.ones(max(1, min(5, len(values) // 8), len(values) // 25))
         smooth = np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")

@@ -130,6 +130,13 @@ def test_facts_of_any_name_are_read(name):
         assert gog._read(form.format(n=f"{name}s", r="river", v="Ost"), name, "river") is None
 
 
+def test_curves_that_a_run_lacks_are_left_out():
+    """Prevents empty panels (gazes of a run without gazes), and a crash at the end of a run of one step."""
+    curves = {c: [1.0, 2.0] for c in "bcd"}
+    assert gog.curve_sheet("rl", {"a": [None, None], **curves}).tobytes() == gog.curve_sheet("rl", curves).tobytes()
+    assert gog.curve_sheet("rl", {"a": [1.0]}).height > 0
+
+
 def test_strangers_have_arms_of_their_own(world):
     """Prevents a larger index in which two towns have the same arms."""
     more = data.with_strangers(world, 300)
