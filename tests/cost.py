@@ -204,7 +204,8 @@ def feeding(env, world, steps=60, warm=20):
 
 def processes(rounds=2, updates=3):
     """Rows {processes, round, step, rollout_seconds, seconds} of the first updates of RL (--curriculum fresh, which
-    needs no scoring), from the SFT policy that comes with the code: by one process and by two, which share two threads, in turns."""
+    needs no scoring), from the SFT policy that comes with the code: by one process and by two, which share two threads,
+    in turns."""
     rows = []
     for turn, n in ((turn, n) for turn in range(rounds) for n in (1, 2)):
         with tempfile.TemporaryDirectory() as folder:

@@ -253,11 +253,11 @@ NUMBERS = {
     "rl reflection": lambda: f"{100 * values('heraldry', 'rl', 'fine', 'reflection').mean():.0f}",
     "zero found": lambda: f"{100 * values('countries-zero-shot', 'rl', 'facts', 'target_found').mean():.0f}",
     "rl gain": lambda: spread(gain()), "over full search": lambda: f"{gain(before='full-search').mean():.1f}",
-    **{f"{row} hops": lambda row=row: f"{100 * means('heraldry', row, suites=('hops',)).mean():.1f}" for row in ("sft", "rl")},
+    **{f"{name} {suite}": lambda row=row, suite=suite: f"{100 * values('heraldry', row, suite, 'accuracy').mean():.1f}" for name, row, *suites in (
+        ("sft", "sft", "hops"), ("rl", "rl", "hops"), ("less level2", LESS["level2"], "fine", "hops"), *((f"less {name}", LESS[name], "facts", "fine", "plain", "crowd", "hops") for name in ("sft", "fresh"))) for suite in suites},
     "fresh gain": lambda: listed(gain("rl-fresh")), "all gain": lambda: listed(gain("rl-all")), "level2 ahead": lambda: spread(gain(before="rl-fresh")), "two level2 gain": lambda: listed(gain("rl-level2", file=WITH_TWO)),
     **{f"less {name} gain": lambda row=row: listed(gain(row, LESS["sft"])) for name, row in LESS.items() if name != "sft"}, "less fresh ahead": lambda: spread(gain(LESS["fresh"], LESS["level2"])),
     "less sft": lambda: spread(100 * means("heraldry", LESS["sft"])),
-    **{f"less {name} {suite}": lambda row=row, suite=suite: f"{100 * values('heraldry', row, suite, 'accuracy').mean():.1f}" for name, row in LESS.items() for suite in (("fine", "hops") if name == "level2" else ("facts", "fine", "plain", "crowd", "hops"))},
     "two fresh gain": lambda: listed(gain(file=WITH_TWO)[:3]), "rate gain": lambda: listed(gain("rl-lr-0.16", file=WITH_TWO)),
     **{f"{name}development": lambda run=run: f"{100 * np.mean([curve('heraldry', seed, 'development', run).max() for seed in '012']):.1f}" for name, run in (("", "rl"), ("fresh ", "rl-fresh"))},
     **{f"countries {row}": lambda row=row: f"{100 * means('countries', row).mean():.1f}" for row in ("sft", "rl-fresh")},

@@ -170,7 +170,8 @@ def test_signal_is_what_two_halves_share(policy, env, questions):
 
 def test_levels_and_curriculum():
     """Prevents a curriculum that draws the wrong questions: level 2 is p < 1/2, a batch as large as the pool asks
-    each of its questions once, one twice as large each of them twice, `adaptive` prefers pass rates near 1/2 and follows new ones, and an empty pool is an error."""
+    each of its questions once, one twice as large each of them twice, `adaptive` prefers pass rates near 1/2 and
+    follows new ones, and an empty pool is an error."""
     rates = [0.0, 0.25, 0.5, 0.75, 1.0]
     assert [grpo.level(p) for p in rates] == [2, 2, 1, 0, 0]
     c = grpo.Curriculum(list(rates), "level2")
