@@ -583,7 +583,7 @@ def optimisers(named, muon_lr, adam_lr, newton_schulz=5):
 
 def lr_factor(step, steps, warmup=30, decay=0.9):
     """Learning-rate factor in 0..1: linear warm-up, constant, then linear decay to 0 over the `decay` share at the end.
-    Short runs have no constant part: SFT's 180 steps peak at 0.94. The base model learns most while the rate decays."""
+    Short runs have no constant part: SFT's 60 steps peak at 0.72. The base model learns most while the rate decays."""
     return min(1.0, (step + 1) / warmup, (steps - step) / max(1, decay * steps))
 
 

@@ -26,7 +26,7 @@ from model import PRESETS, ModelConfig, Policy, load  # noqa: E402
 
 LABELS = {  # rows of results.csv, as README calls them
     "random": "random actions", "base": "base model, before SFT", "direct": "direct answer, no tools", "full-search": "full search (always whole picture, then text)",
-    "no-gaze": "no gaze (glance and text only)", "sft": "**SFT**", "rl": "**SFT + RL**", "rl-fresh": "SFT + RL, `--curriculum fresh`", "withheld": "observations withheld", "oracle": "oracle (the expert)"}
+    "no-gaze": "no gaze (glance and text only)", "sft": "**SFT**", "rl": "**SFT + RL**", "rl-level2": "SFT + RL, `--curriculum level2`", "withheld": "observations withheld", "oracle": "oracle (the expert)"}
 PAPER = {  # metric: what the paper reports
     "no_search": "after RL below 3 %", "mixed_search": "28.7 -> 76.7", "gaze_correct": "46.7 -> 51.3 (read by hand: 59 -> 75)", "reflection": "30 -> 70 (read by hand)"}
 BEHAVIOUR = ("no_search", "single_search", "mixed_search", "answer_share", "search_share", "glance_share", "gaze_share", "malformed_share", "gaze_correct", "target_found",
@@ -38,6 +38,8 @@ EXAM = {"pointing: by look": "iou look", **{f"by {k}": f"iou {k}" for k in ("col
 GOALS = {**{k: 0.85 for k in EXAM.values() if k.startswith("iou") and "miss" not in k}, "verify": 0.95, "copy": 0.97}
 # of the recipe of 2026-11-29, whose demonstrations had chains of two
 WITH_TWO, RUNS_WITH_TWO = (f"earlier/with-chains-of-two/{x}" for x in ("results.csv", "runs"))
+# of the recipe of 2026-11-30, whose SFT took three times as many steps of a third of the demonstrations
+SMALL_STEPS = "earlier/small-sft-steps/results.csv"
 TIMED = "3"  # the seed whose run was timed: pretrain and sft by one process, rl and eval by two
 COMMITTED = __name__ != "__main__" and (ROOT / ".git").exists()
 
@@ -234,12 +236,12 @@ def curve(world, seed, column, run="rl"):
 
 ON_FLAGS = ("base", "direct", "full-search", "sft", "rl")  # rows of the two tables about countries
 TABLES = {
-    "main table": lambda: accuracy("heraldry"), "countries": lambda: accuracy("countries", (*ON_FLAGS, "rl-fresh", "oracle")), "zero-shot": lambda: accuracy("countries-zero-shot", (*ON_FLAGS, "oracle")),
+    "main table": lambda: accuracy("heraldry"), "countries": lambda: accuracy("countries", (*ON_FLAGS, "oracle")), "zero-shot": lambda: accuracy("countries-zero-shot", (*ON_FLAGS, "oracle")),
     "behaviour": behaviour, "plans": plans, "exam": exam, "stages": stages, "presets": presets, "cost": cost, "bench": bench, "feeding": feeding,
     "sample colour": lambda: sample(0), "sample alike": lambda: sample(1, lambda t: any(gog.looked_elsewhere(t)))}  # after a wrong gaze
 DETAILS = ("group-4", "group-16", "lambda-0", "lambda-0.2", "kl-0.001", "mean-only", "lr-0.01", "lr-0.1")  # of GRPO
 UNMASKED = lambda: published("earlier/runs/heraldry-nano-0-rl-no-mask.csv")
-LESS = {"sft": "sft-demos-2000", "level2": "rl-demos-2000", "fresh": "rl-demos-2000-fresh"}  # after fewer demonstrations
+AFTER = {"more": ("sft", "rl", "rl-fresh"), "less": ("sft-demos-2000", "rl-demos-2000", "rl-demos-2000-fresh")}  # SFT, then Level 2, then fresh, in SMALL_STEPS
 ONE = {  # number: (row of seed 0, suites)
     "sft one": ("sft",), "rl one": ("rl",), "plain one": ("rl", "plain"), "no-gaze sft": ("no-gaze-sft",), "no-gaze rl": ("no-gaze-rl",), "no-gaze plain": ("no-gaze-rl", "plain"),
     "fail 5": ("rl-tools-fail-0.05",), "fail 20": ("rl-tools-fail-0.2",), "stale": ("rl-stale", "live"), **{f"turns {n}": (f"rl-turns-{n}",) for n in (2, 4, 6, 10)},
@@ -247,26 +249,26 @@ ONE = {  # number: (row of seed 0, suites)
 NUMBERS = {
     **{f"details {name}": lambda of=of: f"{of(map(earlier, DETAILS)):.1f}" for name, of in (("low", min), ("high", max))},
     **{name: lambda row=row, suites=suites: f"{100 * means('heraldry', row, suites=suites or tuple(gog.SUITES))[0]:.1f}" for name, (row, *suites) in ONE.items()},
-    "gains": lambda: listed(gain()), **{f"{name} gain": lambda suites=suites: f"{gain(suites=suites).mean():.1f}" for name, suites in (("live", ("live",)), ("hops", ("hops",)), ("others", tuple(s for s in gog.SUITES if s != "hops")))},
+    "gains": lambda: listed(gain()), **{f"{suite} gain": lambda suite=suite: f"{gain(suites=(suite,)).mean():.1f}" for suite in gog.SUITES},
     **{f"{row} gazes": lambda row=row, suites=suites: f"{100 * means('heraldry', row, 'gaze_correct', suites).mean():.0f}"
        for row, suites in (("oracle", ("fine",)), ("sft", ("facts", "crowd", "live", "hops")), ("rl", ("facts", "crowd", "live", "hops")))},
     "rl reflection": lambda: f"{100 * values('heraldry', 'rl', 'fine', 'reflection').mean():.0f}",
     "zero found": lambda: f"{100 * values('countries-zero-shot', 'rl', 'facts', 'target_found').mean():.0f}",
     "rl gain": lambda: spread(gain()), "over full search": lambda: f"{gain(before='full-search').mean():.1f}",
     **{f"{name} {suite}": lambda row=row, suite=suite: f"{100 * values('heraldry', row, suite, 'accuracy').mean():.1f}" for name, row, *suites in (
-        ("sft", "sft", "hops"), ("rl", "rl", "hops"), ("less level2", LESS["level2"], "fine", "hops"), *((f"less {name}", LESS[name], "facts", "fine", "plain", "crowd", "hops") for name in ("sft", "fresh"))) for suite in suites},
-    "fresh gain": lambda: listed(gain("rl-fresh")), "all gain": lambda: listed(gain("rl-all")), "level2 ahead": lambda: spread(gain(before="rl-fresh")), "two level2 gain": lambda: listed(gain("rl-level2", file=WITH_TWO)),
-    **{f"less {name} gain": lambda row=row: listed(gain(row, LESS["sft"])) for name, row in LESS.items() if name != "sft"}, "less fresh ahead": lambda: spread(gain(LESS["fresh"], LESS["level2"])),
-    "less sft": lambda: spread(100 * means("heraldry", LESS["sft"])),
+        ("sft", "sft", "crowd", "fine", "hops"), ("rl", "rl", "crowd", "fine", "hops"), ("level2", "rl-level2", "crowd", "fine")) for suite in suites},
+    **{f"{mode} gain": lambda mode=mode: listed(gain(f"rl-{mode}")) for mode in ("level2", "all")}, **{f"ahead of {mode}": lambda mode=mode: spread(gain(before=f"rl-{mode}")) for mode in ("level2", "all")},
+    **{f"{name} sft": lambda sft=sft: spread(100 * means("heraldry", sft, file=SMALL_STEPS)) for name, (sft, *_) in AFTER.items()},
+    **{f"{name} {mode} gain": lambda sft=sft, row=row: listed(gain(row, sft, file=SMALL_STEPS)) for name, (sft, *rows) in AFTER.items() for mode, row in zip(("level2", "fresh"), rows)},
+    **{f"{name} fresh ahead": lambda level2=level2, fresh=fresh: spread(gain(fresh, level2, file=SMALL_STEPS)) for name, (_, level2, fresh) in AFTER.items()},
+    **{f"more fail {n}": lambda row=row: f"{100 * means('heraldry', row, file=SMALL_STEPS)[0]:.1f}" for n, row in ((5, "rl-tools-fail-0.05"), (20, "rl-tools-fail-0.2"))},
+    "two level2 gain": lambda: listed(gain("rl-level2", file=WITH_TWO)),
     "two fresh gain": lambda: listed(gain(file=WITH_TWO)[:3]), "rate gain": lambda: listed(gain("rl-lr-0.16", file=WITH_TWO)),
-    **{f"{name}development": lambda run=run: f"{100 * np.mean([curve('heraldry', seed, 'development', run).max() for seed in '012']):.1f}" for name, run in (("", "rl"), ("fresh ", "rl-fresh"))},
-    **{f"countries {row}": lambda row=row: f"{100 * means('countries', row).mean():.1f}" for row in ("sft", "rl-fresh")},
-    "found after sft": lambda: f"{100 * values('countries', 'sft', 'facts', 'target_found').mean():.0f}", "flags dead": lambda: f"{100 * curve('countries', '0', 'dead').mean():.0f}",
-    **{f"flags gazes {when}": lambda part=part: f"{100 * curve('countries', '0', 'gaze_correct')[part].mean():.0f}" for when, part in (("first", slice(10)), ("last", slice(-10, None)))},
-    **{f"flags {name}": lambda at=at: f"{100 * curve('countries', '0', 'development')[at]:.1f}" for name, at in (("first", 0), ("last", -1))},
-    "flags fresh development": lambda: listed(100 * curve("countries", "0", "development", "rl-fresh")),
-    "flags gradient": lambda: f"{curve('countries', '0', 'grad_norm').mean() / curve('heraldry', '0', 'grad_norm').mean():.0f}",
-    **{name: lambda world=world: f"{curve(world, '0', 'signal').mean():.2f}" for name, world in (("flags signal", "countries"), ("signal", "heraldry"))},
+    **{f"countries {row}": lambda row=row: f"{100 * means('countries', row).mean():.1f}" for row in ("sft", "rl")},
+    "found after sft": lambda: f"{100 * values('countries', 'sft', 'facts', 'target_found').mean():.0f}",
+    **{name: lambda world=world, run=run: listed(100 * curve(world, "0", "development", run)) for name, world, run in (("flags development", "countries", "rl"), ("level2 zero development", "heraldry", "rl-level2"))},
+    **{name: lambda world=world, run=run: f"{100 * curve(world, '0', 'dead', run).mean():.0f}" for name, world, run in (("flags dead", "countries", "rl"), ("dead", "heraldry", "rl"), ("no-gaze dead", "heraldry-no-gaze", "no-gaze-rl"))},
+    "flags signal": lambda: f"{curve('countries', '0', 'signal').mean():.2f}",
     **{f"{when} {metric}": lambda part=part, metric=metric: f"{np.mean([curve('heraldry', seed, metric)[part] for seed in '012']):.2f}"
        for when, part in (("first", slice(10)), ("last", slice(-10, None))) for metric in ("accuracy", "dead")},
     "development gains": lambda: listed([100 * (x.max() - x[0]) for x in (curve("heraldry", seed, "development") for seed in "012")]),
