@@ -13,7 +13,7 @@ Here instead, and why:
      neither in the loss nor in its denominator. The test uses r_acc, not the reward: with division by the standard
      deviation, differences in format alone would get advantages of about +-1, in spite of lambda = 0.1.
   3. One update per batch of rollouts. So the ratio is close to 1, and the clip hardly ever binds (the code is the
-     general loss). In bfloat16 the worst token of a step is typically off by 0.15 in log-probability (at most by 0.56
+     general loss). In bfloat16 the worst token of a step is typically off by 0.15 in log-probability (at most by 1.3
      in the published runs), because a rollout and a training step round differently.
   4. The value of the loss is no measure of progress. The advantages of a group sum to 0, so it stays between about
      -0.05 and 0.15 (mostly above 0, as wrong trajectories have more tokens than right ones). Watch accuracy and entropy
