@@ -57,7 +57,7 @@ class Args:
     demos: int = 5750  # number of trajectories in GoG-Instruct
     wrong_gaze: float = 0.2  # probability that the expert first gazes at a wrong place (if the base model found the target by itself), or overlooks the target among look-alikes; a useless glance comes first with a quarter of it
     failure_rate: float = 0.03  # probability that a tool fails during training
-    sft_batch: int = 96  # trajectories per step. Few large steps take half the time of many small ones (32), and leave RL more to learn (README)
+    sft_batch: int = 96  # trajectories per step. Few large steps take less time than many small ones (32), and leave RL more to learn (README)
     replay: float = 0.6  # lessons of the base model per demonstration, mixed into SFT so that pointing, lists of look-alikes and copying are not forgotten, and RL has some longer chains to begin with
     sft_lr: float = 0.002  # learning rate of Muon (hidden matrices)
     sft_adam_lr: float = 0.001  # learning rate of AdamW (embeddings and norms)

@@ -38,7 +38,7 @@ EXAM = {"pointing: by look": "iou look", **{f"by {k}": f"iou {k}" for k in ("col
 GOALS = {**{k: 0.85 for k in EXAM.values() if k.startswith("iou") and "miss" not in k}, "verify": 0.95, "copy": 0.97}
 # of the recipe of 2026-11-29, whose demonstrations had chains of two
 WITH_TWO, RUNS_WITH_TWO = (f"earlier/with-chains-of-two/{x}" for x in ("results.csv", "runs"))
-# of the recipe of 2026-11-30, whose SFT took three times as many steps of a third of the demonstrations
+# of the recipe of 2026-11-30, whose SFT took three times as many steps, each on a third as many demonstrations
 SMALL_STEPS = "earlier/small-sft-steps/results.csv"
 TIMED = "3"  # the seed whose run was timed: pretrain and sft by one process, rl and eval by two
 COMMITTED = __name__ != "__main__" and (ROOT / ".git").exists()
@@ -71,9 +71,9 @@ def means(world, row, metric="accuracy", suites=tuple(gog.SUITES), file="results
     return np.mean([values(world, row, s, metric, file) for s in suites], 0)
 
 
-def earlier(row):
-    """Accuracy in percent by the recipe of 2026-11-23, seed 0."""
-    return 100 * means("heraldry", row, file="earlier/results.csv")[0]
+def earlier(row, file="earlier/results.csv"):
+    """Accuracy in percent by an earlier recipe, seed 0; by default that of 2026-11-23."""
+    return 100 * means("heraldry", row, file=file)[0]
 
 
 def half(x):
@@ -261,7 +261,7 @@ NUMBERS = {
     **{f"{name} sft": lambda sft=sft: spread(100 * means("heraldry", sft, file=SMALL_STEPS)) for name, (sft, *_) in AFTER.items()},
     **{f"{name} {mode} gain": lambda sft=sft, row=row: listed(gain(row, sft, file=SMALL_STEPS)) for name, (sft, *rows) in AFTER.items() for mode, row in zip(("level2", "fresh"), rows)},
     **{f"{name} fresh ahead": lambda level2=level2, fresh=fresh: spread(gain(fresh, level2, file=SMALL_STEPS)) for name, (_, level2, fresh) in AFTER.items()},
-    **{f"more fail {n}": lambda row=row: f"{100 * means('heraldry', row, file=SMALL_STEPS)[0]:.1f}" for n, row in ((5, "rl-tools-fail-0.05"), (20, "rl-tools-fail-0.2"))},
+    **{f"more fail {n}": lambda row=row: f"{earlier(row, SMALL_STEPS):.1f}" for n, row in ((5, "rl-tools-fail-0.05"), (20, "rl-tools-fail-0.2"))},
     "two level2 gain": lambda: listed(gain("rl-level2", file=WITH_TWO)),
     "two fresh gain": lambda: listed(gain(file=WITH_TWO)[:3]), "rate gain": lambda: listed(gain("rl-lr-0.16", file=WITH_TWO)),
     **{f"countries {row}": lambda row=row: f"{100 * means('countries', row).mean():.1f}" for row in ("sft", "rl")},
